@@ -1,0 +1,11 @@
+"""Label tiles with a teacher's weights, keeping every box above the floor.
+
+ray job submit --working-dir . -- python jobs/label.py --config jobs/recipes/overhead.yaml --run-dir /shared/runs/overhead
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["label", *sys.argv[1:]]))

@@ -1,0 +1,11 @@
+"""Cut scenes and truth into tiles.
+
+ray job submit --working-dir . -- python jobs/tile.py --config jobs/recipes/overhead.yaml --run-dir /shared/runs/overhead
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["tile", *sys.argv[1:]]))

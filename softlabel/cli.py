@@ -1,0 +1,155 @@
+"""The command line: one verb per step, the same flags for each."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+import softlabel
+from softlabel.config import Recipe, dump_recipe, load_recipe
+from softlabel.errors import RecipeError, SoftlabelError, StoreError
+from softlabel.evaluation.run import evaluate_store, numbers
+from softlabel.experiment import experiment
+from softlabel.imagery.run import tile
+from softlabel.labelling.run import LabelJob, label, label_job
+from softlabel.store import is_done
+from softlabel.training.run import train, train_job, validation_split
+from softlabel.training.targets import TrainJob
+
+DEMO_RECIPE = Path(softlabel.__file__).parent.parent / "jobs" / "recipes" / "demo.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.config, arguments.set)
+        run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
+        if arguments.dry_run:
+            _print_plan(arguments.verb, recipe, run_dir)
+        else:
+            _VERBS[arguments.verb][0](recipe, run_dir)
+    except SoftlabelError as error:
+        print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"softlabel {arguments.verb}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="softlabel", description=softlabel.__doc__)
+    parser.add_argument("--version", action="version", version=softlabel.__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (_, purpose) in _VERBS.items():
+        verb = verbs.add_parser(name, help=purpose, description=purpose)
+        default = DEMO_RECIPE if name == "demo" else None
+        verb.add_argument("--config", type=Path, default=default, required=default is None, help="the recipe, YAML")
+        verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
+        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
+        verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    return parser
+
+
+def _tile(recipe: Recipe, run_dir: Path) -> None:
+    print(tile(recipe, run_dir))
+
+
+def _label(recipe: Recipe, run_dir: Path) -> None:
+    job = _own_label_job(recipe, tile(recipe, run_dir))
+    with _ray_session():
+        (folder,) = label(recipe, [job], run_dir)
+    print(folder)
+
+
+def _train(recipe: Recipe, run_dir: Path) -> None:
+    job = _own_train_job(recipe, run_dir)
+    with _ray_session():
+        train(recipe, [job], run_dir)
+    print(job.folder)
+
+
+def _evaluate(recipe: Recipe, run_dir: Path) -> None:
+    tiles = tile(recipe, run_dir)
+    store = _own_store(recipe, tiles, run_dir)
+    folder = evaluate_store(recipe, "labels", tiles, recipe.evaluate.split, store, run_dir)
+    found = numbers(folder)
+    print(", ".join(f"{key} {found[key]}" for key in ("map50", "map50_95", "f1", "f1_conf")))
+    print(folder)
+
+
+def _experiment(recipe: Recipe, run_dir: Path) -> None:
+    with _ray_session():
+        experiment(recipe, run_dir)
+
+
+_VERBS: dict[str, tuple[Callable[[Recipe, Path], None], str]] = {
+    "tile": (_tile, "cut scenes and truth into tiles"),
+    "label": (_label, "label tiles with label.weights, keeping every box above the floor"),
+    "train": (_train, "train train.student on a split's truth or on its soft labels"),
+    "evaluate": (_evaluate, "judge the labels of `softlabel label` against a split's truth"),
+    "experiment": (_experiment, "all of it: teachers, soft labels, students, numbers, report"),
+    "demo": (_experiment, "the experiment on made-up scenes, minutes on a laptop"),
+}
+
+
+def _own_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
+    if recipe.label.weights is None:
+        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
+    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)
+
+
+def _own_store(recipe: Recipe, tiles: Path, run_dir: Path) -> Path:
+    store = _own_label_job(recipe, tiles).folder(run_dir)
+    if not is_done(store):
+        raise StoreError(f"{store} is not finished: run `softlabel label` with the same recipe and --set first")
+    return store
+
+
+def _own_train_job(recipe: Recipe, run_dir: Path) -> TrainJob:
+    settings, tiles = recipe.train, tile(recipe, run_dir)
+    soft = settings.labels == "soft"
+    return train_job(
+        recipe,
+        run_dir,
+        "student",
+        settings.student,
+        tiles=tiles,
+        split=settings.split,
+        val_split=validation_split(tiles, settings.split, settings.labels),
+        soft_labels=_own_store(recipe, tiles, run_dir) if soft else None,
+        threshold=settings.threshold if soft else None,
+    )
+
+
+def plan(recipe: Recipe) -> dict[str, str]:
+    """What a run would work on and with, without reading a pixel or writing a file."""
+    return {}
+
+
+def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
+    print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
+    for key, value in plan(recipe).items():
+        print(f"# {key}: {value}")
+
+
+@contextmanager
+def _ray_session() -> Iterator[None]:
+    """The cluster this runs in when it was submitted as a job, else a Ray of its own on this machine.
+
+    A bare ray.init() would attach to whatever Ray happens to run here. RAY_ADDRESS with http:// is where jobs are
+    submitted to, not a cluster to join.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    joined = bool(address) and not address.startswith("http")
+    # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
+    ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,233 @@
+"""Recipes: one YAML file per run, read into frozen models that forbid unknown keys.
+
+Everything here determines a result and enters the hash of the step that reads it, except ``execution``: more GPUs or
+workers for labelling never redo work. (Training does depend on the world size; it is recorded with the numbers.)
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softlabel.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Pixels = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Synthetic(_Section):
+    """Made-up scenes with truth, written before tiling (softlabel.imagery.synthetic)."""
+
+    num_scenes: Annotated[int, Field(gt=0)] = Field(40, description="GeoTIFF files to write")
+    scene_size_px: Annotated[int, Field(ge=128)] = Field(512, description="width and height of a scene")
+    difficulty: Fraction = Field(0.3, description="0: crisp and plain, 1: blurred, noisy, full of look-alikes")
+
+
+class TruthSource(_Section):
+    """Where the boxes that people drew are, and which of their classes mean which of ours."""
+
+    format: Literal["xview", "coco", "yolo", "dota"]
+    path: str = Field(description="GeoJSON, COCO JSON, data.yaml, or a folder of DOTA txt files")
+    mapping: dict[str | int, str] = Field(
+        {}, description="source class name or id to one of `classes`; empty: equal names"
+    )
+    other_classes: Literal["drop", "reject"] = Field(
+        "reject", description="a known source class that no mapping names: left out on purpose, or an error row"
+    )
+
+
+class Split(_Section):
+    """Shares of tiles per split, dealt out by group; `validation` is carved from each training set."""
+
+    train_1: Fraction = 0.4
+    train_2: Fraction = 0.4
+    test: Fraction = 0.2
+    validation: Fraction = Field(0.15, description="share of each training set kept for choosing (epoch, threshold)")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Split":
+        total = self.train_1 + self.train_2 + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train_1 + train_2 + test must be 1, they are {total:g}")
+        return self
+
+
+class Tiles(_Section):
+    """Scenes and truth to tiles."""
+
+    scenes: str | None = Field(None, description="a folder of images, a glob, or one image; null with `synthetic`")
+    synthetic: Synthetic | None = None
+    truth: TruthSource | None = None
+    size_px: Pixels = 640
+    overlap_px: Annotated[int, Field(ge=0)] = 0
+    min_visible: Fraction = Field(0.3, description="truth boxes cut below this share are ignored, not trained on")
+    background: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share of tiles without truth to keep in each split, null keeps all (the paper: a third)"
+    )
+    split: Split | Literal["truth"] = Field(Split(), description="shares, or `truth`: the truth file names each split")
+    bands: tuple[Pixels, Pixels, Pixels] = Field((1, 2, 3), description="1-based bands read as red, green, blue")
+    stretch: tuple[float, float] | None = Field(
+        None, description="raw values mapped to 0 and 255; null: 8 bit as is, 16 bit by each scene's 2-98 percentiles"
+    )
+
+    @model_validator(mode="after")
+    def _has_scenes(self) -> "Tiles":
+        if (self.scenes is None) == (self.synthetic is None):
+            raise ValueError("give one of tiles.scenes (a path) and tiles.synthetic")
+        if self.overlap_px >= self.size_px:
+            raise ValueError(f"overlap_px={self.overlap_px} must be below size_px={self.size_px}")
+        return self
+
+
+class Label(_Section):
+    """A teacher over tiles. One low floor; thresholds are filters on what is kept (DESIGN, promise 1)."""
+
+    weights: str | None = Field(None, description="the teacher's .safetensors, for `softlabel label` alone")
+    splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
+    imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
+    floor: Fraction = 0.01
+    iou: Fraction = Field(0.7, description="NMS: of two boxes of one class above this IoU the lower score goes")
+    max_det: Annotated[int, Field(gt=0)] = 1000
+    max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
+
+
+class Model(_Section):
+    """What to train, and how. ``args`` are ultralytics train arguments under their own names."""
+
+    model: str = Field("yolov5n.yaml", description="an ultralytics model yaml")
+    weights: str | None = Field(None, description="start from this .safetensors where names and shapes fit")
+    args: dict[str, Any] = Field({}, description="epochs, batch, imgsz, optimizer, lr0, mosaic, close_mosaic, ...")
+
+
+class Train(_Section):
+    """Teacher and student; which labels the student of `softlabel train` learns from."""
+
+    teacher: Model = Model()
+    student: Model = Model()
+    thresholds: tuple[Fraction, ...] = Field((0.3, 0.5), description="students of the experiment, one per threshold")
+    split: str = Field("train_2", description="for `softlabel train` alone: the training set")
+    labels: Literal["truth", "soft"] = Field("soft", description="for `softlabel train` alone")
+    threshold: Fraction = Field(0.3, description="for `softlabel train` alone: labels above it, strictly")
+
+
+class Evaluate(_Section):
+    """Detections against truth."""
+
+    split: str = Field("test", description="for `softlabel evaluate` alone")
+    bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples of the test images, 0 is none")
+
+
+class Execution(_Section):
+    """Where and how wide it runs. Not hashed."""
+
+    actors: Annotated[int, Field(gt=0)] | tuple[int, int] = Field(1, description="labelling actors, or (min, max)")
+    cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(gt=0)] = Field(16, description="tiles per forward pass when labelling")
+    workers: Annotated[int, Field(gt=0)] = Field(1, description="training workers (DDP ranks)")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of training before giving up")
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    classes: tuple[str, ...] = Field(min_length=1)
+    tiles: Tiles
+    label: Label = Label()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    execution: Execution = Execution()
+
+    @model_validator(mode="after")
+    def _classes_are_known(self) -> "Recipe":
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes named twice: {', '.join(self.classes)}")
+        if "all" in self.classes:
+            raise ValueError("a class cannot be named `all`: results use that word for all classes together")
+        mapping = self.tiles.truth.mapping if self.tiles.truth else {}
+        unknown = sorted(set(mapping.values()) - set(self.classes))
+        if unknown:
+            raise ValueError(f"tiles.truth.mapping names {', '.join(unknown)}, which `classes` does not")
+        return self
+
+
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe; relative paths in it count from the current folder.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key.sub=value`` strings, values in YAML, as ``--set`` takes them.
+
+    Raises:
+        RecipeError: The file is missing or not YAML, a key is unknown or a value does not fit.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}: give an existing file with --config (see jobs/recipes/)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no recipe: it must be a mapping with keys such as name, classes, tiles")
+    data = _without_aliases(data)
+    for override in overrides or []:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, as it is saved beside every output."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _without_aliases(value: Any) -> Any:
+    """A YAML alias is the same object twice; --set on one place must not change the other."""
+    if isinstance(value, dict):
+        return {key: _without_aliases(item) for key, item in value.items()}
+    return [_without_aliases(item) for item in value] if isinstance(value, list) else value
+
+
+def _apply(data: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override!r}: write key=value, for instance --set train.student.args.epochs=10")
+    *parents, last = key.split(".")
+    node: Any = data
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML: {_one_line(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem, *others = error.errors()
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    what = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        what = "unknown key; look at docs/recipes.md for those that exist"
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}: {what}{more}" if where else f"{what}{more}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,33 @@
+"""What can go wrong by a user's doing. The CLI prints these as one line and exits with 2; all else is a bug."""
+
+
+class SoftlabelError(Exception):
+    """A user's mistake: the message says what, where and what to do, in one line."""
+
+
+class RecipeError(SoftlabelError):
+    """The recipe, or a ``--set`` on top of it, does not say something that can be run."""
+
+
+class TruthError(SoftlabelError):
+    """A truth file cannot be read at all (single bad boxes are rejected by row instead)."""
+
+
+class SceneError(SoftlabelError):
+    """A scene cannot be read. ``retryable`` says whether trying again later may help."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class StoreError(SoftlabelError):
+    """A store is missing, was made by something else, or does not balance."""
+
+
+class WeightsError(SoftlabelError):
+    """Weights cannot be loaded safely, or do not fit the model."""
+
+
+class TrainingError(SoftlabelError):
+    """A training set or a training run cannot go on."""

@@ -1,0 +1,91 @@
+"""The evaluation step: a detection store and the tiles' truth to numbers. It never runs a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from softlabel.config import Recipe
+from softlabel.errors import StoreError
+from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.evaluation.quality import bootstrap_difference, label_quality
+from softlabel.labelling.losses import mean_losses
+from softlabel.records import LABELLED, LOSS_NAMES, Truth, detections_from_row
+from softlabel.store import finish, is_done, read_json, read_soft_labels, read_tiles, step_dir, summary, write_json
+
+CURVES = "curves.json"
+
+
+def evaluate_store(recipe: Recipe, name: str, tiles: Path, split: str, store: Path, run_dir: Path) -> Path:
+    """Judge one store on one split; the numbers are in done.json and curves.json of the folder returned.
+
+    Raises:
+        StoreError: The store or the tiles are not finished, or the split has no labelled tile with truth.
+    """
+    folder = step_dir(run_dir, f"evaluate-{name}", {"tiles": tiles.name, "split": split, "store": store.name})
+    if not is_done(folder):
+        results = list(tile_results(tiles, split, store).values())
+        metrics = evaluate(results, recipe.classes)
+        write_json(folder / CURVES, metrics.curves)
+        losses = _losses(tiles, split, store)
+        finish(folder, {"name": name, "split": split, "tiles": len(results), **metrics.to_dict(), "losses": losses})
+    return folder
+
+
+def numbers(folder: Path) -> dict:
+    """What ``evaluate_store`` found, without the curves."""
+    return summary(folder)
+
+
+def curves(folder: Path) -> dict:
+    """The precision-recall and F1 curves that ``evaluate_store`` found, by class name and ``all``."""
+    return read_json(folder / CURVES)
+
+
+def quality(recipe: Recipe, tiles: Path, split: str, store: Path, thresholds: Sequence[float]) -> list[dict]:
+    """Soft labels against truth that their teacher never saw, per threshold and class."""
+    return label_quality(list(tile_results(tiles, split, store).values()), recipe.classes, thresholds)
+
+
+def difference(recipe: Recipe, tiles: Path, split: str, reference: Path, store: Path) -> dict:
+    """How far ``store`` is from ``reference`` on a split, with a bootstrap interval over groups of images."""
+    a, b = tile_results(tiles, split, reference), tile_results(tiles, split, store)
+    both = [tile_id for tile_id in a if tile_id in b]
+    groups = {row["tile_id"]: row["group"] for row in read_tiles(tiles, [split], ["tile_id", "group"])}
+    return bootstrap_difference(
+        [a[tile_id] for tile_id in both],
+        [b[tile_id] for tile_id in both],
+        recipe.classes,
+        samples=recipe.evaluate.bootstrap,
+        seed=recipe.seed,
+        groups=[groups[tile_id] for tile_id in both],
+    )
+
+
+def tile_results(tiles: Path, split: str, store: Path) -> dict[str, TileResult]:
+    """Truth and detections of a split's labelled tiles that have truth, by tile_id, in the order of the store.
+
+    Raises:
+        StoreError: There is none.
+    """
+    rows = {row["tile_id"]: row for row in read_tiles(tiles, [split]) if row["truth"] is not None}
+    results = {}
+    for label in read_soft_labels(store):
+        row = rows.get(label["tile_id"])
+        if row is not None and label["status"] == LABELLED:
+            classes = row["labelled_classes"]
+            known = None if classes is None else tuple(classes)
+            results[row["tile_id"]] = TileResult(Truth.from_row(row["truth"]), detections_from_row(label), known)
+    if not results:
+        raise StoreError(f"{store} has no labelled tile with truth in split {split}: label that split, or name another")
+    return results
+
+
+def _losses(tiles: Path, split: str, store: Path) -> dict[str, float]:
+    """The loss on a split, of the tiles whose loss labelling kept; empty where it kept none."""
+    wanted = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
+    rows = [row for row in read_soft_labels(store) if row["tile_id"] in wanted and row["losses"]]
+    if not rows:
+        return {}
+    metadata = pq.read_schema(next(store.glob("shard-*.parquet"))).metadata
+    return mean_losses(metadata[LOSS_NAMES].decode().split(","), [row["losses"] for row in rows])

@@ -1,0 +1,1 @@
+"""Scenes and truth to tiles."""

@@ -1,0 +1,1 @@
+"""Tiles to soft labels, on Ray Data."""

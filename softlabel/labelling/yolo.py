@@ -1,0 +1,289 @@
+"""A YOLO detector that keeps the class vector of every box, and the one file format its weights travel in.
+
+Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.nms import non_max_suppression
+
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.labelling.losses import TileLoss, targets_of
+from softlabel.records import Detections, Nms, Truth
+from softlabel.store import commit, file_digest
+
+Image = NDArray[np.uint8]
+
+_PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and in inference
+_NEVER_S = 1e9  # non_max_suppression empties the rest of a batch when its time is up; ours never is
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file says of its model."""
+
+    yaml: dict
+    classes: tuple[str, ...]
+    imgsz: int
+    train_args: dict
+
+
+def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
+    """Write a model as safetensors, by rename. Tensors are stored as float32."""
+    tensors = {key: value.float().contiguous().cpu() for key, value in model.state_dict().items()}
+    metadata = {"softlabel": json.dumps(asdict(header))}
+    commit(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_header(path: Path | str) -> Header:
+    """What a weights file of this project says of its model.
+
+    Raises:
+        WeightsError: Not a safetensors file, or not one that this project wrote.
+    """
+    metadata = _open_weights(path).metadata() or {}
+    if "softlabel" not in metadata:
+        raise WeightsError(
+            f"{path} holds tensors but not which model they belong to: give it as train.*.weights to start "
+            "training from, and label with the weights.safetensors that training writes"
+        )
+    header = json.loads(metadata["softlabel"])
+    return Header(header["yaml"], tuple(header["classes"]), header["imgsz"], header["train_args"])
+
+
+def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
+    """Rebuild a model from a weights file that training wrote.
+
+    Raises:
+        WeightsError: It cannot be read or its tensors do not fit.
+    """
+    header = read_header(path)
+    model = DetectionModel(header.yaml, nc=len(header.classes), verbose=False)
+    try:
+        model.load_state_dict(_read_tensors(path))
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit its own model: {' '.join(str(error).split())[:300]}") from None
+    model.names = dict(enumerate(header.classes))
+    return model, header
+
+
+def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
+    """Copy into ``model`` the tensors of ``path`` that fit by name and shape, as when a head has other classes.
+
+    Returns:
+        How many tensors fitted, and how many the model has.
+
+    Raises:
+        WeightsError: The file cannot be read, or nothing fits.
+    """
+    own = model.state_dict()
+    fitting = {k: v.float() for k, v in _read_tensors(path).items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting), len(own)
+
+
+def check_train_args(args: dict, where: str) -> None:
+    """Refuse train arguments that ultralytics does not know, or that softlabel sets itself.
+
+    Raises:
+        RecipeError: Naming the argument.
+    """
+    taken = sorted(set(args) & _SET_BY_SOFTLABEL)
+    if taken:
+        raise RecipeError(f"{where}.args.{taken[0]} is set by softlabel: remove it ({_SET_BY_SOFTLABEL_HINT})")
+    unknown = sorted(set(args) - set(DEFAULT_CFG_DICT))
+    if unknown:
+        raise RecipeError(f"{where}.args.{unknown[0]} is no ultralytics train argument: correct or remove it")
+    try:
+        get_cfg(overrides=args)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise RecipeError(f"{where}.args: {' '.join(str(error).split())}") from None
+
+
+_SET_BY_SOFTLABEL = {"data", "model", "device", "project", "name", "save_dir", "resume", "pretrained", "seed"} | {
+    "exist_ok", "val", "plots", "save", "task", "mode", "single_cls", "classes", "fraction", "time", "compile", "split"
+}  # fmt: skip
+_SET_BY_SOFTLABEL_HINT = "model, weights and seed have keys of their own, devices follow from `execution`"
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(weights: Path | str, imgsz: int, nms: Nms) -> dict:
+    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1)."""
+    header = read_header(weights)
+    return {
+        "weights": file_digest(weights),
+        "architecture": digest_of_yaml(header.yaml),
+        "classes": list(header.classes),
+        "imgsz": imgsz,
+        "engine": "pytorch",
+        "precision": "float32",
+        "nms": asdict(nms),
+        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "ultralytics")},
+    }
+
+
+def digest_of_yaml(yaml: dict) -> str:
+    """A short name for an architecture."""
+    return f"{yaml.get('yaml_file', 'model')}:{yaml.get('scale', '')}:nc={yaml.get('nc')}"
+
+
+class YoloDetector:
+    """Runs a YOLO model over tiles of any size.
+
+    A tile is scaled so that its longer side is ``imgsz`` and padded to a multiple of the stride. The padding depends on
+    the tile alone, never on its batch, so neither do its boxes (but for float rounding).
+    """
+
+    def __init__(self, model: DetectionModel, imgsz: int, nms: Nms, device: torch.device | None = None) -> None:
+        self.device = device or default_device()
+        self.imgsz, self.nms = imgsz, nms
+        if hasattr(model.model[-1], "end2end"):
+            model.model[-1].end2end = False  # v10 and 26: class vectors and NMS need the one-to-many head
+        self._stride = int(model.stride.max())
+        self._model = model.to(self.device).eval().float().fuse(verbose=False)
+        self._loss: TileLoss | None = None
+
+    @classmethod
+    def from_weights(cls, weights: Path | str, nms: Nms, imgsz: int | None = None) -> "YoloDetector":
+        """From a weights file; ``imgsz`` defaults to the size it was trained at."""
+        model, header = load_model(weights)
+        model.args = get_cfg(overrides={k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")})
+        return cls(model, imgsz or header.imgsz, nms)
+
+    def detect(self, images: Sequence[Image]) -> list[Detections]:
+        """Soft labels of tiles, uint8 (H, W, 3) RGB; boxes in tile pixels, clipped to the tile, best first."""
+        found: list[Detections | None] = [None] * len(images)
+        for indices, prepared, decoded, _ in self._forward(images):
+            for index, detections in zip(indices, self._keep(decoded, prepared), strict=True):
+                found[index] = detections
+        return [detections for detections in found if detections is not None]
+
+    def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
+        """Per tile the loss sums against its truth, and last the normaliser (softlabel.labelling.losses)."""
+        return [losses for _, losses in self.detect_with_losses(images, truths)]
+
+    def detect_with_losses(
+        self, images: Sequence[Image], truths: Sequence[Truth]
+    ) -> list[tuple[Detections, list[float]]]:
+        """Both, from one forward pass."""
+        found: dict[int, tuple[Detections, list[float]]] = {}
+        for indices, prepared, decoded, raw in self._forward(images):
+            kept = self._keep(decoded, prepared)
+            for position, index in enumerate(indices):
+                found[index] = kept[position], self._tile_loss(raw, position, prepared, truths[index])
+        return [found[index] for index in range(len(images))]
+
+    def loss_names(self) -> list[str]:
+        """Names of the loss components, in the order of ``losses``."""
+        return self._tile_loss_of_model().names()
+
+    def _tile_loss_of_model(self) -> TileLoss:
+        if self._loss is None:
+            self._loss = TileLoss(self._model)
+        return self._loss
+
+    def _tile_loss(self, raw: dict, position: int, prepared: "_Prepared", truth: Truth) -> list[float]:
+        boxes, class_ids = targets_of(truth)
+        in_input = boxes * prepared.gain + np.array(prepared.pad_xy * 2, np.float32)
+        return self._tile_loss_of_model()(raw, position, in_input, class_ids, prepared.size_hw)
+
+    def _forward(self, images: Sequence[Image]) -> Iterator[tuple[list[int], "_Prepared", torch.Tensor, dict]]:
+        """One pass per tile shape: indices, geometry, decoded (B, 4 + K, A), raw head outputs."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(index)
+        for shape, indices in by_shape.items():
+            prepared = _Prepared.of(shape[:2], self.imgsz, self._stride)
+            batch = np.stack([prepared.apply(images[index]) for index in indices])
+            x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
+            with torch.inference_mode():
+                decoded, raw = self._model(x)
+            yield indices, prepared, decoded, raw
+
+    def _keep(self, decoded: torch.Tensor, prepared: "_Prepared") -> list[Detections]:
+        # One more than max_det is asked for, to know whether max_det cut anything.
+        found, kept_indices = non_max_suppression(
+            decoded,
+            conf_thres=self.nms.floor,
+            iou_thres=self.nms.iou,
+            max_det=self.nms.max_det + 1,
+            max_time_img=_NEVER_S,
+            return_idxs=True,
+        )
+        return [
+            self._detections(rows, decoded[i, 4:, indices.reshape(-1).long()].T, prepared)
+            for i, (rows, indices) in enumerate(zip(found, kept_indices, strict=True))
+        ]
+
+    def _detections(self, rows: torch.Tensor, vectors: torch.Tensor, prepared: "_Prepared") -> Detections:
+        boxes = prepared.undo(rows[: self.nms.max_det, :4].float().cpu().numpy())
+        scores = vectors[: self.nms.max_det].float().cpu().numpy()
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
+        return Detections(boxes[inside], scores[inside], saturated=len(rows) > self.nms.max_det)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """How tiles of one shape are brought to the model's input, and boxes back."""
+
+    tile_hw: tuple[int, int]
+    scaled_hw: tuple[int, int]
+    size_hw: tuple[int, int]
+    gain: float
+    pad_xy: tuple[int, int]
+
+    @classmethod
+    def of(cls, tile_hw: tuple[int, ...], imgsz: int, stride: int) -> "_Prepared":
+        height, width = tile_hw
+        gain = imgsz / max(height, width)
+        scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
+        size_h, size_w = (-(-side // stride) * stride for side in (scaled_h, scaled_w))
+        pad = (size_w - scaled_w) // 2, (size_h - scaled_h) // 2
+        return cls((height, width), (scaled_h, scaled_w), (size_h, size_w), gain, pad)
+
+    def apply(self, image: Image) -> Image:
+        if self.scaled_hw != self.tile_hw:
+            image = cv2.resize(image, self.scaled_hw[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+        if self.scaled_hw == self.size_hw:
+            return image
+        (x, y), (height, width) = self.pad_xy, self.scaled_hw
+        canvas = np.full((*self.size_hw, 3), _PAD_VALUE, np.uint8)
+        canvas[y : y + height, x : x + width] = image
+        return canvas
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        boxes = (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / np.float32(self.gain)
+        height, width = self.tile_hw
+        return np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
+
+
+def _open_weights(path: Path | str) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise WeightsError(f"no weights at {path}: give an existing .safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a safetensors file ({error}): other formats are not loaded") from None
+
+
+def _read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
+    file = _open_weights(path)
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)

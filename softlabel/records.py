@@ -1,0 +1,129 @@
+"""The Arrow schemas of what passes between the steps, and the row types that go with them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+BOX = pa.list_(pa.float32(), 4)
+"""xyxy in pixels of the tile, max edges exclusive."""
+
+TRUTH_BOX = pa.struct(
+    [
+        pa.field("box", BOX, nullable=False),
+        pa.field("class_id", pa.int32(), nullable=False),
+        pa.field("visible", pa.float32(), nullable=False),
+        pa.field("ignore", pa.bool_(), nullable=False),
+    ]
+)
+"""One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
+(0, 1]; ``ignore`` is set below the recipe's ``min_visible`` and for COCO crowds: such a box is left out of training
+and neither rewards nor punishes a detection in evaluation."""
+
+TILES = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("scene_id", pa.string(), nullable=False),
+        pa.field("scene_uri", pa.string(), nullable=False),
+        pa.field("window", pa.list_(pa.int32(), 4), nullable=False),
+        pa.field("bands", pa.list_(pa.int32(), 3), nullable=False),
+        pa.field("stretch", pa.list_(pa.float32(), 2)),
+        pa.field("split", pa.string()),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("truth", pa.list_(TRUTH_BOX)),
+        pa.field("labelled_classes", pa.list_(pa.int32())),
+        pa.field("crs", pa.string()),
+        pa.field("transform", pa.list_(pa.float64(), 6)),
+    ]
+)
+"""One tile: numbers, not pixels. ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three
+1-based bands read as red, green, blue; ``stretch`` the (low, high) raw values mapped to 0..255, null for 8 bit;
+``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
+scene's affine (a, b, c, d, e, f), null without a CRS."""
+
+LABELLED, REJECTED = "labelled", "rejected"
+LOSS_NAMES = b"softlabel.losses"
+"""Schema metadata of a store with losses: the components' names, comma-separated, in the order of the column."""
+
+
+def soft_labels_schema(num_classes: int) -> pa.Schema:
+    """One row per tile asked for, labelled (maybe with no boxes) or rejected with a reason.
+
+    ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
+    to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``saturated`` says that
+    max_det cut the list. ``losses`` (optional, for evaluation) holds per loss component the sum over the tile, and
+    last the normaliser that a mean over many tiles divides by.
+    """
+    return pa.schema(
+        [
+            pa.field("tile_id", pa.string(), nullable=False),
+            pa.field("boxes", pa.list_(BOX), nullable=False),
+            pa.field("scores", pa.list_(pa.list_(pa.float32(), num_classes)), nullable=False),
+            pa.field("objectness", pa.list_(pa.float32())),
+            pa.field("saturated", pa.bool_(), nullable=False),
+            pa.field("losses", pa.list_(pa.float32())),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("reason", pa.string()),
+            pa.field("retryable", pa.bool_(), nullable=False),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Nms:
+    """What is kept of a forward pass: boxes with a best score strictly above ``floor``, after class-wise greedy NMS."""
+
+    floor: float = 0.01
+    iou: float = 0.7
+    max_det: int = 1000
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending."""
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    saturated: bool = False
+
+    @property
+    def best(self) -> NDArray[np.float32]:
+        """(N,) score of the best class, what every threshold compares with."""
+        return self.scores.max(axis=1) if len(self.scores) else np.zeros(0, np.float32)
+
+    @property
+    def class_ids(self) -> NDArray[np.int64]:
+        """(N,) best class."""
+        return self.scores.argmax(axis=1) if len(self.scores) else np.zeros(0, np.int64)
+
+    def above(self, threshold: float) -> "Detections":
+        """Those whose best score is strictly above ``threshold``: the same as labelling at it (DESIGN, promise 1)."""
+        keep = self.best > np.float32(threshold)
+        return Detections(self.boxes[keep], self.scores[keep], self.saturated)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The truth of one tile: boxes (N, 4) float32, class_ids (N,) int32, ignore (N,) bool."""
+
+    boxes: NDArray[np.float32]
+    class_ids: NDArray[np.int32]
+    ignore: NDArray[np.bool_]
+
+    @classmethod
+    def from_row(cls, truth: list[dict] | None) -> "Truth":
+        """From the ``truth`` column of a tile row; null reads as no boxes."""
+        rows = truth or []
+        return cls(
+            np.array([row["box"] for row in rows], np.float32).reshape(-1, 4),
+            np.array([row["class_id"] for row in rows], np.int32),
+            np.array([row["ignore"] for row in rows], bool),
+        )
+
+
+def detections_from_row(row: dict) -> Detections:
+    """The detections of one soft-label row."""
+    boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
+    scores = np.array(row["scores"], np.float32) if len(boxes) else np.zeros((0, 0), np.float32)
+    return Detections(boxes, scores, row["saturated"])

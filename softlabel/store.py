@@ -1,0 +1,164 @@
+"""What is on disk: step folders named by a hash of what determines them, and files that appear whole or not at all.
+
+A run folder holds ``<step>-<hash>/`` folders. A step's last act is to write its marker (``done.json``) by rename, so
+half-finished work is never taken for a result.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from softlabel.errors import StoreError
+
+FORMAT_VERSION = 1
+DONE = "done.json"
+TILES_FILE = "tiles.parquet"
+SHARD_TILES = 64
+"""Tiles per row group of the tiles file: what labelling takes, and commits, at once."""
+
+
+def digest(value: Any) -> str:
+    """10 hex digits of the SHA-256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def file_digest(path: Path | str) -> str:
+    """10 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+def step_dir(run_dir: Path, name: str, inputs: Any) -> Path:
+    """The folder of a step: its name and a hash of all that determines its result, upstream folders included."""
+    return run_dir / f"{name}-{digest({'format_version': FORMAT_VERSION, 'inputs': inputs})}"
+
+
+def commit(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+
+    A kill at any moment leaves either the old file or the whole new one; temporary names start with a dot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Commit a JSON file; NaN is written as null, which JSON has a word for."""
+    text = json.dumps(_without_nan(value), indent=1)
+    commit(path, lambda temporary: _write_text(temporary, text))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of this project.
+
+    Raises:
+        StoreError: It is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing: run the step that makes it first") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}): delete it and run its step again") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Commit a text file."""
+    commit(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Commit a Parquet file."""
+    commit(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read one Parquet file of this project.
+
+    Raises:
+        StoreError: It is missing or broken.
+    """
+    try:
+        return pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing: run the step that makes it first") from None
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read ({error}): delete it and run its step again") from None
+
+
+def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None) -> list[dict]:
+    """The tile rows of a finished tile step, those of ``splits`` (null: all), in their order."""
+    table = read_table(folder / TILES_FILE)
+    if splits is not None:
+        table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
+    return (table.select(columns) if columns else table).to_pylist()
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Where a labelling step keeps the rows of one shard: a row group of the tiles, and the unit of a commit."""
+    return folder / f"shard-{shard:06d}.parquet"
+
+
+def read_soft_labels(folder: Path) -> Iterator[dict]:
+    """The rows of a finished labelling step, shard by shard.
+
+    Raises:
+        StoreError: It did not finish, or a shard is broken.
+    """
+    summary(folder)
+    for path in sorted(folder.glob("shard-*.parquet")):
+        yield from read_table(path).to_pylist()
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the step that writes ``folder`` finished."""
+    return (folder / DONE).exists()
+
+
+def finish(folder: Path, summary: dict) -> None:
+    """Mark a step's folder as finished, with what it has to say for itself."""
+    write_json(folder / DONE, {"format_version": FORMAT_VERSION, **summary})
+
+
+def summary(folder: Path) -> dict:
+    """What a finished step said for itself.
+
+    Raises:
+        StoreError: It did not finish, or a newer softlabel made it.
+    """
+    found = read_json(folder / DONE)
+    if found.get("format_version", 0) > FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} has format_version {found['format_version']}, this softlabel reads up to {FORMAT_VERSION}: "
+            "use a newer softlabel or another --run-dir"
+        )
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _without_nan(value.tolist())
+    return None if isinstance(value, float) and value != value else value

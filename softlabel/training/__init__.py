@@ -1,0 +1,1 @@
+"""Truth or soft labels to a student, on Ray Train."""

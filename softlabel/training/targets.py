@@ -1,0 +1,90 @@
+"""What a model learns from: tiles with boxes, from truth or from soft labels above a threshold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.errors import TrainingError
+from softlabel.records import LABELLED, Nms, Truth, detections_from_row
+from softlabel.store import read_soft_labels, read_tiles
+
+WEIGHTS = "weights.safetensors"
+"""What a finished training step leaves in its folder, beside done.json."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One training tile: its row (where its pixels are), boxes (N, 4) float32 xyxy tile pixels, class_ids (N,)."""
+
+    tile: dict
+    boxes: NDArray[np.float32]
+    class_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One model to train. It names the splits it may see, and no other is ever read."""
+
+    name: str
+    folder: Path
+    classes: tuple[str, ...]
+    model: str
+    weights: Path | None
+    args: dict[str, Any]
+    tiles: Path
+    split: str
+    val_split: str
+    soft_labels: Path | None
+    threshold: float | None
+    seed: int
+    nms: Nms
+
+    def targets(self) -> list[Target]:
+        """The training set.
+
+        Raises:
+            TrainingError: It has no box.
+        """
+        if self.soft_labels is None:
+            return truth_targets(self.tiles, self.split)
+        return soft_targets(self.tiles, self.split, self.soft_labels, self.threshold or 0.0)
+
+
+def truth_targets(tiles: Path, split: str) -> list[Target]:
+    """The tiles of a split with the boxes people drew; those that evaluation ignores are left out.
+
+    Raises:
+        TrainingError: The split has no tile with truth.
+    """
+    targets = []
+    for row in read_tiles(tiles, [split]):
+        if row["truth"] is not None:
+            truth = Truth.from_row(row["truth"])
+            targets.append(Target(row, truth.boxes[~truth.ignore], truth.class_ids[~truth.ignore].astype(np.int64)))
+    return _checked(targets, f"split {split} of {tiles} has no truth")
+
+
+def soft_targets(tiles: Path, split: str, store: Path, threshold: float) -> list[Target]:
+    """The tiles of a split with a teacher's boxes whose best score is strictly above ``threshold``.
+
+    A tile that was rejected in labelling is left out: it is not known to be background.
+
+    Raises:
+        TrainingError: No tile was labelled, or no box is above the threshold.
+    """
+    rows = {row["tile_id"]: row for row in read_tiles(tiles, [split])}
+    targets = []
+    for label in read_soft_labels(store):
+        if label["tile_id"] in rows and label["status"] == LABELLED:
+            kept = detections_from_row(label).above(threshold)
+            targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids))
+    return _checked(targets, f"no soft label of {store} is above {threshold:g}")
+
+
+def _checked(targets: list[Target], problem: str) -> list[Target]:
+    if not any(len(target.boxes) for target in targets):
+        raise TrainingError(f"nothing to train on: {problem}")
+    return targets

@@ -1,0 +1,325 @@
+"""The Ray Train loop: ultralytics' own trainer, one DDP rank per Ray worker, model after model.
+
+Import this module only inside a Ray Train worker: ultralytics reads RANK and WORLD_SIZE once, when it is imported,
+and Ray sets them before it calls the training function.
+"""
+
+import copy
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+from ultralytics import utils as ultralytics_utils
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import callbacks
+from ultralytics.utils.torch_utils import unwrap_model
+
+from softlabel.errors import TrainingError
+from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.losses import mean_losses
+from softlabel.labelling.yolo import Header, YoloDetector, load_matching, save_weights
+from softlabel.records import Truth
+from softlabel.store import commit, finish, is_done
+from softlabel.training.dataset import TileDataset
+from softlabel.training.targets import WEIGHTS, Target, TrainJob, truth_targets
+
+_STATE = "state.pt"
+_BATCH = 16  # tiles per forward pass when validating
+
+
+def train_models(jobs: list[TrainJob]) -> None:
+    """The training function of a Ray Train worker: train the jobs that are not done, one after the other.
+
+    Every epoch reports metrics and a checkpoint to Ray Train; after a failure Ray calls this again and the model in
+    flight goes on from there.
+    """
+    context = ray.train.get_context()
+    # A process alone is rank -1 to ultralytics: no distributed sampler, no broadcasts.
+    expected = context.get_world_rank() if context.get_world_size() > 1 else -1
+    if ultralytics_utils.RANK != expected:
+        raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
+    with tempfile.TemporaryDirectory() as scratch:
+        state = _restore(Path(scratch))
+        for job in jobs:
+            if not is_done(job.folder):
+                _train(job, Path(scratch) / job.name, state if state and state["job"] == job.folder.name else None)
+
+
+def _restore(scratch: Path) -> dict | None:
+    """The state in the last checkpoint that was reported, and its best weights laid where its trainer will look."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)
+        best = scratch / state["name"] / WEIGHTS
+        best.parent.mkdir(parents=True)
+        best.write_bytes((Path(folder) / WEIGHTS).read_bytes())
+    return state
+
+
+def _train(job: TrainJob, scratch: Path, state: dict | None) -> None:
+    started = time.monotonic()
+    targets = job.targets()
+    trainer = SoftLabelTrainer(job, targets, scratch, state)
+    if state is None or not state["ended"]:
+        trainer.train()
+    losses = _training_losses(job, targets, scratch / WEIGHTS)
+    digests = _gather(trainer.parameters_digest())
+    if ray.train.get_context().get_world_rank() == 0:
+        commit(job.folder / WEIGHTS, lambda path: shutil.copyfile(scratch / WEIGHTS, path))
+        seconds = time.monotonic() - started
+        finish(job.folder, {**trainer.summary(), "losses": losses, "rank_digests": digests, "seconds": seconds})
+
+
+class SoftLabelTrainer(DetectionTrainer):
+    """ultralytics' DetectionTrainer as one rank of a Ray Train worker group.
+
+    Its augmentation, EMA, warm-up, schedule and optimizer are untouched. Ours are: where the pixels and boxes come
+    from, the process group (Ray's), the validation (the project's own metric, on the validation split's truth) and
+    the checkpoint (tensors and plain values only, in full precision, reported to Ray Train).
+    """
+
+    def __init__(self, job: TrainJob, targets: list[Target], scratch: Path, state: dict | None) -> None:
+        context = ray.train.get_context()
+        self._job, self._targets, self._state = job, targets, state
+        self._val = truth_targets(job.tiles, job.val_split)
+        self._history: list[dict] = list(state["history"]) if state else []
+        device = ray.train.torch.get_device()
+        overrides = {
+            **job.args,
+            "model": job.model,
+            "device": "cpu" if device.type == "cpu" else str(device.index),
+            "save_dir": str(scratch),
+            "seed": job.seed,
+            "plots": False,
+            "pretrained": False,
+        }
+        no_integrations = mock.patch.object(callbacks, "add_integration_callbacks", lambda trainer: None)
+        with no_integrations:  # they report to other services, and into Ray Tune by themselves
+            super().__init__(overrides=overrides)
+        self.device, self.ddp, self.world_size = device, False, context.get_world_size()
+        self.add_callback("on_train_epoch_start", _seed_epoch)
+        self.add_callback("on_fit_epoch_end", SoftLabelTrainer._report)
+
+    def get_dataset(self) -> dict:
+        """What ultralytics reads from a data.yaml; the tiles themselves come from the job."""
+        names = dict(enumerate(self._job.classes))
+        return {"train": self._job.split, "val": self._job.val_split, "names": names, "nc": len(names), "channels": 3}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> TileDataset:
+        """The training set, or the validation set (whose loader only ultralytics' bookkeeping looks at)."""
+        return TileDataset(
+            self._targets if mode == "train" else self._val,
+            imgsz=self.args.imgsz,
+            batch_size=batch,
+            augment=mode == "train",
+            hyp=self.args,
+            cache=(self.args.cache or None) if mode == "train" else None,
+            stride=self.stride,
+            data=self.data,
+        )
+
+    def get_model(self, cfg: str | None = None, weights: object = None, verbose: bool = False) -> DetectionModel:
+        """The model from its yaml, starting from the job's safetensors where they fit."""
+        model = DetectionModel(cfg, nc=len(self._job.classes), ch=3, verbose=False)
+        if self._job.weights is not None:
+            fitting, total = load_matching(model, self._job.weights)
+            self._say(f"{fitting} of {total} tensors from {self._job.weights.name}")
+        return model
+
+    def resume_training(self, ckpt: dict | None) -> None:
+        """Go on from the state that was reported last."""
+        state = self._state
+        if state is None:
+            return
+        unwrap_model(self.model).load_state_dict(state["model"])
+        self.ema.ema.load_state_dict(state["ema"])
+        self.ema.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best_fitness = state["best_fitness"]
+        self.stopper.best_fitness, self.stopper.best_epoch = state["stopper"]
+        self.start_epoch = state["epoch"] + 1
+        self._say(f"resumed after epoch {self.start_epoch}/{self.epochs}")
+
+    def validate(self) -> tuple[dict | None, float | None]:
+        """mAP of the EMA model on the validation split's truth, by the metric that fills every table."""
+        for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
+            dist.broadcast(buffer, src=0)
+        detector = YoloDetector(copy.deepcopy(self.ema.ema), self.args.imgsz, self._job.nms, self.device)
+        mine = self._val[ray.train.get_context().get_world_rank() :: self.world_size]
+        found = [result for part in _gather(_validate(detector, mine)) for result in part]
+        metrics = evaluate(found, self._job.classes)
+        if self.best_fitness is None or self.best_fitness < metrics.map50:
+            self.best_fitness = metrics.map50
+        return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50
+
+    def save_model(self) -> bool:
+        """Write the EMA weights when they are the best so far; the rest is saved with the checkpoint."""
+        if self.best_fitness == self.fitness:
+            save_weights(self.save_dir / WEIGHTS, self.ema.ema, self._header())
+        return True
+
+    def final_eval(self) -> None:
+        """Nothing: the evaluation step does this on the test split, which a trainer never sees."""
+
+    def parameters_digest(self) -> float:
+        """A number that differs between ranks whose parameters differ."""
+        model = self.model
+        if not isinstance(model, nn.Module):  # nothing was left to train
+            return 0.0
+        return float(sum(parameter.double().abs().sum() for parameter in unwrap_model(model).parameters()))
+
+    def summary(self) -> dict:
+        """What happened, for the results table."""
+        args, epochs = self.args, len(self._history)
+        with_mosaic = epochs if not args.close_mosaic else min(epochs, max(self.epochs - args.close_mosaic, 0))
+        best = max(self._history, key=lambda row: row["map50"])
+        last = self._history[-1]
+        return {
+            "name": self._job.name,
+            "optimizer": last["optimizer"],
+            "lr0": last["lr0"],
+            "epochs": epochs,
+            "epochs_with_mosaic": with_mosaic if args.mosaic else 0,
+            "best_epoch": best["epoch"],
+            "val_map50": best["map50"],
+            "seed": self._job.seed,
+            "world_size": self.world_size,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "train_tiles": len(self._targets),
+            "train_boxes": sum(len(target.boxes) for target in self._targets),
+            "history": self._history,
+        }
+
+    def _setup_ddp(self) -> None:
+        """Ray Train has set up the process group already."""
+
+    def _setup_train(self) -> None:
+        with _ddp_without_device_ids() if self.device.type == "cpu" else nullcontext():
+            super()._setup_train()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        if not bool(torch.isfinite(self.loss)):
+            raise TrainingError(f"{self._job.name}: the loss is {float(self.loss)} in epoch {epoch + 1}: lower lr0")
+        return False
+
+    def _header(self) -> Header:
+        args = {**self._job.args, "optimizer": self.args.optimizer, "lr0": self.args.lr0}
+        return Header(unwrap_model(self.model).yaml, self._job.classes, self.args.imgsz, args)
+
+    def _report(self) -> None:
+        losses = {key.removesuffix("_loss"): float(value) for key, value in self.tloss.items()}
+        epoch = {"epoch": self.epoch + 1, "optimizer": self.args.optimizer, "lr0": self.args.lr0, "losses": losses}
+        if ray.train.get_context().get_world_rank() != 0:
+            self._history.append({**epoch, "map50": 0.0})
+            ray.train.report({"job": self._job.name})
+            return
+        metrics = {"map50": float(self.fitness), "map50_95": float(self.metrics["map50_95"])}
+        self._history.append({**epoch, **metrics})
+        self._say(
+            f"epoch {self.epoch + 1}/{self.epochs}, "
+            + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(self._state_now(), Path(folder) / _STATE)
+            (Path(folder) / WEIGHTS).write_bytes((self.save_dir / WEIGHTS).read_bytes())
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"job": self._job.name, **epoch, **metrics}, checkpoint=checkpoint)
+
+    def _state_now(self) -> dict:
+        return {
+            "job": self._job.folder.name,
+            "name": self._job.name,
+            "epoch": self.epoch,
+            "ended": bool(self.stop),
+            "model": unwrap_model(self.model).state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best_fitness": float(self.best_fitness or 0),
+            "stopper": (float(self.stopper.best_fitness), int(self.stopper.best_epoch)),
+            "history": self._history,
+        }
+
+    def _say(self, text: str) -> None:
+        if ray.train.get_context().get_world_rank() == 0:
+            print(f"{self._job.name}: {text}", flush=True)
+
+
+def _validate(detector: YoloDetector, targets: list[Target]) -> list[TileResult]:
+    reader, results = TileReader(), []
+    for start in range(0, len(targets), _BATCH):
+        chunk = targets[start : start + _BATCH]
+        images = [reader.read(target.tile) for target in chunk]
+        for target, found in zip(chunk, detector.detect(images), strict=True):
+            results.append(TileResult(Truth.from_row(target.tile["truth"]), found, _labelled(target.tile)))
+    reader.close()
+    return results
+
+
+def _labelled(tile: dict) -> tuple[int, ...] | None:
+    return None if tile["labelled_classes"] is None else tuple(tile["labelled_classes"])
+
+
+def _training_losses(job: TrainJob, targets: list[Target], weights: Path) -> dict[str, float]:
+    """The loss of the best weights on the training set, without augmentation, as the test split's is measured."""
+    context = ray.train.get_context()
+    detector = YoloDetector.from_weights(weights, job.nms)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    reader, mine, sums = TileReader(), targets[rank::world_size], []
+    for start in range(0, len(mine), _BATCH):
+        chunk = mine[start : start + _BATCH]
+        truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0) for t in chunk]
+        sums += detector.losses([reader.read(target.tile) for target in chunk], truths)
+    reader.close()
+    return mean_losses(detector.loss_names(), [row for part in _gather(sums) for row in part])
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    world_size = ray.train.get_context().get_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _seed_epoch(trainer: SoftLabelTrainer) -> None:
+    """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
+    seed = trainer.args.seed + ray.train.get_context().get_world_rank() + 1000 * (trainer.epoch + 1)
+    trainer.train_loader.generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _ddp_without_device_ids() -> Iterator[None]:
+    """On a CPU DDP takes no device ids, but ultralytics passes them. A subclass, since it unwraps by isinstance."""
+    original = nn.parallel.DistributedDataParallel
+
+    class CpuDistributedDataParallel(original):  # type: ignore[misc, valid-type]
+        def __init__(self, module: nn.Module, device_ids: object = None, **kwargs: Any) -> None:
+            super().__init__(module, **kwargs)
+
+    with mock.patch.object(nn.parallel, "DistributedDataParallel", CpuDistributedDataParallel):
+        yield

@@ -1,0 +1,181 @@
+"""The detector against ultralytics' own pieces, and promise 1: filtering at t equals labelling at t."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.nms import non_max_suppression
+
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.labelling.losses import mean_losses
+from softlabel.labelling.yolo import Header, YoloDetector, check_train_args, load_matching, load_model, save_weights
+from softlabel.records import Nms, Truth
+
+CLASSES = ("car", "plane", "ship")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DetectionModel("yolov5n.yaml", nc=3, verbose=False)
+    # A fresh model answers every pixel alike: let its normalisation see data, and its head spread the scores.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    for sequence in model.model[-1].cv3:
+        torch.nn.init.normal_(sequence[-1].weight, std=0.3)
+        torch.nn.init.constant_(sequence[-1].bias, -3.0)
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 96, 96))
+    model.args = get_cfg()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    shapes = [(96, 96), (96, 96), (50, 96), (128, 40), (96, 96)]
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+
+def detector(model, **nms):
+    return YoloDetector(copy.deepcopy(model), 96, Nms(**nms), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("max_det", [1000, 40])
+def test_filtering_at_a_threshold_equals_labelling_at_it(model, images, threshold, max_det):
+    low = detector(model, floor=0.01, max_det=max_det).detect(images)
+    high = detector(model, floor=threshold, max_det=max_det).detect(images)
+    assert sum(len(found.boxes) for found in high) > 0
+    assert sum(len(found.boxes) for found in low) > sum(len(found.boxes) for found in high) or max_det == 40
+    for filtered, labelled in zip([found.above(threshold) for found in low], high, strict=True):
+        np.testing.assert_array_equal(filtered.boxes, labelled.boxes)
+        np.testing.assert_array_equal(filtered.scores, labelled.scores)
+
+
+def test_saturation_is_said_and_only_where_something_was_cut(model, images):
+    everything = detector(model, floor=0.01).detect(images)
+    counts = [len(found.boxes) for found in everything]
+    limit = sorted(counts)[2]
+    cut = detector(model, floor=0.01, max_det=limit).detect(images)
+    assert not any(found.saturated for found in everything)
+    assert [found.saturated for found in cut] == [count > limit for count in counts]
+    assert any(found.saturated for found in cut) and not all(found.saturated for found in cut)
+
+
+def test_boxes_and_vectors_equal_ultralytics_own_nms(model, images):
+    square = [images[0], images[1]]
+    found = detector(model, floor=0.05).detect(square)
+    x = torch.from_numpy(np.stack(square)).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        decoded, _ = copy.deepcopy(model).eval().fuse(verbose=False)(x)
+    for ours, theirs in zip(found, non_max_suppression(decoded, 0.05, 0.7, max_det=1000), strict=True):
+        boxes = theirs[:, :4].numpy().clip(0, 96)
+        np.testing.assert_allclose(ours.boxes, boxes, atol=1e-3)
+        np.testing.assert_allclose(ours.best, theirs[:, 4].numpy(), atol=1e-5)
+        np.testing.assert_array_equal(ours.class_ids, theirs[:, 5].numpy().astype(int))
+        assert ours.scores.shape == (len(boxes), 3)
+
+
+def test_a_tile_s_boxes_do_not_depend_on_its_batch(model, images):
+    together = detector(model, floor=0.03).detect(images)
+    for image, found in zip(images, together, strict=True):
+        alone = detector(model, floor=0.03).detect([image])[0]
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-2)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-4)
+
+
+def test_boxes_lie_in_their_tile_and_have_area(model, images):
+    for image, found in zip(images, detector(model, floor=0.001).detect(images), strict=True):
+        height, width = image.shape[:2]
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 2] <= width).all() and (found.boxes[:, 3] <= height).all()
+        assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
+
+
+def test_nothing_in_nothing_out(model):
+    assert detector(model).detect([]) == []
+
+
+def test_losses_of_tiles_add_up_to_the_loss_of_the_batch(model, images):
+    truths = [
+        Truth(np.array([[10, 10, 40, 50]], np.float32), np.array([1], np.int32), np.array([False])),
+        Truth(np.array([[5, 60, 30, 90], [50, 50, 70, 80]], np.float32), np.array([0, 2], np.int32), np.zeros(2, bool)),
+    ]
+    one = detector(model)
+    ours = mean_losses(one.loss_names(), one.losses([images[0], images[1]], truths))
+    reference = copy.deepcopy(model).eval().fuse(verbose=False)
+    x = torch.from_numpy(np.stack(images[:2])).permute(0, 3, 1, 2).float() / 255
+    boxes = np.concatenate([truth.boxes for truth in truths])
+    batch = {
+        "img": x,
+        "batch_idx": torch.tensor([0.0, 1, 1]),
+        "cls": torch.tensor([[1.0], [0], [2]]),
+        "bboxes": torch.from_numpy(np.c_[(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]] / 96),
+    }
+    with torch.inference_mode():
+        _, items = reference.loss(batch)
+    theirs = {name.removesuffix("_loss"): float(value) for name, value in items.items()}
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_ignored_truth_is_left_out_of_the_loss(model, images):
+    box = np.array([[10, 10, 40, 50]], np.float32)
+    ignored = Truth(box, np.array([1], np.int32), np.array([True]))
+    one = detector(model)
+    assert one.losses([images[0]], [ignored]) == one.losses([images[0]], [Truth.from_row(None)])
+
+
+def test_weights_come_back_as_they_were_saved(model, images, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, Header(model.yaml, CLASSES, 96, {"box": 7.5}))
+    loaded, header = load_model(path)
+    assert (header.classes, header.imgsz) == (CLASSES, 96)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value)
+    found = YoloDetector.from_weights(path, Nms(floor=0.05)).detect(images)
+    for ours, theirs in zip(found, detector(model, floor=0.05).detect(images), strict=True):
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-3)
+
+
+def test_tensors_that_fit_start_another_class_list(model, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, Header(model.yaml, CLASSES, 96, {}))
+    other = DetectionModel("yolov5n.yaml", nc=5, verbose=False)
+    fitting, total = load_matching(other, path)
+    assert 300 < fitting < total
+    torch.testing.assert_close(other.state_dict()["model.0.conv.weight"], model.state_dict()["model.0.conv.weight"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not tensors", b"\x80\x04cposix\nsystem\n."])
+def test_what_is_not_safetensors_is_refused(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        load_model(path)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(WeightsError, match=r"no weights at .*gone\.safetensors"):
+        load_model(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"epoch": 3}, r"student\.args\.epoch is no ultralytics train argument"),
+        ({"device": "cpu"}, "device is set by softlabel"),
+        ({"epochs": "many"}, "epochs"),
+    ],
+)
+def test_wrong_train_arguments_are_named(args, message):
+    with pytest.raises(RecipeError, match=message):
+        check_train_args(args, "student")
+
+
+def test_right_train_arguments_pass():
+    check_train_args({"epochs": 3, "optimizer": "SGD", "mosaic": 0.5, "cache": "ram"}, "student")

@@ -1,0 +1,274 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import rasterio
+
+from softlabel import store
+from softlabel.config import Recipe
+from softlabel.errors import RecipeError, SceneError, TruthError
+from softlabel.imagery import run, tiles
+from softlabel.imagery.scenes import TileReader
+from softlabel.records import TILES, Truth
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+SHARED = os.environ.get("SOFTLABEL_SHARED")
+needs_shared = pytest.mark.skipif(not SHARED, reason="set SOFTLABEL_SHARED to the folder of real data (its README.md)")
+ONE_SPLIT = {"train_1": 1, "train_2": 0, "test": 0, "validation": 0}
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+class World:
+    """A folder of noise scenes, a COCO truth, and recipes over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.images, self.annotations = folder, [], []
+        (folder / "scenes").mkdir()
+
+    def scene(self, name, boxes=(), width=64, height=48, listed=True, **facts):
+        pixels = np.random.default_rng(len(name)).integers(1, 255, (3, height, width), np.uint8)
+        driver = "GTiff" if name.endswith("tif") else "JPEG"
+        size = {"width": width, "height": height, "count": 3, "dtype": "uint8"}
+        with rasterio.open(self.folder / "scenes" / name, "w", driver=driver, **size) as file:
+            file.write(pixels)
+        if listed:
+            self.images.append({"id": name, "file_name": name, **facts})
+        for x0, y0, x1, y1 in boxes:
+            box = {"image_id": name, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            self.annotations.append({"id": 100 + len(self.annotations), **box})
+        return self.folder / "scenes" / name
+
+    def recipe(self, **settings):
+        path = self.folder / "truth.json"
+        categories = [{"id": 1, "name": "car"}]
+        path.write_text(json.dumps({"images": self.images, "annotations": self.annotations, "categories": categories}))
+        truth = {"format": "coco", "path": str(path)}
+        settings = {
+            "scenes": str(self.folder / "scenes"),
+            "truth": truth,
+            "size_px": 32,
+            "split": ONE_SPLIT,
+            **settings,
+        }
+        return Recipe(name="test", classes=("car",), tiles=settings)
+
+    def tile(self, **settings):
+        step = run.tile(self.recipe(**settings), self.folder / "runs")
+        rows = pq.read_table(step / run.TILES_FILE).to_pylist()
+        rejected = [json.loads(line) for line in (step / run.REJECTED_FILE).read_text().splitlines()]
+        return rows, rejected, store.summary(step)
+
+
+def test_tiles_hold_windows_and_clipped_truth(world):
+    world.scene("a.tif", [(30, 4, 40, 10)], group="g", labelled_categories=["car"])
+    rows, rejected, summary = world.tile()
+    assert [row["tile_id"] for row in rows] == [f"a.tif#{c}_{r}_32x32" for r in (0, 16) for c in (0, 32)]
+    left, right, *below = (Truth.from_row(row["truth"]) for row in rows)
+    np.testing.assert_allclose(left.boxes, [[30, 4, 32, 10]])
+    np.testing.assert_allclose(right.boxes, [[0, 4, 8, 10]])
+    assert (left.ignore.tolist(), right.ignore.tolist(), [len(t.boxes) for t in below]) == ([True], [False], [0, 0])
+    assert rows[0]["truth"][0]["visible"] == pytest.approx(0.2)
+    assert (rows[0]["group"], rows[0]["split"], rows[0]["labelled_classes"]) == ("g", "train_1", [0])
+    assert rows[3]["truth"] == [] and rows[0]["crs"] is None and rows[0]["transform"] is None
+    assert not rejected
+    assert (summary["tiles"], summary["background"], summary["boxes"], summary["ignored"]) == (4, 3, {"car": 1}, 1)
+    assert summary["mean_tile_px"] == [32, 32] and summary["splits"] == {"train_1": 4}
+
+
+def test_tiles_can_be_read(world):
+    path = world.scene("a.tif")
+    rows, _, _ = world.tile(bands=[3, 1, 2])
+    with rasterio.open(path) as file:
+        pixels = file.read([3, 1, 2])
+    np.testing.assert_array_equal(TileReader().read(rows[3]), pixels[:, 16:, 32:].transpose(1, 2, 0))
+
+
+def test_row_groups_are_shards_in_order(world):
+    for index in range(3):
+        world.scene(f"{index}.tif", width=32 * 8, height=32 * 5)
+    step = run.tile(world.recipe(), world.folder / "runs")
+    file = pq.ParquetFile(step / run.TILES_FILE)
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [tiles.SHARD_TILES, 56]
+    assert file.schema_arrow == TILES
+    rows = file.read().to_pylist()
+    order = [(row["scene_id"], row["window"][1], row["window"][0]) for row in rows]
+    assert order == sorted(order)
+
+
+def test_bad_scenes_and_boxes_cost_nothing_else(world):
+    world.scene("good.tif", [(1, 1, 9, 9), (100, 1, 109, 9), (60, 40, 70, 50)])
+    world.scene("missing.tif", [(1, 1, 9, 9)]).unlink()
+    cut = world.scene("cut.tif", [(1, 1, 9, 9), (1, 1, 9, 9)])
+    cut.write_bytes(cut.read_bytes()[:5000])
+    photo = world.scene("cut.jpg")
+    photo.write_bytes(photo.read_bytes()[:1500])
+    world.scene("empty.jpg").write_bytes(b"")
+    world.scene("resized.tif", [(1, 1, 9, 9)], width=64, height=48, **{})
+    world.images[-1] |= {"width": 128, "height": 96}
+    rows, rejected, summary = world.tile()
+    assert {row["scene_id"] for row in rows if row["truth"] is not None} == {"good.tif"}
+    assert {row["scene_id"] for row in rows if row["truth"] is None} == {"resized.tif"}
+    by_file = {(row["kind"], Path(row["file"]).name, row["row"]): row["reason"] for row in rejected}
+    assert set(by_file) == {
+        ("truth", "truth.json", 101),
+        ("truth", "truth.json", None),
+        *(("scene", name, None) for name in ("cut.tif", "cut.jpg", "empty.jpg")),
+    }
+    assert "outside its image of 64x48" in by_file["truth", "truth.json", 101]
+    assert "2 truth boxes left out" in by_file["scene", "cut.tif", None]
+    assert any("scene not found" in row["reason"] and "missing.tif" in row["reason"] for row in rejected)
+    assert any("drawn on (128, 96)" in row["reason"] for row in rejected)
+    assert (summary["scenes"], summary["scenes_rejected"], summary["truth_rejected"]) == (2, 3, 3)
+    assert summary["boxes"] == {"car": 2}
+
+
+def test_done_once_and_again_when_something_changes(world, monkeypatch):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    recipe, runs = world.recipe(), world.folder / "runs"
+    first = run.tile(recipe, runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "read_truth", lambda *_: pytest.fail("did it again"))
+        assert run.tile(recipe, runs) == first
+        assert run.tile(recipe.model_copy(update={"name": "other"}), runs) == first
+    assert run.tile(recipe.model_copy(update={"seed": 1}), runs) != first
+    world.scene("b.tif")
+    more = run.tile(world.recipe(), runs)
+    world.annotations.pop()
+    assert len({first, more, run.tile(world.recipe(), runs)}) == 3
+    assert (first / "recipe.yaml").exists() and not list(first.glob(".*"))
+
+
+def test_half_a_step_is_done_again(world, monkeypatch):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    with monkeypatch.context() as patch:
+        patch.setattr(run.store, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            world.tile()
+    assert world.tile()[2]["tiles"] == 4
+
+
+def test_an_archive_without_truth_has_no_splits(world):
+    world.scene("a.tif", listed=False)
+    rows, _, summary = world.tile(truth=None, split={})
+    assert {(row["truth"], row["split"], row["group"]) for row in rows} == {(None, None, "a.tif")}
+    assert summary["splits"] == {"none": 4} and summary["background"] == 0
+
+
+def test_scenes_that_the_truth_does_not_mention(world):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    world.scene("b.tif", listed=False)
+    rows, _, _ = world.tile()
+    assert {(row["scene_id"], row["truth"] is None, row["split"]) for row in rows} == {
+        ("a.tif", False, "train_1"),
+        ("b.tif", True, None),
+    }
+    path = world.folder / "xview.geojson"
+    properties = {"bounds_imcoords": "1,1,9,9", "type_id": 18, "image_id": "a.tif"}
+    path.write_text(json.dumps({"features": [{"properties": properties}]}))
+    truth = {"format": "xview", "path": str(path), "mapping": {18: "car"}}
+    rows, _, _ = world.tile(truth=truth)  # looked at, and empty
+    assert [row["truth"] for row in rows if row["scene_id"] == "b.tif"] == [[]] * 4
+    assert {row["split"] for row in rows} == {"train_1"}
+
+
+def test_splits_from_the_truth(world):
+    for name, split in {"a.tif": "train_1", "b.tif": "test", "c.tif": None}.items():
+        world.scene(name, [(1, 1, 9, 9)], split=split, group="same")
+    rows, _, summary = world.tile(split="truth")
+    assert {row["scene_id"]: row["split"] for row in rows} == {"a.tif": "train_1", "b.tif": "test", "c.tif": None}
+    assert summary["groups_in_two_splits"] == 1
+
+
+def test_splits_go_by_group(world):
+    for index in range(30):
+        world.scene(f"{index}.tif", [(1, 1, 9, 9)], group=f"g{index // 3}")
+    rows, _, summary = world.tile(split={})
+    assert set(summary["splits"]) == {"train_1", "val_1", "train_2", "val_2", "test"}
+    assert len({(row["group"], row["split"]) for row in rows}) == 10
+    assert summary["groups_in_two_splits"] == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.5])
+def test_background_is_the_share_asked_for(world, share):
+    for index in range(24):
+        world.scene(f"{index}.tif", [(x, 1, x + 9, 9) for x in range(0, 10 * 32, 32)], width=640, height=64)
+    split = {"train_1": 0.5, "train_2": 0, "test": 0.5, "validation": 0}
+    rows, _, _ = world.tile(background=share, split=split)
+    for name in ("train_1", "test"):
+        empty = [not row["truth"] for row in rows if row["split"] == name]
+        assert len(empty) - sum(empty) == 120
+        assert np.mean(empty) == pytest.approx(share, abs=0.05)
+
+
+def test_background_never_thins_what_nobody_looked_at(world):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    world.scene("b.tif", listed=False)
+    rows, _, _ = world.tile(background=0.0)
+    assert [row["tile_id"] for row in rows] == [
+        "a.tif#0_0_32x32",
+        *(f"b.tif#{c}_{r}_32x32" for r in (0, 16) for c in (0, 32)),
+    ]
+
+
+def test_errors_name_what_to_do(world):
+    with pytest.raises(SceneError, match=r"no scenes.*tiles\.scenes"):
+        world.tile()
+    world.scene("bad.tif").write_bytes(b"")
+    with pytest.raises(SceneError, match=r"none of 1 scenes can be read.*bad\.tif"):
+        world.tile()
+    world.scene("a.tif")
+    with pytest.raises(RecipeError, match="empty split"):
+        world.tile(split={})
+    with pytest.raises(RecipeError, match=r"empty split train_1.*background"):
+        world.tile(background=0.0)
+    with pytest.raises(RecipeError, match=r"tiles\.split"):
+        world.tile(split="truth")
+    with pytest.raises(RecipeError, match=r"tiles\.stretch"):
+        world.tile(stretch=(9, 3))
+    world.images = [{"id": 1, "file_name": "other.tif"}]
+    with pytest.raises(TruthError, match=r"none of the scenes.*other\.tif.*a\.tif"):
+        world.tile()
+
+
+def test_synthetic_scenes(tmp_path, capsys):
+    settings = {"synthetic": {"num_scenes": 6, "scene_size_px": 256}, "size_px": 128}
+    recipe = Recipe(name="test", classes=("plane", "car"), tiles=settings)
+    summary = store.summary(run.tile(recipe, tmp_path))
+    assert capsys.readouterr().out.count("\n") == 1
+    assert (summary["scenes"], summary["tiles"], summary["truth_rejected"]) == (6, 24, 0)
+    assert summary["truth_dropped"] > 0  # ships are not among the classes
+    assert sum(summary["boxes"].values()) > 0
+    truth = {"format": "xview", "path": "", "mapping": {40: "boat"}, "other_classes": "drop"}
+    boats = Recipe(name="test", classes=("boat",), tiles={**settings, "truth": truth})
+    assert store.summary(run.tile(boats, tmp_path))["boxes"]["boat"] > 0
+    assert len(list(tmp_path.glob("scenes-*"))) == 1
+
+
+@needs_shared
+def test_real_overhead_images(tmp_path):
+    folder = Path(str(SHARED)) / "overhead"
+    truth = {"format": "coco", "path": str(folder / "instances.json")}
+    settings = {"scenes": str(folder), "truth": truth, "split": "truth"}
+    recipe = Recipe(name="real", classes=("plane", "ship", "car"), tiles=settings)
+    summary = store.summary(run.tile(recipe, tmp_path))
+    assert (summary["scenes"], summary["scenes_rejected"], summary["truth_rejected"]) == (1077, 0, 0)
+    assert summary["boxes"]["plane"] == 2996 and summary["groups_in_two_splits"] == 0
+
+
+@needs_shared
+def test_real_16_bit_scenes(tmp_path):
+    recipe = Recipe(name="real", classes=("vessel",), tiles={"scenes": f"{SHARED}/scenes", "size_px": 256})
+    rows = pq.read_table(run.tile(recipe, tmp_path) / run.TILES_FILE).to_pylist()
+    reader = TileReader()
+    for row in rows:
+        pixels = reader.read(row)
+        assert row["crs"] and (row["stretch"] is None) == row["scene_id"].startswith("rasterio")
+        assert pixels.shape == (256, 256, 3)
+    assert np.ptp(reader.read(rows[-1])) > 100
