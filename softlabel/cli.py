@@ -147,6 +147,8 @@ def _ray_session() -> Iterator[None]:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     joined = bool(address) and not address.startswith("http")
+    if not joined:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a cluster of one's own, but it warns
     # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
     ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
     try:

@@ -66,9 +66,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
         train(recipe, [student.job for student in students], run_dir)
     models = [*truths.values(), *students, *(t for i, t in teachers.items() if t.job != truths[i].job)]
     with steps.next("label the test split with every model"):
-        jobs = [
-            label_job(recipe, model.job.name, model.weights, tiles, ["test"], with_losses=True) for model in models
-        ]
+        jobs = [label_job(recipe, model.job.name, model.weights, tiles, ["test"], with_losses=True) for model in models]
         found = dict(zip([model.job.name for model in models], label(recipe, jobs, run_dir), strict=True))
     with steps.next("evaluate"):
         results, all_curves = _results(recipe, run_dir, tiles, models, found, folders)
@@ -138,9 +136,7 @@ def _names(models: list[_Student]) -> str:
 def _results(
     recipe: Recipe, run_dir: Path, tiles: Path, models: list[_Student], found: dict[str, Path], stores: dict[int, Path]
 ) -> tuple[dict, dict]:
-    evaluated = {
-        name: evaluate_store(recipe, name, tiles, "test", store, run_dir) for name, store in found.items()
-    }
+    evaluated = {name: evaluate_store(recipe, name, tiles, "test", store, run_dir) for name, store in found.items()}
     rows = [_model_row(recipe, model, numbers(evaluated[model.job.name])) for model in models]
     by_name = {row["name"]: row for row in rows}
     for row in rows:

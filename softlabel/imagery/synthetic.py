@@ -62,7 +62,12 @@ class Plan:
         self.things: list[Thing] = []
         self._zones = np.full((self.size_px, self.size_px), _LAND, np.uint8)
         palette = {"grass": (92, 112, 62), "soil": (158, 134, 100), "sand": (204, 186, 146), "water": (34, 74, 98)}
-        palette |= {"asphalt": (92, 94, 98), "concrete": (148, 146, 138), "paint": (214, 214, 204), "line": (196, 168, 62)}
+        palette |= {
+            "asphalt": (92, 94, 98),
+            "concrete": (148, 146, 138),
+            "paint": (214, 214, 204),
+            "line": (196, 168, 62),
+        }
         self.colours: dict[str, Colour] = {name: drawing.tint(rng, palette[name], 16) for name in palette}
 
     def at(self, u: float, v: float) -> Points:
@@ -89,7 +94,9 @@ class Plan:
         if name not in ("paint", "line"):
             cv2.fillPoly(self._zones, [drawing.fixed_point(polygon)], zone, shift=4)
 
-    def add(self, shape: list[Part], spot: Spot, zone: int | None, height_px: float = 0, label: str | None = None) -> bool:
+    def add(
+        self, shape: list[Part], spot: Spot, zone: int | None, height_px: float = 0, label: str | None = None
+    ) -> bool:
         """Put a shape where its whole hull lies on free ground of ``zone`` (None: anywhere); else return False."""
         faint = 0.62 * self.difficulty + self.rng.uniform(-0.1, 0.1) * min(1, 2 * self.difficulty)
         thing = Thing(drawing.place(shape, *spot), height_px, float(np.clip(1 - faint, 0.2, 1)), label)
@@ -306,7 +313,10 @@ def _parking(plan: Plan) -> None:
     """Two roads that cross, car parks between them, buildings with things on their roofs."""
     size, rng = plan.size_px, plan.rng
     v, u = rng.uniform(-0.1, 0.1, 2) * size
-    spots = [*_lot(plan, (u + 40, v + 40, u + 0.4 * size, v + 134)), *_lot(plan, (u - 0.36 * size, v - 84, u - 40, v - 36))]
+    spots = [
+        *_lot(plan, (u + 40, v + 40, u + 0.4 * size, v + 134)),
+        *_lot(plan, (u - 0.36 * size, v - 84, u - 40, v - 36)),
+    ]
     spots += [spot for _ in range(4) for spot in _road(plan, v, 0)]
     spots += _road(plan, u, np.pi / 2) if rng.random() < 0.6 else []
     plan.fill("car", plan.count(18, 42), _LOT, _any_of(rng, spots))

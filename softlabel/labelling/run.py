@@ -4,6 +4,7 @@ Work is dealt out in shards, the row groups of the tiles file. A shard's rows ar
 name by rename, so a shard done twice (a retried task, a rerun) is still there once, and a rerun does what is missing.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def _run(execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path]
     _check_room(execution)
     work = [{"job": i, "shard": shard} for i, shards in missing.items() for shard, _ in shards]
     total = sum(count for shards in missing.values() for _, count in shards)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = None  # a block is a shard: the model must see it whole to commit it whole

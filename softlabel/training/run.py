@@ -1,5 +1,6 @@
 """The training step: any number of models in one Ray Train launch, since starting one costs half a minute and more."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.records import Nms
 from softlabel.store import digest, file_digest, is_done, step_dir, summary, write_text
 from softlabel.training.targets import TrainJob, truth_targets
+
+# Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 # Nothing here may import ultralytics at the top: a Ray worker imports this module before Ray sets RANK, which
 # ultralytics reads once.

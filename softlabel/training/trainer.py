@@ -5,6 +5,7 @@ and Ray sets them before it calls the training function.
 """
 
 import copy
+import logging
 import random
 import shutil
 import tempfile
@@ -50,8 +51,9 @@ def train_models(jobs: list[TrainJob]) -> None:
     context = ray.train.get_context()
     # A process alone is rank -1 to ultralytics: no distributed sampler, no broadcasts.
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
-    if ultralytics_utils.RANK != expected:
+    if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines per epoch that say less than ours
     with tempfile.TemporaryDirectory() as scratch:
         state = _restore(Path(scratch))
         for job in jobs:
@@ -183,7 +185,7 @@ class SoftLabelTrainer(DetectionTrainer):
         model = self.model
         if not isinstance(model, nn.Module):  # nothing was left to train
             return 0.0
-        return float(sum(parameter.double().abs().sum() for parameter in unwrap_model(model).parameters()))
+        return float(sum(p.detach().double().abs().sum() for p in unwrap_model(model).parameters()))
 
     def summary(self) -> dict:
         """What happened, for the results table."""
