@@ -7,18 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
-
 import softlabel
 from softlabel.config import Recipe, dump_recipe, load_recipe
-from softlabel.errors import RecipeError, SoftlabelError, StoreError
-from softlabel.evaluation.run import evaluate_store, numbers
-from softlabel.experiment import experiment
-from softlabel.imagery.run import tile
-from softlabel.labelling.run import LabelJob, label, label_job
-from softlabel.store import is_done
-from softlabel.training.run import train, train_job, validation_split
-from softlabel.training.targets import TrainJob
+from softlabel.errors import SoftlabelError
+
+# Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
+# recipe is answered at once.
 
 DEMO_RECIPE = Path(softlabel.__file__).parent.parent / "jobs" / "recipes" / "demo.yaml"
 
@@ -42,41 +36,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="softlabel", description=softlabel.__doc__)
-    parser.add_argument("--version", action="version", version=softlabel.__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (_, purpose) in _VERBS.items():
-        verb = verbs.add_parser(name, help=purpose, description=purpose)
-        default = DEMO_RECIPE if name == "demo" else None
-        verb.add_argument("--config", type=Path, default=default, required=default is None, help="the recipe, YAML")
-        verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
-        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
-        verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    return parser
-
-
 def _tile(recipe: Recipe, run_dir: Path) -> None:
-    print(tile(recipe, run_dir))
+    print(_tiles(recipe, run_dir))
 
 
 def _label(recipe: Recipe, run_dir: Path) -> None:
-    job = _own_label_job(recipe, tile(recipe, run_dir))
+    from softlabel.labelling.run import label, recipe_label_job
+
+    job = recipe_label_job(recipe, _tiles(recipe, run_dir))
     with _ray_session():
         (folder,) = label(recipe, [job], run_dir)
     print(folder)
 
 
 def _train(recipe: Recipe, run_dir: Path) -> None:
-    job = _own_train_job(recipe, run_dir)
+    from softlabel.training.run import recipe_train_job, train
+
+    tiles = _tiles(recipe, run_dir)
+    job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
     with _ray_session():
         train(recipe, [job], run_dir)
     print(job.folder)
 
 
 def _evaluate(recipe: Recipe, run_dir: Path) -> None:
-    tiles = tile(recipe, run_dir)
-    store = _own_store(recipe, tiles, run_dir)
+    from softlabel.evaluation.run import evaluate_store, numbers
+
+    tiles = _tiles(recipe, run_dir)
+    store = _store(recipe, run_dir, tiles)
     folder = evaluate_store(recipe, "labels", tiles, recipe.evaluate.split, store, run_dir)
     found = numbers(folder)
     print(", ".join(f"{key} {found[key]}" for key in ("map50", "map50_95", "f1", "f1_conf")))
@@ -84,6 +71,8 @@ def _evaluate(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _experiment(recipe: Recipe, run_dir: Path) -> None:
+    from softlabel.experiment import experiment
+
     with _ray_session():
         experiment(recipe, run_dir)
 
@@ -98,44 +87,42 @@ _VERBS: dict[str, tuple[Callable[[Recipe, Path], None], str]] = {
 }
 
 
-def _own_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
-    if recipe.label.weights is None:
-        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
-    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="softlabel", description=softlabel.__doc__)
+    parser.add_argument("--version", action="version", version=softlabel.__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (_, purpose) in _VERBS.items():
+        verb = verbs.add_parser(name, help=purpose, description=purpose)
+        default = DEMO_RECIPE if name == "demo" else None
+        verb.add_argument("--config", type=Path, default=default, required=default is None, help="the recipe, YAML")
+        verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
+        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
+        verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    return parser
 
 
-def _own_store(recipe: Recipe, tiles: Path, run_dir: Path) -> Path:
-    store = _own_label_job(recipe, tiles).folder(run_dir)
-    if not is_done(store):
-        raise StoreError(f"{store} is not finished: run `softlabel label` with the same recipe and --set first")
-    return store
+def _tiles(recipe: Recipe, run_dir: Path) -> Path:
+    from softlabel.imagery.run import tile
+
+    return tile(recipe, run_dir)
 
 
-def _own_train_job(recipe: Recipe, run_dir: Path) -> TrainJob:
-    settings, tiles = recipe.train, tile(recipe, run_dir)
-    soft = settings.labels == "soft"
-    return train_job(
-        recipe,
-        run_dir,
-        "student",
-        settings.student,
-        tiles=tiles,
-        split=settings.split,
-        val_split=validation_split(tiles, settings.split, settings.labels),
-        soft_labels=_own_store(recipe, tiles, run_dir) if soft else None,
-        threshold=settings.threshold if soft else None,
-    )
+def _soft(recipe: Recipe) -> bool:
+    return recipe.train.labels == "soft"
 
 
-def plan(recipe: Recipe) -> dict[str, str]:
-    """What a run would work on and with, without reading a pixel or writing a file."""
-    return {}
+def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
+    from softlabel.labelling.run import finished_store, recipe_label_job
+
+    return finished_store(recipe_label_job(recipe, tiles), run_dir)
 
 
 def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
+    from softlabel.imagery.plan import plan
+
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
-    for key, value in plan(recipe).items():
-        print(f"# {key}: {value}")
+    for line in plan(recipe):
+        print(f"# {line}")
 
 
 @contextmanager
@@ -145,10 +132,10 @@ def _ray_session() -> Iterator[None]:
     A bare ray.init() would attach to whatever Ray happens to run here. RAY_ADDRESS with http:// is where jobs are
     submitted to, not a cluster to join.
     """
+    import ray
+
     address = os.environ.get("RAY_ADDRESS", "")
     joined = bool(address) and not address.startswith("http")
-    if not joined:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a cluster of one's own, but it warns
     # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
     ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
     try:

@@ -89,6 +89,29 @@ def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, split
     return LabelJob(name, Path(weights), tiles, None if splits is None else tuple(splits), imgsz, nms, with_losses)
 
 
+def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
+    """The job that a recipe's own ``label`` section describes.
+
+    Raises:
+        RecipeError: It names no weights.
+    """
+    if recipe.label.weights is None:
+        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
+    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)
+
+
+def finished_store(job: LabelJob, run_dir: Path) -> Path:
+    """The store that a job has filled.
+
+    Raises:
+        StoreError: It has not, or not all of it.
+    """
+    folder = job.folder(run_dir)
+    if not is_done(folder):
+        raise StoreError(f"{folder} is not finished: run `softlabel label` with the same recipe and --set first")
+    return folder
+
+
 def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path) -> list[Path]:
     """Run labelling jobs that are not done yet, all in one Ray Data run, and return their stores.
 

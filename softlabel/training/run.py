@@ -69,6 +69,22 @@ def train_job(
     )
 
 
+def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None) -> TrainJob:
+    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth."""
+    settings = recipe.train
+    return train_job(
+        recipe,
+        run_dir,
+        "student",
+        settings.student,
+        tiles=tiles,
+        split=settings.split,
+        val_split=validation_split(tiles, settings.split, settings.labels),
+        soft_labels=store,
+        threshold=settings.threshold if store else None,
+    )
+
+
 def validation_split(tiles: Path, split: str, labels: str) -> str:
     """The split on whose truth a model's choices are made.
 
