@@ -1,6 +1,8 @@
 """Judge labels against a split's truth.
 
-ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/recipes/overhead.yaml --run-dir /shared/runs/overhead
+ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+
+The labels are those that jobs/label.py made with the same recipe and --set label.weights.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Label tiles with a teacher's weights, keeping every box above the floor.
 
-ray job submit --working-dir . -- python jobs/label.py --config jobs/recipes/overhead.yaml --run-dir /shared/runs/overhead
+ray job submit --working-dir . -- python jobs/label.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+
+The weights come with --set label.weights=/shared/weights/teacher.safetensors.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Cut scenes and truth into tiles.
 
-ray job submit --working-dir . -- python jobs/tile.py --config jobs/recipes/overhead.yaml --run-dir /shared/runs/overhead
+ray job submit --working-dir . -- python jobs/tile.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
 """
 
 import sys

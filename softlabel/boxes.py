@@ -6,7 +6,7 @@ Shape suffixes: N and M count boxes.
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32] | NDArray[np.float64]
+Floats = NDArray[np.floating]
 
 
 def area(boxes_N4: Floats) -> Floats:
@@ -22,7 +22,9 @@ def iou_matrix(boxes_N4: Floats, boxes_M4: Floats) -> Floats:
     wh = np.clip(bottom_right - top_left, 0, None)
     intersection = wh[..., 0] * wh[..., 1]
     union = area(boxes_N4)[:, None] + area(boxes_M4)[None] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    iou = np.zeros(union.shape, np.result_type(boxes_N4, boxes_M4))
+    np.divide(intersection, union, out=iou, where=union > 0)
+    return iou
 
 
 def clip(boxes_N4: Floats, window_xyxy: tuple[float, float, float, float]) -> Floats:

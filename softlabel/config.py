@@ -119,7 +119,7 @@ class Evaluate(_Section):
     """Detections against truth."""
 
     split: str = Field("test", description="for `softlabel evaluate` alone")
-    bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples of the test images, 0 is none")
+    bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples, by group of test images, 0 is none")
 
 
 class Execution(_Section):

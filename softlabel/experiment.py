@@ -26,7 +26,8 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.run import LabelJob, label, label_job
 from softlabel.records import LABELLED, Truth, detections_from_row
 from softlabel.report.figures import Overlay
-from softlabel.report.page import format_table, write_report
+from softlabel.report.page import write_report
+from softlabel.report.words import format_table
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.training.run import train, train_job, validation_split
 from softlabel.training.targets import WEIGHTS, TrainJob
@@ -234,9 +235,10 @@ def _cpu() -> str:
 
 
 class _Steps:
-    """Says which step runs, and remembers how long each took when it really worked.
+    """Says which step runs, and remembers how long each took.
 
-    A rerun that finds a step done keeps the time of the run that did it.
+    A rerun that finds a step done keeps the time of the run that did it; a step taken up again after a kill counts from
+    there.
     """
 
     def __init__(self, run_dir: Path, total: int) -> None:
@@ -248,10 +250,9 @@ class _Steps:
         print(f"[{self._count}/{self._total}] {name}", flush=True)
         started = time.monotonic()
         yield
-        seconds = time.monotonic() - started
         times = self.times()
-        if seconds > times.get(name, 0):
-            write_json(self._path, {**times, name: round(seconds, 1)})
+        times.setdefault(name, round(time.monotonic() - started, 1))
+        write_json(self._path, times)
 
     def times(self) -> dict[str, float]:
         """Seconds per step so far."""

@@ -1,41 +1,25 @@
 """The one metric implementation: detections against truth, by COCO's rules (hotcoco, equal to pycocotools).
 
-Every table, early stopping and the best epoch read these numbers (DESIGN, promise 7). One matching serves them all:
-the best class per box; per tile and class by descending score, at most 1,000; each detection takes the free truth box
-of highest IoU. Ignored truth goes in as ``iscrowd=1``: what lies in it neither rewards nor punishes. A class that a
-tile was not labelled for does not exist there, neither its truth nor its detections. How good labels are and whether
-two results differ is in quality.py.
+Every table, early stopping and the best epoch read these numbers (DESIGN, promise 7). One matching serves them all
+(matching.py). How good labels are and whether two results differ is in quality.py.
 
-Shape suffixes: T tiles, N detections, M truth boxes, K classes, C confidences.
+Shape suffixes: N detections, K classes, C confidences.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from math import isnan, nan
 from typing import Any
 
 import numpy as np
-from hotcoco import COCO, COCOeval
+from hotcoco import COCOeval
 from numpy.typing import NDArray
 
-from softlabel.records import Detections, Truth
+from softlabel.evaluation.matching import Columns, Matches, TileResult, evaluator_of, match_at, to_columns
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-MAX_DETECTIONS = 1000
-"""COCO maxDets, per tile and class; labelling keeps no more than this per tile."""
 CONFIDENCES = np.linspace(0, 1, 1001, dtype=np.float32)
 """The grid that curves are drawn on. The best F1 is sought among all scores, not on the grid."""
-_EVERYWHERE = [0.0, 1e10]
-
-
-@dataclass(frozen=True)
-class TileResult:
-    """What is known and what was found in one tile, both in tile pixels; ``labelled_classes`` None is every class."""
-
-    truth: Truth
-    detections: Detections
-    labelled_classes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -74,52 +58,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """All tiles as columns, tile after tile, without the classes that a tile was not labelled for.
-
-    Attributes:
-        tile: (N,) index of each detection's tile.
-        class_ids: (N,) its best class.
-        scores: (N,) float32, the score of that class.
-        boxes: (N, 4) float64 xyxy.
-        truth_tile: (M,), and so on for truth.
-    """
-
-    num_tiles: int
-    num_classes: int
-    tile: NDArray[np.int64]
-    class_ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    boxes: NDArray[np.float64]
-    truth_tile: NDArray[np.int64]
-    truth_class_ids: NDArray[np.int64]
-    truth_boxes: NDArray[np.float64]
-    truth_ignore: NDArray[np.bool_]
-
-    def truth_counts(self) -> NDArray[np.int64]:
-        """(K,) truth boxes per class, ignored ones left out."""
-        return np.bincount(self.truth_class_ids[~self.truth_ignore], minlength=self.num_classes)
-
-
-@dataclass(frozen=True)
-class Matches:
-    """What became of each detection at one IoU threshold.
-
-    Attributes:
-        counted: (N,) bool, False for those in ignored truth and those beyond ``MAX_DETECTIONS``.
-        truth: (N,) index of the truth box that it took, perhaps an ignored one; -1 for a false alarm.
-    """
-
-    counted: NDArray[np.bool_]
-    truth: NDArray[np.int64]
-
-    @property
-    def found(self) -> NDArray[np.bool_]:
-        """(N,) true positives."""
-        return self.counted & (self.truth >= 0)
-
-
-@dataclass(frozen=True)
 class _ClassScores:
     """One class at IoU 0.5: the scores of its counted detections and of the true positives, ascending."""
 
@@ -145,10 +83,10 @@ def evaluate(tiles: Sequence[TileResult], classes: tuple[str, ...]) -> Metrics:
         ValueError: A class vector's length or a class id does not fit ``classes``.
     """
     columns = to_columns(tiles, len(classes))
-    evaluator = _evaluator(columns)
+    evaluator = evaluator_of(columns)
     precision = _interpolated_precision(evaluator, columns)
     ap50, ap50_95 = precision[0].mean(axis=0), precision.mean(axis=(0, 1))
-    scores = _scores_by_class(columns, _match_at(evaluator, 0.5, len(columns.tile)))
+    scores = _scores_by_class(columns, match_at(evaluator, 0.5, len(columns.tile)))
     f1_conf = _best_confidence(scores) if scores else nan
     rates = _rates_by_class(scores, np.array([f1_conf], np.float32), len(classes))[:3, :, 0]
     return Metrics(
@@ -161,70 +99,6 @@ def evaluate(tiles: Sequence[TileResult], classes: tuple[str, ...]) -> Metrics:
         per_class=_per_class(classes, np.stack([ap50, ap50_95, *rates]), columns),
         curves=_curves(classes, scores, precision[0]),
     )
-
-
-def to_columns(tiles: Sequence[TileResult], num_classes: int) -> Columns:
-    """Lay tiles end to end; raises ValueError where class vectors or class ids do not fit ``num_classes``."""
-    tile = np.repeat(np.arange(len(tiles)), [len(t.detections.boxes) for t in tiles])
-    class_ids = _concatenate([t.detections.class_ids for t in tiles], np.int64)
-    truth_tile = np.repeat(np.arange(len(tiles)), [len(t.truth.boxes) for t in tiles])
-    truth_class_ids = _concatenate([t.truth.class_ids for t in tiles], np.int64)
-    _check_classes(tiles, truth_class_ids, num_classes)
-    labelled = [_is_labelled(t.labelled_classes, num_classes) for t in tiles]
-    labelled_TK = np.array(labelled, bool).reshape(-1, num_classes)
-    keep, keep_truth = labelled_TK[tile, class_ids], labelled_TK[truth_tile, truth_class_ids]
-    return Columns(
-        len(tiles),
-        num_classes,
-        tile[keep],
-        class_ids[keep],
-        _concatenate([t.detections.best for t in tiles], np.float32)[keep],
-        _concatenate([t.detections.boxes for t in tiles], np.float64, (0, 4))[keep],
-        truth_tile[keep_truth],
-        truth_class_ids[keep_truth],
-        _concatenate([t.truth.boxes for t in tiles], np.float64, (0, 4))[keep_truth],
-        _concatenate([t.truth.ignore for t in tiles], np.bool_)[keep_truth],
-    )
-
-
-def match(columns: Columns, iou_thresholds: Sequence[float]) -> list[Matches]:
-    """COCO's greedy matching, once per IoU threshold.
-
-    Detections go by descending score, so those above a threshold match as if the others were not there.
-    """
-    evaluator = _evaluator(columns)
-    return [_match_at(evaluator, iou, len(columns.tile)) for iou in iou_thresholds]
-
-
-def _match_at(evaluator: COCOeval, iou: float, num_detections: int) -> Matches:
-    # One threshold at a time: eval_imgs makes Python lists, with ten thresholds at once ten times as many (0.34 s
-    # instead of 0.05 s at 150,000 detections, and the memory).
-    evaluator.params.iou_thrs = [iou]
-    evaluator.evaluate()
-    images = [image for image in evaluator.eval_imgs if image is not None and image["dtIds"]]
-    rows = _chained([image["dtIds"] for image in images]) - 1
-    counted = np.zeros(num_detections, bool)
-    counted[rows] = _chained([image["dtIgnore"][0] for image in images]) == 0
-    truth = np.full(num_detections, -1)
-    truth[rows] = _chained([image["dtMatches"][0] for image in images]) - 1
-    return Matches(counted, truth)
-
-
-def _evaluator(columns: Columns) -> COCOeval:
-    """Not yet matched. COCO ids count from 1 in the order of the columns."""
-    truth = COCO.from_arrays(
-        [{"id": index + 1} for index in range(columns.num_tiles)],
-        [{"id": index + 1, "name": str(index)} for index in range(columns.num_classes)],
-        columns.truth_tile + 1,
-        columns.truth_class_ids + 1,
-        _xywh(columns.truth_boxes),
-        iscrowd=columns.truth_ignore,
-    )
-    results = np.column_stack([columns.tile + 1, _xywh(columns.boxes), columns.scores, columns.class_ids + 1])
-    evaluator = COCOeval(truth, truth.load_res(results), "bbox")
-    evaluator.params.max_dets = [MAX_DETECTIONS]
-    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [_EVERYWHERE], ["all"]
-    return evaluator
 
 
 def _interpolated_precision(evaluator: COCOeval, columns: Columns) -> NDArray[np.float64]:
@@ -300,33 +174,6 @@ def _by_confidence(rates: NDArray[np.float64]) -> dict[str, list[float]]:
         "precision_at": np.where(kept > 0, precision, nan).tolist(),
         "recall_at": recall.tolist(),
     }
-
-
-def _is_labelled(labelled_classes: tuple[int, ...] | None, num_classes: int) -> NDArray[np.bool_]:
-    if labelled_classes is None:
-        return np.ones(num_classes, bool)
-    return np.isin(np.arange(num_classes), labelled_classes)
-
-
-def _check_classes(tiles: Sequence[TileResult], truth_class_ids: NDArray[np.int64], num_classes: int) -> None:
-    widths = {t.detections.scores.shape[1] for t in tiles if len(t.detections.boxes)}
-    if widths - {num_classes}:
-        raise ValueError(f"class vectors have {sorted(widths)} entries, there are {num_classes} classes")
-    if len(truth_class_ids) and not 0 <= truth_class_ids.min() <= truth_class_ids.max() < num_classes:
-        found = f"{truth_class_ids.min()}..{truth_class_ids.max()}"
-        raise ValueError(f"truth class ids run over {found}, there are {num_classes} classes")
-
-
-def _concatenate(parts: list[Any], dtype: Any, empty: tuple[int, ...] = (0,)) -> NDArray[Any]:
-    return np.concatenate([np.zeros(empty, dtype), *parts]).astype(dtype, copy=False)
-
-
-def _chained(parts: list[list[int]]) -> NDArray[np.int64]:
-    return np.fromiter(chain.from_iterable(parts), np.int64)
-
-
-def _xywh(boxes_N4: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -1,6 +1,6 @@
 """How good soft labels are against truth that nobody showed the teacher, and how far two results lie apart.
 
-Everything here reads the matching of metrics.py. The bootstrap is our own: hotcoco 1.3 ``compare`` collapses the
+Everything here reads the matching of matching.py. The bootstrap is our own: hotcoco 1.3 ``compare`` collapses the
 images that a resample drew twice, which made its intervals about a fifth too narrow (12 tiles: standard error 0.046;
 evaluating the resamples themselves gives 0.058, and 0.046 with the doubles taken out).
 
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.boxes import area
-from softlabel.evaluation.metrics import IOU_THRESHOLDS, Columns, Matches, TileResult, match, to_columns
+from softlabel.evaluation.matching import Columns, Matches, TileResult, match, to_columns
+from softlabel.evaluation.metrics import IOU_THRESHOLDS
 
 _RECALLS = np.linspace(0, 1, 101)
 _CHUNK_VALUES = 1_000_000

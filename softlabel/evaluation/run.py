@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 
 from softlabel.config import Recipe
 from softlabel.errors import StoreError
-from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.evaluation.matching import TileResult
+from softlabel.evaluation.metrics import evaluate
 from softlabel.evaluation.quality import bootstrap_difference, label_quality
 from softlabel.labelling.losses import mean_losses
 from softlabel.records import LABELLED, LOSS_NAMES, Truth, detections_from_row

@@ -122,10 +122,10 @@ def ship(rng: np.random.Generator, length: float) -> list[Part]:
 
 
 def wake(length: float) -> list[Part]:
-    """Foam behind a moving ship: two arms of a V and a churned middle, all behind its stern."""
-    arm = np.array([(-0.5, 0.1), (-1.5, 0.42), (-1.5, 0.34), (-0.52, 0.02)]) * length
-    middle = np.array([(-0.5, 0.08), (-1.15, 0.05), (-1.15, -0.05), (-0.5, -0.08)]) * length
-    return [Part(polygon, (222, 230, 232)) for polygon in (arm, arm * (1, -1), middle)]
+    """Foam behind a moving ship: two arms of a V and a churned middle, starting 4 px behind its stern."""
+    arm = np.array([(-0.5, 0.1), (-1.5, 0.32), (-1.5, 0.28), (-0.52, 0.04)]) * length
+    middle = np.array([(-0.5, 0.07), (-1.6, 0.01), (-1.6, -0.01), (-0.5, -0.07)]) * length
+    return [Part(polygon - (4, 0), (222, 230, 232)) for polygon in (arm, arm * (1, -1), middle)]
 
 
 def container(rng: np.random.Generator, length: float) -> list[Part]:
@@ -138,7 +138,7 @@ def container(rng: np.random.Generator, length: float) -> list[Part]:
 def roof_unit(rng: np.random.Generator, length: float) -> list[Part]:
     """An air conditioner on a roof: a pale box with one or two dark fans."""
     colour, width = tint(rng, (186, 190, 192), 18), length * rng.uniform(0.5, 0.9)
-    fans = [blob(rng, width * 0.5, width * 0.5, 0) + (x * length, 0) for x in (-0.22, 0.22)]
+    fans = [np.add(blob(rng, width * 0.5, width * 0.5, 0), (x * length, 0)) for x in (-0.22, 0.22)]
     return [Part(rectangle(length, width), colour), *(Part(fan, (74, 78, 84)) for fan in fans)]
 
 
@@ -199,6 +199,11 @@ def brightened(colour: Colour, amount: float) -> Colour:
     return _clipped(np.array(colour) + amount)
 
 
+def mixed(colour: Colour, other: Colour, share: float) -> Colour:
+    """A colour with a ``share`` in [0, 1] of another in it."""
+    return _clipped(np.array(colour) * (1 - share) + np.array(other) * share)
+
+
 def texture(rng: np.random.Generator, size_px: int, octaves: Sequence[int]) -> NDArray[np.float32]:
     """Noise (S, S) of about unit variance: random grids of ``octaves`` cells a side, resized and added."""
     total = np.zeros((size_px, size_px), np.float32)
@@ -228,8 +233,8 @@ def paint_shadows(canvas: Image, things: Sequence[Thing], sun_xy: Points, darkne
         offset = sun_xy * thing.height_px
         for part in thing.parts:
             # sweeping each part keeps a plane's shadow plane-shaped; one hull over all would not
-            swept = cv2.convexHull(np.concatenate([part.polygon_N2, part.polygon_N2 + offset]).astype(np.float32))
-            cv2.fillConvexPoly(mask, fixed_point(swept[:, 0]), round(255 * thing.opacity), cv2.LINE_AA, _SHIFT)
+            swept = convex_hull(np.concatenate([part.polygon_N2, part.polygon_N2 + offset]))
+            cv2.fillConvexPoly(mask, fixed_point(swept), round(255 * thing.opacity), cv2.LINE_AA, _SHIFT)
     light = 255 - cv2.blur(mask, (3, 3)).astype(np.float32) * darkness
     canvas[:] = (canvas * (light / 255)[..., None]).astype(np.uint8)
 
@@ -253,10 +258,15 @@ def develop(rng: np.random.Generator, canvas: Image, difficulty: float) -> Image
     """What air and sensor do: haze in drifts, blur, noise. All grow with ``difficulty``."""
     size_px = canvas.shape[0]
     drift = np.clip(0.7 + 0.3 * texture(rng, size_px, (3, 6)), 0, 1) * 0.4 * difficulty
-    image = canvas + (np.float32([178, 188, 200]) - canvas) * drift[..., None]
+    image = canvas + (np.array([178, 188, 200], np.float32) - canvas) * drift[..., None]
     image = cv2.GaussianBlur(image, (0, 0), 0.35 + 1.1 * difficulty)
     noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(1.5 + 15 * difficulty)
     return np.clip(image * np.float32(rng.uniform(0.92, 1.08)) + noise + 0.5, 0, 255).astype(np.uint8)
+
+
+def convex_hull(points_N2: Points) -> Points:
+    """Corners (M, 2) of the convex hull, in order; M <= N."""
+    return np.asarray(cv2.convexHull(points_N2.astype(np.float32))[:, 0], np.float64)
 
 
 def fixed_point(polygon_N2: Points) -> NDArray[np.int32]:
@@ -269,7 +279,7 @@ def _waves(rng: np.random.Generator, size_px: int) -> NDArray[np.float32]:
     large = int(size_px * 1.5)
     grid = rng.standard_normal((large // 4, large // 20), dtype=np.float32)
     crests = cv2.resize(grid, (large, large), interpolation=cv2.INTER_CUBIC)
-    turn = cv2.getRotationMatrix2D((large / 2, large / 2), float(rng.uniform(0, 180)), 1)
+    turn = np.asarray(cv2.getRotationMatrix2D((large / 2, large / 2), rng.uniform(0, 180), 1), np.float64)
     turn[:, 2] -= (large - size_px) / 2
     return cv2.warpAffine(crests, turn, (size_px, size_px)) + texture(rng, size_px, (4, 9)) * 0.5
 

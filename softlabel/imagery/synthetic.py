@@ -23,7 +23,7 @@ from softlabel.imagery import drawing
 from softlabel.imagery.drawing import Area, Colour, Image, Part, Points, Thing
 
 TYPE_IDS = {"plane": 11, "car": 18, "ship": 40}  # xView: Fixed-wing Aircraft, Small Car, Maritime Vessel
-KINDS = ("airport", "harbour", "parking", "land", "harbour", "airport", "parking", "water")
+KINDS = ("airport", "harbour", "parking", "land", "harbour", "airport", "parking", "water", "harbour", "airport")
 GSD_M = 0.5
 CRS = "EPSG:32631"
 
@@ -32,6 +32,10 @@ _LENGTHS_PX = {"plane": (35, 70), "car": (14, 22), "ship": (30, 80)}
 _HEIGHTS_PX = {"plane": 5, "car": 2.5, "ship": 4}
 _SHAPES = {"plane": drawing.plane, "car": drawing.car, "ship": drawing.ship}
 _GAPS_PX = {"plane": 3, "car": 0.5, "ship": 2}
+_PALETTE: dict[str, Colour] = {
+    "grass": (92, 112, 62), "soil": (158, 134, 100), "sand": (204, 186, 146), "water": (34, 74, 98),
+    "asphalt": (92, 94, 98), "concrete": (148, 146, 138), "paint": (214, 214, 204), "line": (196, 168, 62),
+}  # fmt: skip
 _MIN_INSIDE = 0.55  # of an object's hull: truth promises half, and pixel counts of small cars are coarse
 
 UvBox = tuple[float, float, float, float]  # (u0, v0, u1, v1) in the frame of a `Plan`
@@ -61,14 +65,9 @@ class Plan:
         self.areas: list[Area] = []
         self.things: list[Thing] = []
         self._zones = np.full((self.size_px, self.size_px), _LAND, np.uint8)
-        palette = {"grass": (92, 112, 62), "soil": (158, 134, 100), "sand": (204, 186, 146), "water": (34, 74, 98)}
-        palette |= {
-            "asphalt": (92, 94, 98),
-            "concrete": (148, 146, 138),
-            "paint": (214, 214, 204),
-            "line": (196, 168, 62),
-        }
-        self.colours: dict[str, Colour] = {name: drawing.tint(rng, palette[name], 16) for name in palette}
+        self.colours = {name: drawing.tint(rng, colour, 16) for name, colour in _PALETTE.items()}
+        # crisp slot lines among faint cars would be what a detector sees first
+        self.colours["paint"] = drawing.mixed(self.colours["paint"], self.colours["asphalt"], 0.6 * self.difficulty)
 
     def at(self, u: float, v: float) -> Points:
         """Scene pixels (x, y) of a place in the frame."""
@@ -95,13 +94,19 @@ class Plan:
             cv2.fillPoly(self._zones, [drawing.fixed_point(polygon)], zone, shift=4)
 
     def add(
-        self, shape: list[Part], spot: Spot, zone: int | None, height_px: float = 0, label: str | None = None
+        self,
+        shape: list[Part],
+        spot: Spot,
+        zone: int | None,
+        height_px: float = 0,
+        label: str | None = None,
+        *,
+        opacity: float = 1,
     ) -> bool:
         """Put a shape where its whole hull lies on free ground of ``zone`` (None: anywhere); else return False."""
         faint = 0.62 * self.difficulty + self.rng.uniform(-0.1, 0.1) * min(1, 2 * self.difficulty)
-        thing = Thing(drawing.place(shape, *spot), height_px, float(np.clip(1 - faint, 0.2, 1)), label)
-        hull = cv2.convexHull(thing.points_N2.astype(np.float32))
-        if zone is not None and not self._claim(hull, zone, label):
+        thing = Thing(drawing.place(shape, *spot), height_px, opacity * float(np.clip(1 - faint, 0.2, 1)), label)
+        if zone is not None and not self._claim(drawing.convex_hull(thing.points_N2), zone, label):
             return False
         self.things.append(thing)
         return True
@@ -116,7 +121,7 @@ class Plan:
             if self.add(_SHAPES[label](self.rng, length), spot, zone, _HEIGHTS_PX[label], label):
                 wanted -= 1
                 if label == "ship" and self.rng.random() < 0.4:
-                    self.add(drawing.wake(length), spot, _WATER)
+                    self.add(drawing.wake(length), spot, _WATER, opacity=0.4)
 
     def scatter(self, shape: Callable[[], list[Part]], number: int, zone: int, height_px: float = 0) -> None:
         """Add up to ``number`` pieces of clutter anywhere in a zone."""
@@ -128,17 +133,17 @@ class Plan:
         """A spot drawn from the whole scene."""
         return self.rng.uniform(0, self.size_px, 2), self.rng.uniform(0, 2 * np.pi)
 
-    def _claim(self, hull: Points, zone: int, label: str | None) -> bool:
+    def _claim(self, hull_N2: Points, zone: int, label: str | None) -> bool:
         """Take a hull's pixels if all, and a gap around them, are free, and (objects) enough lies in the scene."""
         gap = _GAPS_PX.get(label or "", 1) + (2 * (1 - self.difficulty) if label in ("plane", "ship") else 0)
-        low = np.clip(np.floor(hull.min(axis=(0, 1)) - 4), 0, self.size_px).astype(int)
-        high = np.clip(np.ceil(hull.max(axis=(0, 1)) + 4), 0, self.size_px).astype(int)
+        low = np.clip(np.floor(hull_N2.min(axis=0) - 4), 0, self.size_px).astype(int)
+        high = np.clip(np.ceil(hull_N2.max(axis=0) + 4), 0, self.size_px).astype(int)
         zones = self._zones[low[1] : high[1], low[0] : high[0]]
         if zones.size == 0:
             return False
-        corners = drawing.fixed_point(hull - low)
+        corners = drawing.fixed_point(hull_N2 - low)
         inside = cv2.fillConvexPoly(np.zeros_like(zones), corners, 1, shift=4)
-        if label and inside.sum() < _MIN_INSIDE * cv2.contourArea(hull):
+        if label and inside.sum() < _MIN_INSIDE * cv2.contourArea(hull_N2.astype(np.float32)):
             return False
         ringed = cv2.polylines(inside.copy(), [corners], True, 1, 1 + round(2 * gap), shift=4)
         if (zones[ringed > 0] != zone).any():
@@ -261,7 +266,7 @@ def _airport(plan: Plan) -> None:
     size, rng, apron = plan.size_px, plan.rng, plan.rng.uniform(-0.12, 0.02) * plan.size_px
     depth, runway = max(0.36 * size, 100), apron - 80
     plan.ground("asphalt", (-size, runway - 24, size, runway + 24), _APRON)
-    for u in np.arange(-size, size, 44):
+    for u in np.arange(-size, size, 44.0):
         plan.ground("paint", (u, runway - 1.2, u + 24, runway + 1.2), _APRON)
     taxiway = rng.uniform(-0.3, 0.3) * size
     plan.ground("asphalt", (taxiway - 14, runway, taxiway + 14, apron + 1), _APRON)
@@ -320,7 +325,7 @@ def _parking(plan: Plan) -> None:
     spots += [spot for _ in range(4) for spot in _road(plan, v, 0)]
     spots += _road(plan, u, np.pi / 2) if rng.random() < 0.6 else []
     plan.fill("car", plan.count(18, 42), _LOT, _any_of(rng, spots))
-    for _ in range(plan.count(2, 5)):
+    for _ in range(2 * plan.count(2, 5)):
         _house(plan, (plan.anywhere()[0], plan.theta), rng.uniform(60, 130), rng.uniform(40, 80))
     _land_clutter(plan)
 
@@ -368,7 +373,7 @@ def _road(plan: Plan, offset: float, turn: float) -> list[Spot]:
         plan.ground(name, box if along_u else (box[1], box[0], box[3], box[2]), _LOT)
 
     lay("asphalt", -size, size, 40)
-    for start in np.arange(-size, size, 30):
+    for start in np.arange(-size, size, 30.0):
         lay("paint", start, start + 14, 1.4)
     spots = []
     for along, lane in zip(rng.uniform(-0.7, 0.7, 12) * size, rng.choice([-1, 1], 12), strict=True):

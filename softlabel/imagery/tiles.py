@@ -15,9 +15,6 @@ from softlabel import boxes as box_math
 from softlabel.config import Split
 from softlabel.errors import RecipeError
 
-SHARD_TILES = 64
-"""Tiles per row group of tiles.parquet. A row group is labelling's unit of work: what a kill can cost at most."""
-
 _SLIVER_PX = 0.005
 
 Window = tuple[int, int, int, int]

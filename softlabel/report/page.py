@@ -1,16 +1,13 @@
-"""results.json to what a person reads: one self-contained HTML page, and a table for the terminal.
+"""results.json to one self-contained HTML page.
 
-Every sentence with a number is made here from the numbers; page.html.j2 holds the layout and the words that never
-change. What is null is shown as an en dash.
-
-Everywhere a drop is soft minus truth, as softlabel.evaluation.quality measures it: negative is a loss. On the page it
-is called the change.
+Here are the views: what each part of the page shows. words.py makes every sentence with a number from the numbers;
+page.html.j2 holds the layout and the words that never change.
 """
 
 import base64
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,24 @@ import jinja2
 from markupsafe import Markup
 
 from softlabel import store
-from softlabel.report import figures
+from softlabel.report import figures, words
 from softlabel.report.figures import Line, Overlay, Style
 
-PAPER: dict[tuple[str, str, float | None], tuple[float, float]] = {
-    ("train_1", "truth", None): (0.7625, 0.4507),
-    ("train_2", "truth", None): (0.7747, 0.4609),
-    ("train_1", "soft", 0.3): (0.7328, 0.4236),
-    ("train_2", "soft", 0.3): (0.7293, 0.4201),
-    ("train_1", "soft", 0.5): (0.7080, 0.4069),
-    ("train_2", "soft", 0.5): (0.7168, 0.4158),
-}
-"""(mAP50, mAP50-95) by train set, labels and threshold, from Ciolino, Rosario and Noever."""
-
-METRICS = (("map50", "mAP50"), ("map50_95", "mAP50-95"))
 SETTINGS = (
     "model", "optimizer", "lr0", "epochs", "epochs_with_mosaic", "best_epoch",
     "seed", "world_size", "train_tiles", "train_boxes",
 )  # fmt: skip
-NULL, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-
+_TILE_FACTS = {
+    "scenes": "scenes",
+    "scenes_rejected": "scenes that cannot be read",
+    "tiles": "tiles",
+    "background": "tiles whose truth says that nothing is there",
+    "mean_tile_px": "mean size of a tile",
+    "ignored": "boxes ignored: too little of them in their tile, or a crowd",
+    "truth_rejected": "truth rows that cannot be used",
+    "truth_dropped": "boxes of other classes, left out on purpose",
+    "groups_in_two_splits": "groups that lie in two splits",
+}
 _OVERLAY_BYTES = 3_000_000
 _MAX_OVERLAY_BYTES = 375_000
 _MAX_PANELS, _MAX_LINES = 12, 7
@@ -56,151 +51,16 @@ def write_report(path: Path, results: dict, curves: dict[str, dict], overlays: l
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=number, plain=plain, duration=duration)
+    environment.filters.update(number=words.number, plain=words.plain, duration=words.duration)
     store.write_text(path, environment.get_template("page.html.j2").render(_view(results, curves, overlays)))
-
-
-def format_table(results: dict) -> str:
-    """The models as aligned plain text, one line each under a header, and how to read it below."""
-    models = results["models"]
-    losses = _loss_names(models)
-    header = ["model", "train set", "labels", "at", "mAP50", "mAP50-95", "F1 @ conf"]
-    header += [f"{label} change" for _, label in METRICS] + ["mAP50 and chance"]
-    header += [f"{name} train/test" for name in losses]
-    rows = [header] + [_terminal_row(model, losses) for model in models]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]  # noqa: B905
-    note = "change: against the model trained on truth on the same train set; negative: soft labels did worse"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
-
-
-def headline(results: dict) -> str:
-    """The answer in one sentence, for the students of the lowest threshold."""
-    return answers(results)[0]
-
-
-def answers(results: dict) -> list[str]:
-    """One sentence per threshold, lowest first, so that no threshold is picked by its test numbers."""
-    models = [model for model in _students(results["models"]) if _known(_drop(model, "map50").get("absolute"))]
-    if not models:
-        return ["No student could be compared with a model trained on truth"]
-    by_threshold = itertools.groupby(sorted(models, key=_threshold), key=_threshold)
-    return [_answer(threshold, list(students)) for threshold, students in by_threshold]
-
-
-def paper_answers(results: dict) -> list[str]:
-    """The paper's mean loss of mAP50 at each threshold that this run shares with it."""
-    sentences = []
-    for threshold in sorted({_threshold(model) for model in _students(results["models"])}):
-        drops = [paper_drop(train_set, threshold)["map50"] for train_set in ("train_1", "train_2")]
-        if all(drop["absolute"] is not None for drop in drops):
-            absolute, relative = (
-                _mean([drop[key] for drop in drops]) or 0.0 for key in ("absolute", "relative_percent")
-            )
-            sentences.append(f"{number(-absolute, 3)} mAP50 ({number(-relative, 1)} %) at {threshold:g}")
-    return sentences
-
-
-def paper_drop(train_set: str, threshold: float | None) -> dict[str, dict[str, float | None]]:
-    """The paper's drops (soft minus truth) for one student; nulls where it measured none."""
-    soft, truth = paper_row(train_set, "soft", threshold), paper_row(train_set, "truth", None)
-    drops: dict[str, dict[str, float | None]] = {}
-    for i, (metric, _) in enumerate(METRICS):
-        absolute = soft[i] - truth[i] if truth and soft else None
-        relative = 100 * absolute / truth[i] if truth and absolute is not None else None
-        drops[metric] = {"absolute": absolute, "relative_percent": relative}
-    return drops
-
-
-def paper_row(train_set: str, labels: str, threshold: float | None) -> tuple[float, float] | None:
-    """The paper's (mAP50, mAP50-95) of a model, None where it has no such model."""
-    rounded = None if threshold is None else round(threshold, 6)
-    return PAPER.get((train_set, labels, rounded))
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for the page: fixed digits, a real minus, an en dash for null."""
-    if not _known(value):
-        return NULL
-    text = f"{value:.{digits}f}"
-    return (text[1:] if text.strip("-0.") == "" and text.startswith("-") else text).replace("-", MINUS)
-
-
-def plain(value: Any) -> str:
-    """Any JSON value as words."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return NULL
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_bracketed(item)}" for key, item in value.items()) or NULL
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value)) or "none"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit a person would use."""
-    if not _known(seconds) or seconds is None:
-        return NULL
-    if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def distinguishable(drop: dict) -> bool | None:
-    """Whether the drop's interval excludes zero, None without an interval."""
-    if _known(drop.get("low")) and _known(drop.get("high")):
-        return not drop["low"] <= 0 <= drop["high"]
-    return None
-
-
-def _answer(threshold: float, students: list[dict]) -> str:
-    drops = [_drop(student, "map50") for student in students]
-    absolute = _mean([drop["absolute"] for drop in drops]) or 0.0
-    relative = _mean([drop.get("relative_percent") for drop in drops])
-    several = len(students) > 1
-    subject = "Students" if several else "The student"
-    change = _change(absolute, relative, several)
-    return f"{subject} trained on soft labels at {threshold:g} {change} against truth; {_chance(students)}"
-
-
-def _change(absolute: float, relative: float | None, several: bool) -> str:
-    average = " on average" if several else ""
-    if abs(absolute) < 0.0005:
-        return f"{'come' if several else 'comes'} within 0.001 mAP50{average}"
-    verb = ("lose" if absolute < 0 else "gain") + ("" if several else "s")
-    share = "" if relative is None else f" ({number(abs(relative), 1)} %)"
-    return f"{verb} {number(abs(absolute), 3)} mAP50{share}{average}"
-
-
-def _chance(students: list[dict]) -> str:
-    """What the intervals allow to say of the students of one threshold, each against truth on its own train set."""
-    by_verdict: dict[bool | None, list[dict]] = {True: [], False: [], None: []}
-    for student in students:
-        by_verdict[distinguishable(_drop(student, "map50"))].append(student)
-    if len(by_verdict[None]) == len(students):
-        return "no interval was computed, so it may be chance"
-    words = {True: "distinguishable", False: "not distinguishable", None: "without an interval"}
-    told = [(words[verdict], found) for verdict, found in by_verdict.items() if found]
-    if len(told) > 1:
-        parts = ", ".join(f"{phrase} for {_names(found, 'train_set')}" for phrase, found in told)
-        return f"against chance on this test split the difference is {parts}"
-    signs = {_drop(student, "map50")["absolute"] > 0 for student in by_verdict[True]}
-    opposite = ", but they point in opposite directions" if len(signs) > 1 else ""
-    subject = "the difference is" if len(students) == 1 else "the differences, one per training set, are"
-    return f"{subject} {told[0][0]} from chance on this test split{opposite}"
 
 
 def _check_signs(models: list[dict]) -> None:
     """Refuse drops that contradict the models' own mAP50: the page would say the opposite of what was measured."""
     truth = {model["train_set"]: model["map50"] for model in models if model["labels"] == "truth"}
-    for model in _students(models):
-        stated, reference = _drop(model, "map50").get("absolute"), truth.get(model["train_set"])
-        if not (_known(stated) and _known(reference) and _known(model["map50"])):
+    for model in words.students_of(models):
+        stated, reference = words.drop_of(model, "map50").get("absolute"), truth.get(model["train_set"])
+        if not (words.is_known(stated) and words.is_known(reference) and words.is_known(model["map50"])):
             continue
         measured = model["map50"] - reference
         if stated * measured < 0 and abs(measured) > 0.001:
@@ -215,49 +75,51 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
     return {
         "results": results,
         "models": models,
-        "answers": answers(results),
-        "paper_answers": paper_answers(results),
+        "answers": words.answers(results),
+        "paper_answers": words.paper_answers(results),
         "rows": [_row(model, styles[model["name"]]) for model in models],
-        "metrics": METRICS,
-        "losses": _loss_names(models),
+        "metrics": words.METRICS,
+        "losses": words.loss_names(models),
         "drops": _drop_view(results, styles),
         "curves": _curves_view(results, curves, styles),
         "f1_peaks": _f1_peaks(models),
         "quality": _quality_view(results),
         "overlays": _overlays_view(overlays),
         "settings": SETTINGS,
+        "tiles": _tiles_view(results.get("tiles") or {}),
+        "machine": _machine_view(results.get("machine") or {}),
     }
 
 
 def _row(model: dict, style: Style) -> dict[str, Any]:
-    paper = paper_row(model["train_set"], model["labels"], model["threshold"])
-    paper_drops = paper_drop(model["train_set"], model["threshold"])
+    paper = words.paper_row(model["train_set"], model["labels"], model["threshold"])
+    paper_drops = words.paper_drop(model["train_set"], model["threshold"])
     return {
         "model": model,
         "swatch": Markup(figures.line_swatch(style)),
-        "labels": _labels(model),
-        "drops": {metric: _drop_cell(_drop(model, metric)) for metric, _ in METRICS},
+        "labels": words.labels_of(model),
+        "drops": {metric: _drop_cell(words.drop_of(model, metric)) for metric, _ in words.METRICS},
         "paper": dict(zip(("map50", "map50_95"), paper, strict=True)) if paper else None,
         "paper_drops": paper_drops,
     }
 
 
 def _drop_cell(drop: dict) -> dict[str, str | None]:
-    if not _known(drop.get("absolute")):
+    if not words.is_known(drop.get("absolute")):
         return {"absolute": None}
-    verdict = {True: "distinguishable", False: "not distinguishable", None: "no interval"}[distinguishable(drop)]
+    verdict = {True: "distinguishable", False: "not distinguishable", None: "no interval"}[words.distinguishable(drop)]
     return {
-        "absolute": number(drop["absolute"]),
-        "relative": number(drop.get("relative_percent"), 1),
-        "interval": _interval(drop.get("low"), drop.get("high"), 4),
-        "relative_interval": _interval(drop.get("relative_low"), drop.get("relative_high"), 1),
+        "absolute": words.number(drop["absolute"]),
+        "relative": words.number(drop.get("relative_percent"), 1),
+        "interval": words.interval(drop.get("low"), drop.get("high"), 4),
+        "relative_interval": words.interval(drop.get("relative_low"), drop.get("relative_high"), 1),
         "verdict": verdict,
     }
 
 
 def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None:
     """The per-class drop figure: absolute and relative bars, and the largest drop in words."""
-    students = [model for model in _students(results["models"]) if (model["drop"] or {}).get("per_class")]
+    students = [model for model in words.students_of(results["models"]) if (model["drop"] or {}).get("per_class")]
     classes = results["classes"]
     if not students:
         return None
@@ -267,7 +129,8 @@ def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None
         values = [[_class_drop(model, name).get(key) for model in students] for name in classes]
         svg = figures.bar_panel(classes, values, bars, form=form, key=f"drop-{key}")
         panels.append({"title": title, "svg": Markup(svg)})
-    legend = [{"swatch": Markup(figures.bar_swatch(bar)), "text": _student(m)} for bar, m in zip(bars, students)]  # noqa: B905
+    pairs = zip(bars, students, strict=True)
+    legend = [{"swatch": Markup(figures.bar_swatch(bar)), "text": words.student_words(model)} for bar, model in pairs]
     return {"panels": panels, "legend": legend, "largest": _largest_drop(students, classes)}
 
 
@@ -278,7 +141,12 @@ def _largest_drop(students: list[dict], classes: Sequence[str]) -> dict[str, str
         return None
     absolute, name, model = min(losses, key=lambda drop: float(drop[0] or 0))
     relative = _class_drop(model, name).get("relative_percent")
-    return {"class": name, "absolute": number(absolute, 3), "relative": number(relative, 1), "student": _student(model)}
+    return {
+        "class": name,
+        "absolute": words.number(absolute, 3),
+        "relative": words.number(relative, 1),
+        "student": words.student_words(model),
+    }
 
 
 def _curves_view(results: dict, curves: dict[str, dict], styles: dict[str, Style]) -> dict[str, Any]:
@@ -302,7 +170,7 @@ def _panels(
         lines = []
         for model, style in styles.items():
             curve = curves.get(model, {}).get(name) or {}
-            dots = (marks[model],) if name == "all" and _known(marks.get(model)) else ()
+            dots = (marks[model],) if name == "all" and words.is_known(marks.get(model)) else ()
             if curve.get(axes[0]) and curve.get(axes[1]):
                 lines.append(Line(curve[axes[0]], curve[axes[1]], style, dots))
         if lines:
@@ -315,9 +183,9 @@ def _f1_peaks(models: list[dict]) -> dict[str, str]:
     """The confidences of the best F1 in words, truth and soft apart."""
     peaks = {}
     for labels in ("truth", "soft"):
-        found = sorted(m["f1_conf"] for m in models if m["labels"] == labels and _known(m["f1_conf"]))
-        same = found and number(found[0], 2) == number(found[-1], 2)
-        peaks[labels] = "" if not found else number(found[0], 2) + ("" if same else f" to {number(found[-1], 2)}")
+        found = sorted(m["f1_conf"] for m in models if m["labels"] == labels and words.is_known(m["f1_conf"]))
+        ends = [words.number(value, 2) for value in found[:1] + found[-1:]]
+        peaks[labels] = " to ".join(dict.fromkeys(ends))
     return peaks
 
 
@@ -326,7 +194,7 @@ def _quality_view(results: dict) -> dict[str, Any] | None:
     quality = results.get("label_quality") or []
     if not quality:
         return None
-    used = sorted({_threshold(model) for model in _students(results["models"])})
+    used = sorted({words.threshold_of(model) for model in words.students_of(results["models"])})
     names = ["all", *_largest_classes(results, _MAX_LINES - 1)]
     styles = {name: _class_style(i) for i, name in enumerate(names)}
     labellings = list(dict.fromkeys((row["teacher"], row["train_set"]) for row in quality))
@@ -379,18 +247,35 @@ def _overlays_view(overlays: list[Overlay]) -> list[dict[str, Any]]:
     ]
 
 
+def _tiles_view(tiles: dict) -> dict[str, Any]:
+    """What the tile step counted: facts, and a table of tiles and boxes per split."""
+    facts = {text: tiles[key] for key, text in _TILE_FACTS.items() if key in tiles}
+    if size := tiles.get("mean_tile_px"):
+        facts[_TILE_FACTS["mean_tile_px"]] = " x ".join(words.number(side, 0) for side in size) + " px"
+    splits, boxes = tiles.get("splits") or {}, tiles.get("boxes_by_split") or {}
+    rows = [("tiles", [*splits.values(), tiles.get("tiles")])]
+    for name, total in (tiles.get("boxes") or {}).items():
+        rows.append((f"boxes of {name}", [*((boxes.get(split) or {}).get(name) for split in splits), total]))
+    columns = ["no split" if split == "none" else split for split in splits]
+    return {"facts": facts, "columns": [*columns, "all"] if splits else [], "rows": rows}
+
+
+def _machine_view(machine: dict) -> dict[str, Any]:
+    return {key: "no GPU" if key == "gpus" and not value else value for key, value in machine.items()}
+
+
 def _model_styles(models: list[dict]) -> dict[str, Style]:
     """Colour by train set, solid for truth, a dash per threshold."""
     train_sets = list(dict.fromkeys(model["train_set"] for model in models))
-    thresholds = sorted({_threshold(model) for model in _students(models)})
+    thresholds = sorted({words.threshold_of(model) for model in words.students_of(models)})
     dashes = {None: 0} | {threshold: 1 + i for i, threshold in enumerate(thresholds)}
     return {model["name"]: Style(train_sets.index(model["train_set"]), dashes[model["threshold"]]) for model in models}
 
 
 def _bar_style(style: Style, model: dict, students: list[dict]) -> Style:
     """The model's colour, paler for each higher threshold."""
-    thresholds = sorted({_threshold(student) for student in students})
-    rank = thresholds.index(_threshold(model)) / max(len(thresholds) - 1, 1)
+    thresholds = sorted({words.threshold_of(student) for student in students})
+    rank = thresholds.index(words.threshold_of(model)) / max(len(thresholds) - 1, 1)
     return Style(style.colour, opacity=round(1 - 0.6 * rank, 2))
 
 
@@ -408,75 +293,9 @@ def _largest_classes(results: dict, limit: int) -> list[str]:
     return [name for name in classes if name in largest]
 
 
-def _loss_names(models: list[dict]) -> list[str]:
-    sides = [(model.get("losses") or {}).get(side) or {} for model in models for side in ("train", "test")]
-    return list(dict.fromkeys(name for side in sides for name in side))
-
-
-def _terminal_row(model: dict, losses: list[str]) -> list[str]:
-    verdicts = {True: "distinguishable", False: "not distinguishable", None: NULL}
-    threshold = NULL if model["threshold"] is None else f"{model['threshold']:g}"
-    cells = [model["name"], model["train_set"], _labels(model), threshold]
-    cells += [number(model["map50"]), number(model["map50_95"])]
-    cells.append(f"{number(model['f1'], 3)} @ {number(model['f1_conf'], 2)}")
-    for metric, _ in METRICS:
-        absolute, relative = (_drop(model, metric).get(key) for key in ("absolute", "relative_percent"))
-        cells.append(f"{number(absolute)} ({number(relative, 1):>5} %)" if _known(absolute) else NULL)
-    cells.append(verdicts[distinguishable(_drop(model, "map50"))])
-    sides = [(model.get("losses") or {}).get(side) or {} for side in ("train", "test")]
-    return cells + ["/".join(number(side.get(name), 3) for side in sides) for name in losses]
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column < 3 else cell.rjust(width)
-
-
-def _labels(model: dict) -> str:
-    if model["labels"] == "truth":
-        return "truth"
-    return f"soft by {model['teacher']}" if model["teacher"] else "soft"
-
-
-def _student(model: dict) -> str:
-    return f"{model['train_set']}, soft labels at {_threshold(model):g}"
-
-
-def _students(models: Iterable[dict]) -> list[dict]:
-    return [model for model in models if model["labels"] == "soft" and model["threshold"] is not None]
-
-
-def _threshold(model: dict) -> float:
-    return float(model["threshold"])
-
-
-def _drop(model: dict, metric: str) -> dict:
-    return (model.get("drop") or {}).get(metric) or {}
-
-
 def _class_drop(model: dict, name: str) -> dict:
     return model["drop"]["per_class"].get(name) or {}
 
 
-def _interval(low: float | None, high: float | None, digits: int) -> str | None:
-    return f"{number(low, digits)} to {number(high, digits)}" if _known(low) and _known(high) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(known) / len(known) if known else None
-
-
-def _names(models: list[dict], key: str) -> str:
-    return " and ".join(str(model[key]) for model in models)
-
-
-def _bracketed(value: Any) -> str:
-    return f"({plain(value)})" if isinstance(value, dict) else plain(value)
-
-
 def _below_zero(value: float | None) -> bool:
     return value is not None and value < 0
-
-
-def _known(value: Any) -> bool:
-    return value is not None and math.isfinite(value)

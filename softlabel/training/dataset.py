@@ -1,6 +1,6 @@
 """Training tiles as an ultralytics dataset: its augmentation, our pixels and boxes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -8,16 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 from ultralytics.data.dataset import YOLODataset
 
-from softlabel.imagery.scenes import TileReader
 from softlabel.training.targets import Target
 
 
 class TileDataset(YOLODataset):
-    """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files."""
+    """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files.
 
-    def __init__(self, targets: Sequence[Target], **kwargs: object) -> None:
+    ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB.
+    """
+
+    def __init__(self, targets: Sequence[Target], read: Callable[[dict], NDArray[np.uint8]], **kwargs: object) -> None:
         self._targets = list(targets)
-        self._reader = TileReader()
+        self._read = read
         super().__init__(img_path="", task="detect", **kwargs)
 
     def get_img_files(self, img_path: str) -> list[str]:
@@ -34,7 +36,7 @@ class TileDataset(YOLODataset):
         """Pixels of a tile as BGR, its longer side scaled to imgsz, with ultralytics' mosaic buffer kept up."""
         if self.ims[i] is not None:
             return self.ims[i], self.im_hw0[i], self.im_hw[i]
-        image = np.ascontiguousarray(self._reader.read(self._targets[i].tile)[..., ::-1])
+        image = np.ascontiguousarray(self._read(self._targets[i].tile)[..., ::-1])
         original_hw = image.shape[:2]
         gain = self.imgsz / max(original_hw)
         if gain != 1:

@@ -121,7 +121,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
     storage = run_dir / "ray"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"jobs": missing},
+        train_loop_config={"jobs": missing, "cpu_threads": max(1, int(recipe.execution.cpus_per_worker))},
         scaling_config=_scaling(recipe.execution),
         run_config=ray.train.RunConfig(
             name=name,
@@ -140,7 +140,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
 def _worker(config: dict) -> None:
     from softlabel.training.trainer import train_models
 
-    train_models(config["jobs"])
+    train_models(config["jobs"], config["cpu_threads"])
 
 
 def _check(job: TrainJob) -> None:

@@ -29,7 +29,8 @@ from ultralytics.utils import callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
 from softlabel.errors import TrainingError
-from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.evaluation.matching import TileResult
+from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.losses import mean_losses
 from softlabel.labelling.yolo import Header, YoloDetector, load_matching, save_weights
@@ -42,8 +43,11 @@ _STATE = "state.pt"
 _BATCH = 16  # tiles per forward pass when validating
 
 
-def train_models(jobs: list[TrainJob]) -> None:
+def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     """The training function of a Ray Train worker: train the jobs that are not done, one after the other.
+
+    ``cpu_threads`` is what torch may use: Ray gives a worker of two CPUs one thread (OMP_NUM_THREADS=1 was seen), half
+    its speed.
 
     Every epoch reports metrics and a checkpoint to Ray Train; after a failure Ray calls this again and the model in
     flight goes on from there.
@@ -53,12 +57,20 @@ def train_models(jobs: list[TrainJob]) -> None:
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
     if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines per epoch that say less than ours
+    torch.set_num_threads(cpu_threads)
+    _quiet_ray_train()
     with tempfile.TemporaryDirectory() as scratch:
         state = _restore(Path(scratch))
         for job in jobs:
             if not is_done(job.folder):
                 _train(job, Path(scratch) / job.name, state if state and state["job"] == job.folder.name else None)
+
+
+def _quiet_ray_train() -> None:
+    """Two lines per epoch that say less than ours. Ray Train names some of its loggers by module, some by file."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("ray.train") or "/ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _restore(scratch: Path) -> dict | None:
@@ -127,6 +139,7 @@ class SoftLabelTrainer(DetectionTrainer):
         """The training set, or the validation set (whose loader only ultralytics' bookkeeping looks at)."""
         return TileDataset(
             self._targets if mode == "train" else self._val,
+            TileReader().read,
             imgsz=self.args.imgsz,
             batch_size=batch,
             augment=mode == "train",

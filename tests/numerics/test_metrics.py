@@ -1,4 +1,4 @@
-"""metrics.py against pycocotools, and its F1 against a matcher written for this test."""
+"""matching.py and metrics.py against pycocotools, and its F1 against a matcher written for this test."""
 
 import contextlib
 import io
@@ -10,7 +10,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.evaluation.matching import TileResult
+from softlabel.evaluation.metrics import evaluate
 from softlabel.records import Detections, Truth
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from softlabel.evaluation.metrics import TileResult, evaluate
+from softlabel.evaluation.matching import TileResult
+from softlabel.evaluation.metrics import evaluate
 from softlabel.evaluation.quality import bootstrap_difference, drop, label_quality, loss_difference_percent
 from softlabel.records import Detections, Truth
 

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
@@ -17,21 +16,9 @@ from softlabel.records import Nms, Truth
 CLASSES = ("car", "plane", "ship")
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = DetectionModel("yolov5n.yaml", nc=3, verbose=False)
-    # A fresh model answers every pixel alike: let its normalisation see data, and its head spread the scores.
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    for sequence in model.model[-1].cv3:
-        torch.nn.init.normal_(sequence[-1].weight, std=0.3)
-        torch.nn.init.constant_(sequence[-1].bias, -3.0)
-    with torch.no_grad():
-        model.train()(torch.rand(8, 3, 96, 96))
-    model.args = get_cfg()
-    return model.eval()
+@pytest.fixture
+def model(talkative_model):
+    return talkative_model
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,11 @@ import rasterio
 from softlabel import store
 from softlabel.config import Recipe
 from softlabel.errors import RecipeError, SceneError, TruthError
-from softlabel.imagery import run, tiles
+from softlabel.imagery import run
 from softlabel.imagery.scenes import TileReader
 from softlabel.records import TILES, Truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-SHARED = os.environ.get("SOFTLABEL_SHARED")
-needs_shared = pytest.mark.skipif(not SHARED, reason="set SOFTLABEL_SHARED to the folder of real data (its README.md)")
 ONE_SPLIT = {"train_1": 1, "train_2": 0, "test": 0, "validation": 0}
 
 
@@ -61,7 +58,7 @@ class World:
 
     def tile(self, **settings):
         step = run.tile(self.recipe(**settings), self.folder / "runs")
-        rows = pq.read_table(step / run.TILES_FILE).to_pylist()
+        rows = pq.read_table(step / store.TILES_FILE).to_pylist()
         rejected = [json.loads(line) for line in (step / run.REJECTED_FILE).read_text().splitlines()]
         return rows, rejected, store.summary(step)
 
@@ -94,8 +91,8 @@ def test_row_groups_are_shards_in_order(world):
     for index in range(3):
         world.scene(f"{index}.tif", width=32 * 8, height=32 * 5)
     step = run.tile(world.recipe(), world.folder / "runs")
-    file = pq.ParquetFile(step / run.TILES_FILE)
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [tiles.SHARD_TILES, 56]
+    file = pq.ParquetFile(step / store.TILES_FILE)
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [store.SHARD_TILES, 56]
     assert file.schema_arrow == TILES
     rows = file.read().to_pylist()
     order = [(row["scene_id"], row["window"][1], row["window"][0]) for row in rows]
@@ -251,9 +248,8 @@ def test_synthetic_scenes(tmp_path, capsys):
     assert len(list(tmp_path.glob("scenes-*"))) == 1
 
 
-@needs_shared
-def test_real_overhead_images(tmp_path):
-    folder = Path(str(SHARED)) / "overhead"
+def test_real_overhead_images(shared, tmp_path):
+    folder = shared / "data" / "overhead"
     truth = {"format": "coco", "path": str(folder / "instances.json")}
     settings = {"scenes": str(folder), "truth": truth, "split": "truth"}
     recipe = Recipe(name="real", classes=("plane", "ship", "car"), tiles=settings)
@@ -262,10 +258,9 @@ def test_real_overhead_images(tmp_path):
     assert summary["boxes"]["plane"] == 2996 and summary["groups_in_two_splits"] == 0
 
 
-@needs_shared
-def test_real_16_bit_scenes(tmp_path):
-    recipe = Recipe(name="real", classes=("vessel",), tiles={"scenes": f"{SHARED}/scenes", "size_px": 256})
-    rows = pq.read_table(run.tile(recipe, tmp_path) / run.TILES_FILE).to_pylist()
+def test_real_16_bit_scenes(shared, tmp_path):
+    recipe = Recipe(name="real", classes=("vessel",), tiles={"scenes": str(shared / "data" / "scenes"), "size_px": 256})
+    rows = pq.read_table(run.tile(recipe, tmp_path) / store.TILES_FILE).to_pylist()
     reader = TileReader()
     for row in rows:
         pixels = reader.read(row)

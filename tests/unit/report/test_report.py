@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softlabel.records import Detections, Truth
-from softlabel.report import figures, page
+from softlabel.report import figures, page, words
 from softlabel.report.figures import SOFT_RGB, TRUTH_RGB, Overlay
 
 NASTY = "<b>&"
@@ -90,7 +90,26 @@ def results_of(models, classes=("car", NASTY), label_quality=()):
             "ultralytics": "8",
         },
         "times_s": {"tiles": 1.5, "train teachers": 5000.0, "label": None},
-        "tiles": {"scenes": 4, "tiles": 40, "per_split": {"train_1": 16, "test": 8}, "ignored": 0},
+        "tiles": {
+            "format_version": 1,
+            "classes": list(classes),
+            "scenes": 1234,
+            "scenes_rejected": 1,
+            "tiles": 40,
+            "background": 9,
+            "splits": {"none": 16, "test": 8, "train_1": 16},
+            "boxes": {name: 2503 for name in classes},
+            "boxes_by_split": {
+                "none": {},
+                "test": {name: 3 for name in classes},
+                "train_1": {name: 2500 for name in classes},
+            },
+            "ignored": 5,
+            "truth_rejected": 2,
+            "truth_dropped": 7,
+            "mean_tile_px": [640.0, 511.6],
+            "groups_in_two_splits": 0,
+        },
         "models": models,
         "label_quality": list(label_quality),
     }
@@ -200,24 +219,24 @@ def test_an_interval_with_zero_is_not_distinguishable(tmp_path):
     ],
 )
 def test_the_headline_follows_the_numbers(results, expected):
-    assert all(part in page.headline(results) for part in expected), page.headline(results)
+    assert all(part in words.headline(results) for part in expected), words.headline(results)
 
 
 def test_the_headline_names_the_sets_that_differ():
     results = six(0.01)
     results["models"][1]["drop"]["map50"].update(low=-0.05, high=0.01)
-    assert page.headline(results).endswith("distinguishable for train_2, not distinguishable for train_1")
+    assert words.headline(results).endswith("distinguishable for train_2, not distinguishable for train_1")
     results["models"][1] = model("train_1", 0.3, 0.7511, reference=0.7111)
-    assert page.headline(results).endswith("opposite directions")
+    assert words.headline(results).endswith("opposite directions")
     for i in (1, 4):
         results["models"][i]["drop"]["map50"].update(low=None, high=None, distinguishable=False)
-    assert page.headline(results).endswith("no interval was computed, so it may be chance")
+    assert words.headline(results).endswith("no interval was computed, so it may be chance")
 
 
 def test_each_threshold_gets_a_sentence_and_the_lowest_comes_first():
-    answers = page.answers(six())
+    answers = words.answers(six())
     assert [re.search(r"at (0\.\d)", answer)[1] for answer in answers] == ["0.3", "0.5"]
-    assert page.paper_answers(six()) == ["0.038 mAP50 (4.9 %) at 0.3", "0.056 mAP50 (7.3 %) at 0.5"]
+    assert words.paper_answers(six()) == ["0.038 mAP50 (4.9 %) at 0.3", "0.056 mAP50 (7.3 %) at 0.5"]
 
 
 def test_a_drop_of_the_wrong_sign_is_refused(tmp_path):
@@ -254,7 +273,21 @@ def test_nulls_become_dashes(tmp_path):
     html = written(tmp_path, results)
     assert "None" not in html and "nan" not in re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL).split()
     assert all("–" in row for row in table_1(html))
-    assert "None" not in page.format_table(results)
+    assert "None" not in words.format_table(results)
+
+
+def test_how_it_was_run_tells_data_and_machine_in_words(tmp_path):
+    html = written(tmp_path, six())
+    folded = html[html.index("How it was run") :]
+    for fact in ("<dd>1,234</dd>", "<dd>640 x 512 px</dd>", "<dt>gpus</dt><dd>no GPU</dd>"):
+        assert fact in folded
+    assert re.search(
+        r"cannot be read</dt><dd>1</dd>.*cannot be used</dt><dd>2</dd>.*left out on purpose</dt><dd>7<", folded
+    )
+    table = folded[folded.index(">no split<") : folded.index("Time per step")]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t", row) for row in table.split("<tr>")]
+    assert cells[1:3] == [["tiles", "16", "8", "16", "40"], ["boxes of car", "–", "3", "2,500", "2,503"]]
+    assert "format_version" not in folded and "{" not in table
 
 
 def test_parts_without_data_are_left_out(tmp_path):
@@ -275,7 +308,7 @@ def test_one_class_and_four_thresholds(tmp_path, overlay):
 def test_the_table_for_the_terminal_aligns():
     results = six()
     results["models"][2].update(map50=None, f1=None, drop=None, name="a_rather_long_name")
-    head, rule, *rows, note = page.format_table(results).splitlines()
+    head, rule, *rows, note = words.format_table(results).splitlines()
     assert len(rows) == 6 and {len(line) for line in (head, rule, *rows)} == {len(head)}
     assert "0.6911" in rows[1] and "−0.0200 ( −2.8 %)" in rows[1] and "0.230/0.346" in rows[1]
     assert all(row[head.index("train set") :].startswith("train_") for row in rows)
@@ -317,11 +350,11 @@ def test_even_noise_fits_eight_times_into_five_megabytes(tmp_path, overlay):
     [(None, "–"), (float("nan"), "–"), (0.12345, "0.1235"), (-0.02, "−0.0200"), (-1e-9, "0.0000"), (0.0, "0.0000")],
 )
 def test_numbers(value, text):
-    assert page.number(value) == text
+    assert words.number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "–"), (1.52, "1.5 s"), (42, "42 s"), (300, "5 min"), (9345, "2 h 36 min")]
 )
 def test_durations(seconds, text):
-    assert page.duration(seconds) == text
+    assert words.duration(seconds) == text

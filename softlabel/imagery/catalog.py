@@ -1,0 +1,161 @@
+"""All scenes of a run: what each is, the truth drawn on it, its group and its split. A few numbers each, no pixels.
+
+What cannot be used goes as a row into a list of rejected ones: kind (scene or truth), file, row, reason, retryable.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from softlabel.config import Recipe, Split, TruthSource
+from softlabel.errors import RecipeError, SceneError, TruthError
+from softlabel.imagery import scenes as scene_files
+from softlabel.imagery import tiles
+from softlabel.imagery.scenes import SceneInfo
+from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, match_scenes
+
+MANY_SCENES = 200
+"""From here on progress is shown."""
+_THREADS = 4
+
+
+@dataclass
+class Scene:
+    """A scene that can be read; ``truth`` is None where nobody drew boxes, ``split`` where it belongs to none."""
+
+    scene_id: str
+    uri: str
+    info: SceneInfo
+    truth: SceneTruth | None
+    group: str
+    split: str | None
+
+    def windows(self, recipe: Recipe) -> list[tiles.Window]:
+        """Its tiles."""
+        return tiles.windows(self.info.width, self.info.height, recipe.tiles.size_px, recipe.tiles.overlap_px)
+
+
+def load_scenes(
+    recipe: Recipe,
+    listed: list[tuple[str, str]],
+    truth: TruthSet | None,
+    source: TruthSource | None,
+    rejected: list[dict],
+) -> list[Scene]:
+    """All readable scenes with their truth, in the order listed; what fails is added to ``rejected``.
+
+    Raises:
+        SceneError: None can be read.
+        TruthError: The truth is about none of them.
+    """
+    names = _match(truth, listed, rejected) if truth else {}
+    # xView's file lists boxes only: an image that it does not mention was looked at and is empty.
+    default = _no_truth(source.path) if source and source.format == "xview" else None
+    scenes = []
+    for scene_id, uri, info in _describe(recipe, listed):
+        drawn = truth.scenes[names[scene_id]] if truth and scene_id in names else default
+        if isinstance(info, SceneError):
+            rejected.append(_rejected_scene(uri, info, drawn))
+            continue
+        group, split = (drawn.group, drawn.split) if drawn else (None, None)
+        fitted = _fit(drawn, info, uri, rejected) if drawn else None
+        scenes.append(Scene(scene_id, uri, info, fitted, group or scene_id, split))
+    if not scenes:
+        raise SceneError(f"none of {len(listed)} scenes can be read; the first: {rejected[-len(listed)]['reason']}")
+    return scenes
+
+
+def set_splits(recipe: Recipe, scenes: list[Scene], source: TruthSource | None) -> None:
+    """Deal out splits among the scenes with truth; with ``split: truth`` they have theirs already.
+
+    Raises:
+        RecipeError: There are too few groups for the splits, or the truth was to name splits and does not.
+    """
+    split = recipe.tiles.split
+    if source is None and isinstance(split, Split):
+        return  # nobody drew anything: an archive to label
+    if isinstance(split, Split):
+        found = tiles.assign_splits(_group_counts(recipe, scenes), split, recipe.seed)
+        for scene in scenes:
+            scene.split = found[scene.group] if scene.truth is not None else None
+    elif all(scene.split is None for scene in scenes):
+        raise RecipeError("tiles.split is `truth`, which names no split: give shares, or COCO truth with `split`")
+
+
+def rejected_truth(row: RejectedTruth) -> dict:
+    """A truth row that cannot be used, as a row of the rejected ones."""
+    return {"kind": "truth", **asdict(row), "retryable": False}
+
+
+def groups_in_two_splits(scenes: list[Scene]) -> int:
+    """Groups that a truth file puts into two splits: near-duplicates that training and test share."""
+    splits: dict[str, set[str | None]] = defaultdict(set)
+    for scene in scenes:
+        splits[scene.group].update({scene.split} - {None})
+    return sum(len(found) > 1 for found in splits.values())
+
+
+def _match(truth: TruthSet, listed: list[tuple[str, str]], rejected: list[dict]) -> dict[str, str]:
+    """scene_id to image name of the truth; images without a scene are rejected."""
+    found = match_scenes(truth.scenes, [scene_id for scene_id, _ in listed])
+    for name, drawn in truth.scenes.items():
+        if name not in found:
+            reason = f"scene not found: no scene, or more than one, is named {name}; {len(drawn.boxes)} boxes left out"
+            rejected.append(rejected_truth(RejectedTruth(drawn.file, None, reason)))
+    if truth.scenes and not found:
+        raise TruthError(
+            f"the truth is about none of the scenes: it names {next(iter(truth.scenes))}, a scene is {listed[0][0]}: "
+            "set tiles.scenes to the folder that those names count from"
+        )
+    return {scene_id: name for name, scene_id in found.items()}
+
+
+def _describe(recipe: Recipe, listed: list[tuple[str, str]]) -> Iterator[tuple[str, str, SceneInfo | SceneError]]:
+    """Each scene with what it is or why it cannot be read, in order; reading is mostly waiting, so by threads."""
+
+    def describe(scene: tuple[str, str]) -> tuple[str, str, SceneInfo | SceneError]:
+        try:
+            return *scene, scene_files.describe_scene(scene[1], recipe.tiles.bands, recipe.tiles.stretch)
+        except SceneError as error:
+            return *scene, error
+
+    quiet = True if len(listed) < MANY_SCENES else None  # None: quiet unless on a terminal
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from tqdm(pool.map(describe, listed), "scenes", len(listed), disable=quiet)
+
+
+def _fit(drawn: SceneTruth, info: SceneInfo, uri: str, rejected: list[dict]) -> SceneTruth | None:
+    """The truth in the scene's pixels, None where it was drawn on an image of another size."""
+    size = info.width, info.height
+    if drawn.size_wh not in (None, size):
+        reason = f"drawn on {drawn.size_wh} px, scene {uri} has {size}: {len(drawn.boxes)} boxes left out"
+        rejected.append(rejected_truth(RejectedTruth(drawn.file, None, reason)))
+        return None
+    fitted, outside = drawn.fitted(*size)
+    rejected.extend(rejected_truth(row) for row in outside)
+    return fitted
+
+
+def _no_truth(file: str) -> SceneTruth:
+    none = np.zeros(0, np.int64)
+    return SceneTruth(file, np.zeros((0, 4)), none.astype(np.int32), none.astype(bool), none)
+
+
+def _rejected_scene(uri: str, error: SceneError, drawn: SceneTruth | None) -> dict:
+    lost = f"; {len(drawn.boxes)} truth boxes left out with it" if drawn and len(drawn.boxes) else ""
+    return {"kind": "scene", "file": uri, "row": None, "reason": f"{error}{lost}", "retryable": error.retryable}
+
+
+def _group_counts(recipe: Recipe, scenes: list[Scene]) -> dict[str, np.ndarray]:
+    """Per group of scenes with truth: the number of tiles, then of boxes per class."""
+    num_classes = len(recipe.classes)
+    counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1 + num_classes, np.int64))
+    for scene in scenes:
+        if scene.truth is not None:
+            drawn = np.bincount(scene.truth.class_ids[~scene.truth.crowd], minlength=num_classes)
+            counts[scene.group] += np.array([len(scene.windows(recipe)), *drawn])
+    return dict(counts)

@@ -1,0 +1,117 @@
+"""Rows of a truth file sorted into images, rejected ones and ones left out on purpose, their classes named.
+
+A row is one box in a truth file. A reader (formats.py) turns each into a `Row`, or raises `BadRow`; truth.py makes the
+public types of what was collected.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from softlabel.config import TruthSource
+from softlabel.errors import TruthError
+from softlabel.imagery.fields import BadRow, show
+
+Rejected = tuple[str, int | None, str]
+"""File, row (None where it is the whole file) and reason."""
+
+
+class Row(NamedTuple):
+    """One box: its image, its class as the source has it, xyxy."""
+
+    image: str
+    source_class: int | str
+    box: tuple[float, float, float, float]
+    crowd: bool = False
+
+
+@dataclass
+class Image:
+    """What is known of one image; ``facts`` are further fields of `SceneTruth` (truth.py), as are the lists."""
+
+    facts: dict[str, Any]
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    class_ids: list[int] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+
+class Collector:
+    """Takes rows in, naming their classes. ``targets`` maps source class to ours, None where none is mapped."""
+
+    def __init__(self, drop_others: bool, targets: dict[int | str, int | None]) -> None:
+        self.drop_others, self.targets = drop_others, targets
+        self.images: dict[str, Image] = {}
+        self.rejected: list[Rejected] = []
+        self.dropped = 0
+
+    def image(self, name: str, **facts: Any) -> Image:
+        """The image of that name; ``facts`` count where it is new."""
+        return self.images.setdefault(name, Image(facts))
+
+    def reject(self, file: str, row: int | None, reason: object) -> None:
+        self.rejected.append((file, row, str(reason)))
+
+    def read(self, file: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Row]) -> None:
+        """Take each (number, raw row) as ``parse`` reads it; one that cannot be used is rejected by itself."""
+        for number, raw in rows:
+            try:
+                self._add(file, number, parse(raw))
+            except BadRow as reason:
+                self.reject(file, number, reason)
+
+    def _add(self, file: str, number: int, row: Row) -> None:
+        image = self.image(row.image, file=file)
+        if row.source_class not in self.targets:
+            raise BadRow(f"unknown class {show(row.source_class)}")
+        target = self.targets[row.source_class]
+        if target is None and self.drop_others:
+            self.dropped += 1
+            return
+        if target is None:
+            raise BadRow(
+                f"class {show(row.source_class)} is not mapped: add it to tiles.truth.mapping, or leave such boxes "
+                "out with other_classes: drop"
+            )
+        image.boxes.append(row.box)
+        image.class_ids.append(target)
+        image.crowd.append(row.crowd)
+        image.rows.append(number)
+
+
+def listed_collector(source: TruthSource, classes: tuple[str, ...], known: dict[int, str]) -> Collector:
+    """A collector for a source that lists its classes."""
+    names = {str(key) for key in known} | set(known.values())
+    numbers = {str(key): int(key) for key in source.mapping if str(key).isdecimal()}
+    strange = [str(key) for key in source.mapping if str(key) not in names and str(key) not in numbers]
+    if strange:
+        has = ", ".join(list(known.values())[:10])
+        raise TruthError(f"tiles.truth.mapping names {', '.join(strange)}, {source.path} has {has}, ...: correct it")
+    extra = {number: "" for key, number in numbers.items() if key not in names}
+    targets = targets_of(source, classes, {**known, **extra})
+    require_all(source, classes, set(targets.values()), known.values())
+    return Collector(source.other_classes == "drop", targets)
+
+
+def targets_of(
+    source: TruthSource, classes: tuple[str, ...], known: Mapping[int, str] | Mapping[str, str]
+) -> dict[int | str, int | None]:
+    """Source class (id or, in DOTA, name) to our class; None for a known class that is not mapped."""
+    mapping = {str(key): name for key, name in source.mapping.items()}
+    targets: dict[int | str, int | None] = {}
+    for key, name in known.items():
+        ours = mapping.get(str(key), mapping.get(name)) if mapping else name
+        targets[key] = classes.index(ours) if ours in classes else None
+    return targets
+
+
+def require_all(
+    source: TruthSource, classes: tuple[str, ...], made: Collection[int | None], known: Iterable[str]
+) -> None:
+    """Refuse classes that nothing can become; ``made`` are those that something can, by index."""
+    missing = [name for index, name in enumerate(classes) if index not in made]
+    if missing:
+        raise TruthError(
+            f"class without mapping: nothing in {source.path} can become {', '.join(missing)}: add it to "
+            f"tiles.truth.mapping (the source has {', '.join(list(known)[:10])}, ...) or take it out of classes"
+        )

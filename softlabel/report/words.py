@@ -1,0 +1,234 @@
+"""Results in words: the answers, the paper's numbers beside ours, how a number is written, the table for the terminal.
+
+Every sentence with a number is made from the numbers. What is null is shown as an en dash.
+
+Everywhere a drop is soft minus truth, as softlabel.evaluation.quality measures it: negative is a loss. Where a person
+reads it, it is called the change.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PAPER: dict[tuple[str, str, float | None], tuple[float, float]] = {
+    ("train_1", "truth", None): (0.7625, 0.4507),
+    ("train_2", "truth", None): (0.7747, 0.4609),
+    ("train_1", "soft", 0.3): (0.7328, 0.4236),
+    ("train_2", "soft", 0.3): (0.7293, 0.4201),
+    ("train_1", "soft", 0.5): (0.7080, 0.4069),
+    ("train_2", "soft", 0.5): (0.7168, 0.4158),
+}
+"""(mAP50, mAP50-95) by train set, labels and threshold, from Ciolino, Rosario and Noever."""
+
+METRICS = (("map50", "mAP50"), ("map50_95", "mAP50-95"))
+NULL, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+def format_table(results: dict) -> str:
+    """The models as aligned plain text, one line each under a header, and how to read it below."""
+    models = results["models"]
+    losses = loss_names(models)
+    header = ["model", "train set", "labels", "at", "mAP50", "mAP50-95", "F1 @ conf"]
+    header += [f"{label} change" for _, label in METRICS] + ["mAP50 and chance"]
+    header += [f"{name} train/test" for name in losses]
+    rows = [header] + [_terminal_row(model, losses) for model in models]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]  # noqa: B905
+    note = "change: against the model trained on truth on the same train set; negative: soft labels did worse"
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
+
+
+def headline(results: dict) -> str:
+    """The answer in one sentence, for the students of the lowest threshold."""
+    return answers(results)[0]
+
+
+def answers(results: dict) -> list[str]:
+    """One sentence per threshold, lowest first, so that no threshold is picked by its test numbers."""
+    models = [model for model in students_of(results["models"]) if is_known(drop_of(model, "map50").get("absolute"))]
+    if not models:
+        return ["No student could be compared with a model trained on truth"]
+    by_threshold = itertools.groupby(sorted(models, key=threshold_of), key=threshold_of)
+    return [_answer(threshold, list(students)) for threshold, students in by_threshold]
+
+
+def paper_answers(results: dict) -> list[str]:
+    """The paper's mean loss of mAP50 at each threshold that this run shares with it."""
+    sentences = []
+    for threshold in sorted({threshold_of(model) for model in students_of(results["models"])}):
+        drops = [paper_drop(train_set, threshold)["map50"] for train_set in ("train_1", "train_2")]
+        if all(drop["absolute"] is not None for drop in drops):
+            absolute, relative = (
+                _mean([drop[key] for drop in drops]) or 0.0 for key in ("absolute", "relative_percent")
+            )
+            sentences.append(f"{number(-absolute, 3)} mAP50 ({number(-relative, 1)} %) at {threshold:g}")
+    return sentences
+
+
+def paper_drop(train_set: str, threshold: float | None) -> dict[str, dict[str, float | None]]:
+    """The paper's drops (soft minus truth) for one student; nulls where it measured none."""
+    soft, truth = paper_row(train_set, "soft", threshold), paper_row(train_set, "truth", None)
+    drops: dict[str, dict[str, float | None]] = {}
+    for i, (metric, _) in enumerate(METRICS):
+        absolute = soft[i] - truth[i] if truth and soft else None
+        relative = 100 * absolute / truth[i] if truth and absolute is not None else None
+        drops[metric] = {"absolute": absolute, "relative_percent": relative}
+    return drops
+
+
+def paper_row(train_set: str, labels: str, threshold: float | None) -> tuple[float, float] | None:
+    """The paper's (mAP50, mAP50-95) of a model, None where it has no such model."""
+    rounded = None if threshold is None else round(threshold, 6)
+    return PAPER.get((train_set, labels, rounded))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for the page: fixed digits, a real minus, an en dash for null."""
+    if not is_known(value):
+        return NULL
+    text = f"{value:.{digits}f}"
+    return (text[1:] if text.strip("-0.") == "" and text.startswith("-") else text).replace("-", MINUS)
+
+
+def plain(value: Any) -> str:
+    """Any JSON value as words."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return NULL
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_bracketed(item)}" for key, item in value.items()) or NULL
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit a person would use."""
+    if not is_known(seconds) or seconds is None:
+        return NULL
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def interval(low: float | None, high: float | None, digits: int) -> str | None:
+    """An interval for the page, None where there is none."""
+    return f"{number(low, digits)} to {number(high, digits)}" if is_known(low) and is_known(high) else None
+
+
+def distinguishable(drop: dict) -> bool | None:
+    """Whether the drop's interval excludes zero, None without an interval."""
+    if is_known(drop.get("low")) and is_known(drop.get("high")):
+        return not drop["low"] <= 0 <= drop["high"]
+    return None
+
+
+def labels_of(model: dict) -> str:
+    """What a model learned from."""
+    if model["labels"] == "truth":
+        return "truth"
+    return f"soft by {model['teacher']}" if model["teacher"] else "soft"
+
+
+def student_words(model: dict) -> str:
+    """Which student a model is."""
+    return f"{model['train_set']}, soft labels at {threshold_of(model):g}"
+
+
+def students_of(models: Iterable[dict]) -> list[dict]:
+    """The models that learned from soft labels."""
+    return [model for model in models if model["labels"] == "soft" and model["threshold"] is not None]
+
+
+def threshold_of(model: dict) -> float:
+    """The threshold of a student."""
+    return float(model["threshold"])
+
+
+def drop_of(model: dict, metric: str) -> dict:
+    """A model's drop in a metric; empty where there is none."""
+    return (model.get("drop") or {}).get(metric) or {}
+
+
+def loss_names(models: list[dict]) -> list[str]:
+    """All losses that any model has, in the order they come."""
+    sides = [(model.get("losses") or {}).get(side) or {} for model in models for side in ("train", "test")]
+    return list(dict.fromkeys(name for side in sides for name in side))
+
+
+def is_known(value: Any) -> bool:
+    """Whether there is a number: neither null nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def _answer(threshold: float, students: list[dict]) -> str:
+    drops = [drop_of(student, "map50") for student in students]
+    absolute = _mean([drop["absolute"] for drop in drops]) or 0.0
+    relative = _mean([drop.get("relative_percent") for drop in drops])
+    several = len(students) > 1
+    subject = "Students" if several else "The student"
+    change = _change(absolute, relative, several)
+    return f"{subject} trained on soft labels at {threshold:g} {change} against truth; {_chance(students)}"
+
+
+def _change(absolute: float, relative: float | None, several: bool) -> str:
+    average = " on average" if several else ""
+    if abs(absolute) < 0.0005:
+        return f"{'come' if several else 'comes'} within 0.001 mAP50{average}"
+    verb = ("lose" if absolute < 0 else "gain") + ("" if several else "s")
+    share = "" if relative is None else f" ({number(abs(relative), 1)} %)"
+    return f"{verb} {number(abs(absolute), 3)} mAP50{share}{average}"
+
+
+def _chance(students: list[dict]) -> str:
+    """What the intervals allow to say of the students of one threshold, each against truth on its own train set."""
+    by_verdict: dict[bool | None, list[dict]] = {True: [], False: [], None: []}
+    for student in students:
+        by_verdict[distinguishable(drop_of(student, "map50"))].append(student)
+    if len(by_verdict[None]) == len(students):
+        return "no interval was computed, so it may be chance"
+    words = {True: "distinguishable", False: "not distinguishable", None: "without an interval"}
+    told = [(words[verdict], found) for verdict, found in by_verdict.items() if found]
+    if len(told) > 1:
+        parts = ", ".join(f"{phrase} for {_names(found, 'train_set')}" for phrase, found in told)
+        return f"against chance on this test split the difference is {parts}"
+    signs = {drop_of(student, "map50")["absolute"] > 0 for student in by_verdict[True]}
+    opposite = ", but they point in opposite directions" if len(signs) > 1 else ""
+    subject = "the difference is" if len(students) == 1 else "the differences, one per training set, are"
+    return f"{subject} {told[0][0]} from chance on this test split{opposite}"
+
+
+def _terminal_row(model: dict, losses: list[str]) -> list[str]:
+    verdicts = {True: "distinguishable", False: "not distinguishable", None: NULL}
+    threshold = NULL if model["threshold"] is None else f"{model['threshold']:g}"
+    cells = [model["name"], model["train_set"], labels_of(model), threshold]
+    cells += [number(model["map50"]), number(model["map50_95"])]
+    cells.append(f"{number(model['f1'], 3)} @ {number(model['f1_conf'], 2)}")
+    for metric, _ in METRICS:
+        absolute, relative = (drop_of(model, metric).get(key) for key in ("absolute", "relative_percent"))
+        cells.append(f"{number(absolute)} ({number(relative, 1):>5} %)" if is_known(absolute) else NULL)
+    cells.append(verdicts[distinguishable(drop_of(model, "map50"))])
+    sides = [(model.get("losses") or {}).get(side) or {} for side in ("train", "test")]
+    return cells + ["/".join(number(side.get(name), 3) for side in sides) for name in losses]
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _names(models: list[dict], key: str) -> str:
+    return " and ".join(str(model[key]) for model in models)
+
+
+def _bracketed(value: Any) -> str:
+    return f"({plain(value)})" if isinstance(value, dict) else plain(value)

@@ -1,0 +1,91 @@
+"""What several tests need: the shared data, a Ray, a tiny tile set, a teacher that answers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from softlabel.config import Recipe
+
+CLASSES = ("car", "plane", "ship")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images, weights and schemas, which the project does not ship."""
+    folder = os.environ.get("SOFTLABEL_SHARED")
+    if not folder:
+        pytest.skip("set SOFTLABEL_SHARED to the folder with data/, weights/ and schemas/ to run this")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray for the whole test run, since starting it takes 10 s."""
+    import ray
+
+    # Ray Train asks the State API, which comes with the dashboard. A spare CPU lets a reader run beside two workers.
+    ray.init(address="local", num_cpus=3, include_dashboard=True, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def tiny_recipe(**changes) -> Recipe:
+    """Made-up scenes small enough to label and train in seconds."""
+    model = {
+        "model": "yolov5n.yaml",
+        "args": {"epochs": 3, "imgsz": 64, "batch": 8, "nbs": 8, "close_mosaic": 1, "optimizer": "SGD", "cache": "ram"},
+    }
+    values = {
+        "name": "tiny",
+        "classes": list(CLASSES),
+        "tiles": {"synthetic": {"num_scenes": 20, "scene_size_px": 256, "difficulty": 0.1}, "size_px": 128},
+        "train": {"teacher": model, "student": model},
+        "evaluate": {"bootstrap": 20},
+    }
+    return Recipe.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Recipe:
+    """The tiny recipe as it is."""
+    return tiny_recipe()
+
+
+@pytest.fixture(scope="session")
+def tiles(recipe, tmp_path_factory) -> Path:
+    """The tiny recipe's tiles."""
+    from softlabel.imagery.run import tile
+
+    return tile(recipe, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def talkative_model():
+    """An untrained YOLO that answers different pixels differently: a fresh one gives every pixel the same score."""
+    import torch
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(0)
+    model = DetectionModel("yolov5n.yaml", nc=3, verbose=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    for sequence in model.model[-1].cv3:
+        torch.nn.init.normal_(sequence[-1].weight, std=0.3)
+        torch.nn.init.constant_(sequence[-1].bias, -3.0)
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 96, 96))
+    model.args = get_cfg()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def weights(talkative_model, tmp_path_factory) -> Path:
+    """That model as a weights file for 128 px."""
+    from softlabel.labelling.yolo import Header, save_weights
+
+    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
+    save_weights(path, talkative_model, Header(talkative_model.yaml, CLASSES, 128, {}))
+    return path

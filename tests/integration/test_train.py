@@ -1,0 +1,144 @@
+"""Training on a real Ray Train: ranks that agree, a test split that stays unseen, workers that die."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import CLASSES, tiny_recipe
+from safetensors.numpy import load_file
+
+from softlabel.errors import RecipeError, TrainingError, WeightsError
+from softlabel.imagery.run import tile
+from softlabel.labelling.run import label, label_job
+from softlabel.labelling.yolo import read_header
+from softlabel.store import read_tiles, summary
+from softlabel.training.run import train, train_job, validation_split
+from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1}
+
+
+def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", **kwargs):
+    kwargs = {"val_split": "val_1", **kwargs}
+    return train_job(recipe, run_dir, name, recipe.train.student, tiles=tiles, split=split, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained(weights, tmp_path_factory):
+    """Two models in one launch of two workers, one on truth and one on soft labels, with the test scenes gone."""
+    run_dir = tmp_path_factory.mktemp("train")
+    recipe = tiny_recipe(execution=TWO_WORKERS)
+    tiles = tile(recipe, run_dir)
+    (store,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, ["train_2"])], run_dir)
+    for row in read_tiles(tiles, ["test"]):
+        Path(row["scene_uri"]).unlink(missing_ok=True)
+    jobs = [
+        job_of(recipe, run_dir, tiles),
+        job_of(recipe, run_dir, tiles, "soft_2", "train_2", soft_labels=store, threshold=0.05),
+    ]
+    train(recipe, jobs, run_dir)
+    return recipe, run_dir, tiles, jobs
+
+
+def test_training_never_needs_the_test_split(trained):
+    _, _, tiles, jobs = trained
+    test_scenes = {row["scene_uri"] for row in read_tiles(tiles, ["test"])}
+    assert test_scenes and not any(Path(uri).exists() for uri in test_scenes)
+    assert all((job.folder / WEIGHTS).exists() for job in jobs)
+    for job in jobs:
+        seen = {target.tile["scene_uri"] for target in [*job.targets(), *truth_targets(tiles, job.val_split)]}
+        assert not seen & test_scenes
+
+
+def test_two_ranks_end_with_equal_parameters(trained):
+    for job in trained[3]:
+        one, two = summary(job.folder)["rank_digests"]
+        assert one == two != 0
+        assert summary(job.folder)["world_size"] == 2
+
+
+def test_each_model_says_how_it_was_trained(trained):
+    _, _, tiles, jobs = trained
+    for job in jobs:
+        said = summary(job.folder)
+        assert [row["epoch"] for row in said["history"]] == [1, 2, 3]
+        assert (said["epochs"], said["epochs_with_mosaic"], said["optimizer"]) == (3, 2, "SGD")
+        assert said["train_tiles"] == len(read_tiles(tiles, [job.split]))
+        assert said["best_epoch"] == 1 + int(np.argmax([row["map50"] for row in said["history"]]))
+        assert set(said["losses"]) == {"box", "cls", "dfl"} and all(value > 0 for value in said["losses"].values())
+        assert read_header(job.folder / WEIGHTS).classes == CLASSES
+    truth, soft = (summary(job.folder)["train_boxes"] for job in jobs)
+    assert truth == sum(len(target.boxes) for target in truth_targets(tiles, "train_1"))
+    assert soft == sum(len(target.boxes) for target in soft_targets(tiles, "train_2", jobs[1].soft_labels, 0.05))
+
+
+def test_a_model_that_is_done_is_not_trained_again(trained):
+    recipe, run_dir, _, jobs = trained
+    before = [(job.folder / WEIGHTS).stat().st_mtime_ns for job in jobs]
+    started = time.monotonic()
+    train(recipe, jobs, run_dir)
+    assert time.monotonic() - started < 5
+    assert [(job.folder / WEIGHTS).stat().st_mtime_ns for job in jobs] == before
+
+
+def test_a_killed_worker_goes_on_from_its_last_checkpoint(tmp_path):
+    recipe = tiny_recipe(execution={"cpus_per_worker": 2})
+    tiles = tile(recipe, tmp_path)
+    undisturbed, disturbed = (job_of(recipe, tmp_path / name, tiles) for name in ("undisturbed", "disturbed"))
+    train(recipe, [undisturbed], tmp_path / "undisturbed")
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_worker_after_a_checkpoint, args=(tmp_path / "disturbed", killed))
+    killer.start()
+    train(recipe, [disturbed], tmp_path / "disturbed")
+    killer.join()
+    assert killed
+    assert [row["epoch"] for row in summary(disturbed.folder)["history"]] == [1, 2, 3]
+    one, other = (load_file(job.folder / WEIGHTS) for job in (undisturbed, disturbed))
+    for key, value in one.items():
+        np.testing.assert_allclose(other[key], value, atol=1e-4, err_msg=key)
+
+
+def _kill_worker_after_a_checkpoint(run_dir, killed):
+    """Kill -9 the training worker once its first checkpoint lies in the run folder."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if list(run_dir.glob("ray/*/checkpoint_*/state.pt")):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+            return
+        time.sleep(0.05)
+
+
+def test_nothing_above_the_threshold_is_one_clear_error(trained):
+    recipe, run_dir, tiles, jobs = trained
+    job = job_of(recipe, run_dir, tiles, "none", "train_2", soft_labels=jobs[1].soft_labels, threshold=0.999)
+    with pytest.raises(TrainingError, match=r"nothing to train on: no soft label of .* is above 0\.999"):
+        train(recipe, [job], run_dir)
+
+
+def test_unknown_splits_and_weights_are_named(trained):
+    recipe, run_dir, tiles, _ = trained
+    with pytest.raises(TrainingError, match=r"split nowhere of .* has no truth"):
+        train(recipe, [job_of(recipe, run_dir, tiles, split="nowhere")], run_dir)
+    missing = recipe.train.student.model_copy(update={"weights": "gone.safetensors"})
+    with pytest.raises(WeightsError, match=r"no weights at .*gone\.safetensors"):
+        train_job(recipe, run_dir, "x", missing, tiles=tiles, split="train_1", val_split="val_1")
+
+
+def test_a_soft_student_chooses_on_its_teacher_s_validation_split(trained):
+    tiles = trained[2]
+    assert validation_split(tiles, "train_1", "truth") == "val_1"
+    assert validation_split(tiles, "train_1", "soft") == "val_2"
+    assert validation_split(tiles, "train_2", "soft") == "val_1"
+
+
+def test_no_validation_split_is_named(tmp_path):
+    recipe = tiny_recipe(tiles={**tiny_recipe().tiles.model_dump(), "split": {"validation": 0}})
+    with pytest.raises(RecipeError, match="no validation split"):
+        validation_split(tile(recipe, tmp_path), "train_1", "truth")

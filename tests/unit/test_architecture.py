@@ -1,0 +1,64 @@
+"""Who may import whom (DESIGN, layout): read from the sources, so that no import is missed."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import softlabel
+
+ROOT = Path(softlabel.__file__).parent
+GROUND = {
+    "softlabel",
+    "softlabel.errors",
+    "softlabel.config",
+    "softlabel.records",
+    "softlabel.boxes",
+    "softlabel.store",
+}
+TOP = {"softlabel.cli", "softlabel.experiment"}
+RAY = {"cli.py", "training/trainer.py", "labelling/run.py", "training/run.py"}
+ULTRALYTICS = {"labelling/yolo.py", "training/dataset.py", "training/trainer.py"}
+
+
+def files():
+    return {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    modules = {".".join(("softlabel", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in files()}
+    return {name for name in names if not name.startswith("softlabel") or name in modules}
+
+
+def uses(name, package):
+    return any(used == package or used.startswith(package + ".") for used in imports(files()[name]))
+
+
+@pytest.mark.parametrize("name", files())
+def test_libraries_stay_in_their_rooms(name):
+    assert not uses(name, "ray") or name in RAY
+    assert not uses(name, "ultralytics") or name in ULTRALYTICS
+    assert not uses(name, "rasterio") or name.startswith("imagery/")
+
+
+@pytest.mark.parametrize("name", files())
+def test_imports_go_down(name):
+    own = {used for used in imports(files()[name]) if used.startswith("softlabel")}
+    folder = f"softlabel.{name.split('/')[0]}"
+    if "/" not in name:
+        allowed = GROUND if f"softlabel.{name.removesuffix('.py')}" not in TOP else None
+        assert allowed is None or own <= allowed
+    elif name.endswith("run.py"):
+        assert not {used for used in own if used.endswith(".run")} and not own & TOP
+    elif name != "training/trainer.py":
+        assert all(used in GROUND or used.startswith(folder) for used in own), own
+
+
+def test_the_rooms_above_exist():
+    assert files().keys() >= RAY | ULTRALYTICS

@@ -1,0 +1,56 @@
+"""The command line: one line for a user's mistake, a plan that writes nothing."""
+
+import pytest
+
+from softlabel.cli import main
+
+DEMO = "jobs/recipes/demo.yaml"
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tile", "--config", "gone.yaml"], "no recipe at gone.yaml"),
+        (["tile", "--config", DEMO, "--set", "tiles.sizepx=1"], "tiles.sizepx: unknown key"),
+        (["tile", "--config", "jobs/recipes/overhead.yaml", "--set", "tiles.scenes=gone"], "no scenes at gone"),
+        (["label", "--config", DEMO], "label.weights is not set"),
+        (["label", "--config", DEMO, "--set", "label.weights=gone.safetensors"], "no weights at"),
+        (
+            ["train", "--config", DEMO, "--set", "train.labels=truth", "--set", "train.student.weights=gone.pt"],
+            "no weigh",
+        ),
+        (["train", "--config", DEMO], "label.weights is not set"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, words, message):
+    small = ["--set", "tiles.synthetic.num_scenes=20", "--set", "tiles.synthetic.scene_size_px=192"]
+    extra = small if DEMO in words else []
+    code, _, error = run(capsys, *words, "--run-dir", str(tmp_path), *extra)
+    assert code == 2
+    assert message in error and error.startswith(f"softlabel {words[0]}: ")
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys, tmp_path):
+    code, out, _ = run(capsys, "experiment", "--config", DEMO, "--run-dir", str(tmp_path), "--dry-run")
+    assert code == 0
+    assert "scenes: 60 made up" in out and "tiles: about 240" in out and "difficulty" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tile_prints_its_folder(capsys, tmp_path):
+    words = ["tile", "--config", DEMO, "--set", "tiles.synthetic.num_scenes=20", "--run-dir", str(tmp_path)]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert out.splitlines()[-1].startswith(str(tmp_path / "tiles-"))

@@ -1,0 +1,104 @@
+"""Recipes: what is refused, in words that say what to do."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softlabel.config import Recipe, dump_recipe, load_recipe
+from softlabel.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+MINIMAL = {"name": "x", "classes": ["car"], "tiles": {"scenes": "images"}}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(data):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_the_project_load_and_survive_saving(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(dump_recipe(recipe))
+    assert load_recipe(saved) == recipe
+
+
+def test_the_paper_s_recipe_keeps_mosaic_and_its_own_optimizer():
+    args = load_recipe(next(path for path in RECIPES if path.stem == "paper")).train.student.args
+    assert (args["epochs"], args["close_mosaic"], args["optimizer"], args["lr0"]) == (3, 0, "SGD", 0.01)
+    assert (args["imgsz"], args["batch"]) == (640, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile": {}}, "tile: unknown key"),
+        ({"tiles": {"scenes": "a", "size": 3}}, r"tiles\.size: unknown key"),
+        ({"tiles": {}}, "give one of tiles.scenes"),
+        ({"tiles": {"scenes": "a", "synthetic": {}}}, "give one of tiles.scenes"),
+        ({"tiles": {"scenes": "a", "overlap_px": 700}}, "overlap_px=700 must be below size_px=640"),
+        ({"tiles": {"scenes": "a", "split": {"test": 0.5}}}, "must be 1, they are 1.3"),
+        ({"classes": ["car", "car"]}, "classes named twice"),
+        ({"classes": ["all"]}, "cannot be named `all`"),
+        ({"classes": []}, "classes"),
+        ({"label": {"floor": 2}}, r"label\.floor"),
+        (
+            {"tiles": {"scenes": "a", "truth": {"format": "xview", "path": "t", "mapping": {18: "lorry"}}}},
+            "mapping names lorry, which `classes` does not",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_named(recipe_file, change, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(recipe_file({**MINIMAL, **change}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\t", "just words"])
+def test_files_that_are_no_recipe(recipe_file, text):
+    with pytest.raises(RecipeError):
+        load_recipe(recipe_file(text))
+
+
+def test_set_changes_one_value_and_makes_sections(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL), ["label.floor=0.05", "train.student.args.epochs=7", "seed=3"])
+    assert (recipe.label.floor, recipe.train.student.args, recipe.seed) == (0.05, {"epochs": 7}, 3)
+    assert recipe.train.teacher.args == {}
+
+
+def test_set_on_one_side_of_a_yaml_alias_leaves_the_other(recipe_file):
+    text = yaml.safe_dump(MINIMAL) + "train:\n  teacher: &m {args: {epochs: 5}}\n  student: *m\n"
+    recipe = load_recipe(recipe_file(text), ["train.student.args.epochs=9"])
+    assert (recipe.train.teacher.args["epochs"], recipe.train.student.args["epochs"]) == (5, 9)
+
+
+@pytest.mark.parametrize("override", ["floor", "=3", "name.sub=3", "label.floor=[", "label.nope=1"])
+def test_wrong_overrides_are_named(recipe_file, override):
+    with pytest.raises(RecipeError):
+        load_recipe(recipe_file(MINIMAL), [override])
+
+
+def test_recipes_cannot_be_changed(recipe_file):
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(recipe_file(MINIMAL)).name = "other"
+
+
+def test_every_key_is_documented():
+    documented = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+
+    def keys(model):
+        for name, field in model.model_fields.items():
+            yield name
+            for part in [field.annotation, *getattr(field.annotation, "__args__", ())]:
+                if hasattr(part, "model_fields"):
+                    yield from keys(part)
+
+    assert [key for key in keys(Recipe) if f"`{key}`" not in documented] == []

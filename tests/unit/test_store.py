@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all, and folders named by what determines them."""
+
+import pyarrow as pa
+import pytest
+
+from softlabel.errors import StoreError
+from softlabel.store import (
+    commit,
+    digest,
+    finish,
+    is_done,
+    read_json,
+    read_soft_labels,
+    read_table,
+    step_dir,
+    summary,
+    write_json,
+    write_table,
+)
+
+
+def test_a_digest_ignores_key_order_and_nothing_else():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert len({digest(value) for value in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1])}) == 6
+
+
+def test_a_step_s_folder_changes_with_its_inputs_only(tmp_path):
+    assert step_dir(tmp_path, "tiles", {"size": 3}) == step_dir(tmp_path, "tiles", {"size": 3})
+    assert step_dir(tmp_path, "tiles", {"size": 3}) != step_dir(tmp_path, "tiles", {"size": 4})
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    commit(path, lambda temporary: temporary.write_text("old"))
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        commit(path, half)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_nan_is_null(tmp_path):
+    write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("nan"), 1]})
+    assert read_json(tmp_path / "x.json") == {"a": None, "b": [None, 1]}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
+def test_missing_and_broken_files_are_named(tmp_path, content):
+    path = tmp_path / "x"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_json, read_table):
+        with pytest.raises(StoreError, match=str(path)):
+            read(path)
+
+
+def test_a_step_is_done_once_it_says_so(tmp_path):
+    folder = tmp_path / "step"
+    write_table(folder / "shard-000000.parquet", pa.table({"a": [1]}))
+    assert not is_done(folder)
+    with pytest.raises(StoreError, match=r"done\.json is missing"):
+        list(read_soft_labels(folder))
+    finish(folder, {"rows": 1})
+    assert is_done(folder) and summary(folder)["rows"] == 1
+    assert list(read_soft_labels(folder)) == [{"a": 1}]
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    write_json(tmp_path / "done.json", {"format_version": 99})
+    with pytest.raises(StoreError, match="format_version 99"):
+        summary(tmp_path)
