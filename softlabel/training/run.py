@@ -147,7 +147,7 @@ def _check(job: TrainJob) -> None:
     """What would fail in every worker fails here, once and at once."""
     from softlabel.labelling.yolo import check_train_args
 
-    check_train_args(job.args, "train")
+    check_train_args(job.args, "train.teacher or train.student")
     job.targets()
     truth_targets(job.tiles, job.val_split)
 
