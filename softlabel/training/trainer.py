@@ -46,8 +46,7 @@ _BATCH = 16  # tiles per forward pass when validating
 def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     """The training function of a Ray Train worker: train the jobs that are not done, one after the other.
 
-    ``cpu_threads`` is what torch may use: Ray gives a worker of two CPUs one thread (OMP_NUM_THREADS=1 was seen), half
-    its speed.
+    ``cpu_threads`` is what torch may use on a CPU.
 
     Every epoch reports metrics and a checkpoint to Ray Train; after a failure Ray calls this again and the model in
     flight goes on from there.
@@ -57,13 +56,13 @@ def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
     if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
-    torch.set_num_threads(cpu_threads)
     _quiet_ray_train()
     with tempfile.TemporaryDirectory() as scratch:
         state = _restore(Path(scratch))
         for job in jobs:
             if not is_done(job.folder):
-                _train(job, Path(scratch) / job.name, state if state and state["job"] == job.folder.name else None)
+                mine = state if state and state["job"] == job.folder.name else None
+                _train(job, Path(scratch) / job.name, mine, cpu_threads)
 
 
 def _quiet_ray_train() -> None:
@@ -86,10 +85,13 @@ def _restore(scratch: Path) -> dict | None:
     return state
 
 
-def _train(job: TrainJob, scratch: Path, state: dict | None) -> None:
+def _train(job: TrainJob, scratch: Path, state: dict | None, cpu_threads: int) -> None:
     started = time.monotonic()
     targets = job.targets()
     trainer = SoftLabelTrainer(job, targets, scratch, state)
+    # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the machine
+    # but one, whatever share of them this worker has.
+    torch.set_num_threads(cpu_threads)
     if state is None or not state["ended"]:
         trainer.train()
     losses = _training_losses(job, targets, scratch / WEIGHTS)
