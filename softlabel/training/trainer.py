@@ -94,12 +94,13 @@ def _train(job: TrainJob, scratch: Path, state: dict | None, cpu_threads: int) -
     torch.set_num_threads(cpu_threads)
     if state is None or not state["ended"]:
         trainer.train()
-    losses = _training_losses(job, targets, scratch / WEIGHTS)
-    digests = _gather(trainer.parameters_digest())
-    if ray.train.get_context().get_world_rank() == 0:
+    lead = ray.train.get_context().get_world_rank() == 0
+    if lead:  # only the first rank has them in its scratch folder
         commit(job.folder / WEIGHTS, lambda path: shutil.copyfile(scratch / WEIGHTS, path))
-        seconds = time.monotonic() - started
-        finish(job.folder, {**trainer.summary(), "losses": losses, "rank_digests": digests, "seconds": seconds})
+    _gather(None)  # wait for it
+    losses = _training_losses(job, targets)
+    if lead:
+        finish(job.folder, {**trainer.summary(), "losses": losses, "seconds": time.monotonic() - started})
 
 
 class SoftLabelTrainer(DetectionTrainer):
@@ -195,13 +196,6 @@ class SoftLabelTrainer(DetectionTrainer):
     def final_eval(self) -> None:
         """Nothing: the evaluation step does this on the test split, which a trainer never sees."""
 
-    def parameters_digest(self) -> float:
-        """A number that differs between ranks whose parameters differ."""
-        model = self.model
-        if not isinstance(model, nn.Module):  # nothing was left to train
-            return 0.0
-        return float(sum(p.detach().double().abs().sum() for p in unwrap_model(model).parameters()))
-
     def summary(self) -> dict:
         """What happened, for the results table."""
         args, epochs = self.args, len(self._history)
@@ -221,6 +215,7 @@ class SoftLabelTrainer(DetectionTrainer):
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "train_tiles": len(self._targets),
             "train_boxes": sum(len(target.boxes) for target in self._targets),
+            "rank_digests": last["rank_digests"],
             "history": self._history,
         }
 
@@ -242,7 +237,13 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def _report(self) -> None:
         losses = {key.removesuffix("_loss"): float(value) for key, value in self.tloss.items()}
-        epoch = {"epoch": self.epoch + 1, "optimizer": self.args.optimizer, "lr0": self.args.lr0, "losses": losses}
+        epoch = {
+            "epoch": self.epoch + 1,
+            "optimizer": self.args.optimizer,
+            "lr0": self.args.lr0,
+            "losses": losses,
+            "rank_digests": self._rank_digests(),
+        }
         if ray.train.get_context().get_world_rank() != 0:
             self._history.append({**epoch, "map50": 0.0})
             ray.train.report({"job": self._job.name})
@@ -259,6 +260,14 @@ class SoftLabelTrainer(DetectionTrainer):
             (Path(folder) / WEIGHTS).write_bytes((self.save_dir / WEIGHTS).read_bytes())
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"job": self._job.name, **epoch, **metrics}, checkpoint=checkpoint)
+
+    def _rank_digests(self) -> list[float]:
+        """A number per rank that differs where their parameters differ, which DDP must not let happen."""
+        parameters = unwrap_model(self.model).parameters()
+        digests = _gather(float(sum(p.detach().double().abs().sum() for p in parameters)))
+        if len(set(digests)) > 1:
+            raise TrainingError(f"{self._job.name}: the ranks differ after epoch {self.epoch + 1}: {digests}")
+        return digests
 
     def _state_now(self) -> dict:
         return {
@@ -296,10 +305,10 @@ def _labelled(tile: dict) -> tuple[int, ...] | None:
     return None if tile["labelled_classes"] is None else tuple(tile["labelled_classes"])
 
 
-def _training_losses(job: TrainJob, targets: list[Target], weights: Path) -> dict[str, float]:
+def _training_losses(job: TrainJob, targets: list[Target]) -> dict[str, float]:
     """The loss of the best weights on the training set, without augmentation, as the test split's is measured."""
     context = ray.train.get_context()
-    detector = YoloDetector.from_weights(weights, job.nms)
+    detector = YoloDetector.from_weights(job.folder / WEIGHTS, job.nms)
     rank, world_size = context.get_world_rank(), context.get_world_size()
     reader, mine, sums = TileReader(), targets[rank::world_size], []
     for start in range(0, len(mine), _BATCH):

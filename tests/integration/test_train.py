@@ -117,8 +117,8 @@ def _kill_worker_after_a_checkpoint(run_dir, killed):
 
 def test_nothing_above_the_threshold_is_one_clear_error(trained):
     recipe, run_dir, tiles, jobs = trained
-    job = job_of(recipe, run_dir, tiles, "none", "train_2", soft_labels=jobs[1].soft_labels, threshold=0.999)
-    with pytest.raises(TrainingError, match=r"nothing to train on: no soft label of .* is above 0\.999"):
+    job = job_of(recipe, run_dir, tiles, "none", "train_2", soft_labels=jobs[1].soft_labels, threshold=1.0)
+    with pytest.raises(TrainingError, match=r"nothing to train on: no soft label of .* is above 1"):
         train(recipe, [job], run_dir)
 
 
