@@ -72,7 +72,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
     with steps.next("evaluate"):
         results, all_curves = _results(recipe, run_dir, tiles, models, found, folders)
     with steps.next("report"):
-        results["times_s"] = steps.times()
+        results["times_s"] = {name: seconds for name, seconds in steps.times().items() if name != "report"}
         write_json(run_dir / "results.json", results)
         write_report(run_dir / "report.html", results, all_curves, _overlays(recipe, tiles, folders))
     print(f"\n{format_table(results)}\n\nresults: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}")

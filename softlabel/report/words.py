@@ -25,18 +25,24 @@ METRICS = (("map50", "mAP50"), ("map50_95", "mAP50-95"))
 NULL, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
+_CHANCE = " ~"
+
+
 def format_table(results: dict) -> str:
-    """The models as aligned plain text, one line each under a header, and how to read it below."""
-    models = results["models"]
-    losses = loss_names(models)
-    header = ["model", "train set", "labels", "at", "mAP50", "mAP50-95", "F1 @ conf"]
-    header += [f"{label} change" for _, label in METRICS] + ["mAP50 and chance"]
-    header += [f"{name} train/test" for name in losses]
-    rows = [header] + [_terminal_row(model, losses) for model in models]
+    """The models as aligned plain text, one line each under a header, and how to read it below.
+
+    Narrow enough for a terminal: losses and intervals are in the report.
+    """
+    header = ["model", "train set", "labels", "mAP50", "mAP50-95", "F1 @ conf"]
+    header += [f"{label} change" for _, label in METRICS]
+    rows = [header] + [_terminal_row(model) for model in results["models"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]  # noqa: B905
-    note = "change: against the model trained on truth on the same train set; negative: soft labels did worse"
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note])
+    notes = [
+        "change: against the model trained on truth on the same train set; negative: soft labels did worse",
+        f"{_CHANCE.strip()}: not distinguishable from chance on this test split",
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 
 def headline(results: dict) -> str:
@@ -203,18 +209,16 @@ def _chance(students: list[dict]) -> str:
     return f"{subject} {told[0][0]} from chance on this test split{opposite}"
 
 
-def _terminal_row(model: dict, losses: list[str]) -> list[str]:
-    verdicts = {True: "distinguishable", False: "not distinguishable", None: NULL}
-    threshold = NULL if model["threshold"] is None else f"{model['threshold']:g}"
-    cells = [model["name"], model["train_set"], labels_of(model), threshold]
+def _terminal_row(model: dict) -> list[str]:
+    threshold = "" if model["threshold"] is None else f" > {model['threshold']:g}"
+    cells = [model["name"], model["train_set"], labels_of(model) + threshold]
     cells += [number(model["map50"]), number(model["map50_95"])]
     cells.append(f"{number(model['f1'], 3)} @ {number(model['f1_conf'], 2)}")
     for metric, _ in METRICS:
         absolute, relative = (drop_of(model, metric).get(key) for key in ("absolute", "relative_percent"))
-        cells.append(f"{number(absolute)} ({number(relative, 1):>5} %)" if is_known(absolute) else NULL)
-    cells.append(verdicts[distinguishable(drop_of(model, "map50"))])
-    sides = [(model.get("losses") or {}).get(side) or {} for side in ("train", "test")]
-    return cells + ["/".join(number(side.get(name), 3) for side in sides) for name in losses]
+        chance = _CHANCE if distinguishable(drop_of(model, metric)) is False else " " * len(_CHANCE)
+        cells.append(f"{number(absolute, 3)} ({number(relative, 1):>5} %){chance}" if is_known(absolute) else NULL)
+    return cells
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
