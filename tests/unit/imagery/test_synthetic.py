@@ -10,10 +10,10 @@ import rasterio.warp
 from softlabel import store
 from softlabel.config import Synthetic
 from softlabel.errors import StoreError
-from softlabel.imagery import drawing, synthetic
+from softlabel.imagery import drawing, layouts, synthetic
 
 SIZE_PX = 384
-KINDS = range(len(synthetic.KINDS))
+KINDS = range(len(layouts.KINDS))
 
 
 def settings_at(difficulty):
@@ -24,7 +24,7 @@ def settings_at(difficulty):
 def scene(index, difficulty=0.2, seed=0):
     """Truth boxes, and renderings with and without objects."""
     settings = settings_at(difficulty)
-    layout = synthetic.lay_out(settings, seed, index)
+    layout = layouts.lay_out(settings, seed, index)
     with_objects, without = (synthetic.render(layout, settings, seed, index, objects=objects) for objects in (1, 0))
     return layout, synthetic.truth_boxes(layout, SIZE_PX), with_objects, without
 
@@ -96,7 +96,7 @@ def test_truth_is_in_xviews_form(tmp_path):
 
 
 def test_no_objects_is_still_a_feature_collection(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "KINDS", ("water",))
+    monkeypatch.setattr(layouts, "KINDS", ("water",))
     pixels, features = write(tmp_path, 2)
     assert len(pixels) == 2 and features == []
 
@@ -137,9 +137,9 @@ def test_boxes_lie_inside(index, difficulty):
 def test_all_classes_and_empty_scenes():
     found = [{label for label, _ in scene(index)[1]} for index in KINDS]
     assert set().union(*found) == {"plane", "car", "ship"}
-    empty = {kind for kind, labels in zip(synthetic.KINDS, found, strict=True) if not labels}
+    empty = {kind for kind, labels in zip(layouts.KINDS, found, strict=True) if not labels}
     assert empty == {"land", "water"}
-    assert all(labels for kind, labels in zip(synthetic.KINDS, found, strict=True) if kind not in empty)
+    assert all(labels for kind, labels in zip(layouts.KINDS, found, strict=True) if kind not in empty)
 
 
 @pytest.mark.parametrize("index", KINDS)
@@ -201,8 +201,8 @@ def test_difficulty_lowers_contrast_and_size():
 
 def test_difficulty_adds_lookalikes_and_noise():
     def others(difficulty):
-        layouts = [synthetic.lay_out(settings_at(difficulty), 0, index) for index in (3, 7)]
-        return sum(not thing.label for layout in layouts for thing in layout.things)
+        laid = [layouts.lay_out(settings_at(difficulty), 0, index) for index in (3, 7)]
+        return sum(not thing.label for layout in laid for thing in layout.things)
 
     def noise(difficulty):
         pixels = scene(7, difficulty)[3].astype(int)
@@ -215,7 +215,7 @@ def test_difficulty_adds_lookalikes_and_noise():
 @pytest.mark.parametrize("index", KINDS)
 def test_smallest_scenes(index):
     settings = Synthetic(num_scenes=1, scene_size_px=128)
-    layout = synthetic.lay_out(settings, 0, index)
+    layout = layouts.lay_out(settings, 0, index)
     assert synthetic.render(layout, settings, 0, index).shape == (128, 128, 3)
     assert all(
         0 <= x0 < x1 <= 128 and 0 <= y0 < y1 <= 128 for _, (x0, y0, x1, y1) in synthetic.truth_boxes(layout, 128)
