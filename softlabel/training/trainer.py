@@ -188,8 +188,8 @@ class SoftLabelTrainer(DetectionTrainer):
         return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50
 
     def save_model(self) -> bool:
-        """Write the EMA weights when they are the best so far; the rest is saved with the checkpoint."""
-        if self.best_fitness == self.fitness:
+        """Write the EMA weights when they beat all epochs before (of equals the first, as the summary says)."""
+        if all(self.fitness > row["map50"] for row in self._history):
             save_weights(self.save_dir / WEIGHTS, self.ema.ema, self._header())
         return True
 

@@ -77,7 +77,8 @@ def test_cluster_yaml_is_valid():
 
 
 def test_the_rayjob_is_valid(rayjob_schema):
-    jsonschema.validate(load(RAYJOB), rayjob_schema)
+    errors = jsonschema.validators.validator_for(rayjob_schema)(rayjob_schema).iter_errors(load(RAYJOB))
+    assert [error.message for error in errors] == []
 
 
 def test_the_schema_sees_a_misspelt_field(rayjob_schema):
