@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_OFFLINE", "true")
 os.environ.setdefault("YOLO_VERBOSE", "false")  # softlabel has progress lines of its own
+os.environ["ULTRALYTICS_SAFE_LOAD"] = (
+    "true"  # a weights file's own yaml may name layers only, and nothing of it is evaluated
+)
 _prefix = os.path.join(tempfile.gettempdir(), "softlabel-ultralytics-")
 if os.environ.get("YOLO_CONFIG_DIR", _prefix).startswith(_prefix):
     os.environ["YOLO_CONFIG_DIR"] = f"{_prefix}{os.getpid()}"

@@ -21,12 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        recipe = load_recipe(arguments.config, arguments.set)
-        run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
-        if arguments.dry_run:
-            _print_plan(arguments.verb, recipe, run_dir)
+        if arguments.verb == "import-weights":
+            _import_weights(arguments.checkpoint, arguments.output)
         else:
-            _VERBS[arguments.verb][0](recipe, run_dir)
+            _run_recipe(arguments)
     except SoftlabelError as error:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -34,6 +32,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"softlabel {arguments.verb}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _run_recipe(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.config, arguments.set)
+    run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
+    if arguments.dry_run:
+        _print_plan(arguments.verb, recipe, run_dir)
+    else:
+        _VERBS[arguments.verb][0](recipe, run_dir)
+
+
+def _import_weights(checkpoint: Path, output: Path | None) -> None:
+    from softlabel.labelling.weights import import_weights
+
+    target = output or checkpoint.with_suffix(".safetensors")
+    header = import_weights(checkpoint, target)
+    print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
 
 
 def _tile(recipe: Recipe, run_dir: Path) -> None:
@@ -98,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    purpose = "turn an original YOLOv5 checkpoint (.pt) into safetensors, running nothing of it"
+    importer = verbs.add_parser("import-weights", help=purpose, description=purpose)
+    importer.add_argument("checkpoint", type=Path, help="a .pt file of YOLOv5 v6 or v7")
+    importer.add_argument("--output", type=Path, help="where to (default: beside it, as .safetensors)")
     return parser
 
 

@@ -44,7 +44,12 @@ scene's affine (a, b, c, d, e, f), null without a CRS."""
 
 LABELLED, REJECTED = "labelled", "rejected"
 LOSS_NAMES = b"softlabel.losses"
-"""Schema metadata of a store with losses: the components' names, comma-separated, in the order of the column."""
+"""Schema metadata of a store with losses: for each term the loss it is part of, comma-separated, in the order of the
+column; terms of one name add up."""
+
+
+FORMAT_VERSION = 2
+"""Of the soft-label store. 2: one normaliser per loss term."""
 
 
 def soft_labels_schema(num_classes: int) -> pa.Schema:
@@ -52,8 +57,8 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
 
     ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
     to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``saturated`` says that
-    max_det cut the list. ``losses`` (optional, for evaluation) holds per loss component the sum over the tile, and
-    last the normaliser that a mean over many tiles divides by.
+    max_det cut the list. ``losses`` (optional, for evaluation) holds per loss term the sum over the tile, and then per
+    term the normaliser that a mean over many tiles divides by.
     """
     return pa.schema(
         [
@@ -81,11 +86,15 @@ class Nms:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending."""
+    """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending.
+
+    ``objectness`` (N,) is part of the scores already; None where the model has none.
+    """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     saturated: bool = False
+    objectness: NDArray[np.float32] | None = None
 
     @property
     def best(self) -> NDArray[np.float32]:
@@ -100,7 +109,8 @@ class Detections:
     def above(self, threshold: float) -> "Detections":
         """Those whose best score is strictly above ``threshold``: the same as labelling at it (DESIGN, promise 1)."""
         keep = self.best > np.float32(threshold)
-        return Detections(self.boxes[keep], self.scores[keep], self.saturated)
+        objectness = None if self.objectness is None else self.objectness[keep]
+        return Detections(self.boxes[keep], self.scores[keep], self.saturated, objectness)
 
 
 @dataclass(frozen=True)
@@ -126,4 +136,5 @@ def detections_from_row(row: dict) -> Detections:
     """The detections of one soft-label row."""
     boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
     scores = np.array(row["scores"], np.float32) if len(boxes) else np.zeros((0, 0), np.float32)
-    return Detections(boxes, scores, row["saturated"])
+    objectness = None if row["objectness"] is None else np.array(row["objectness"], np.float32)
+    return Detections(boxes, scores, row["saturated"], objectness)

@@ -63,29 +63,49 @@ def tiles(recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def talkative_model():
     """An untrained YOLO that answers different pixels differently: a fresh one gives every pixel the same score."""
+    return _talkative("yolov5n.yaml", lambda head: [sequence[-1] for sequence in head.cv3], bias=-3.0)
+
+
+@pytest.fixture(scope="session")
+def talkative_anchor_model():
+    """An anchor-based one."""
+    return _talkative("yolov5n-anchor.yaml", lambda head: head.m, bias=-1.0)
+
+
+def _talkative(name, last_convs, bias):
     import torch
     from ultralytics.cfg import get_cfg
-    from ultralytics.nn.tasks import DetectionModel
+
+    from softlabel.labelling.weights import build_model, default_train_args
 
     torch.manual_seed(0)
-    model = DetectionModel("yolov5n.yaml", nc=3, verbose=False)
+    model = build_model(name, len(CLASSES))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    for sequence in model.model[-1].cv3:
-        torch.nn.init.normal_(sequence[-1].weight, std=0.3)
-        torch.nn.init.constant_(sequence[-1].bias, -3.0)
+    for conv in last_convs(model.model[-1]):
+        torch.nn.init.normal_(conv.weight, std=0.3)
+        torch.nn.init.constant_(conv.bias, bias)
     with torch.no_grad():
         model.train()(torch.rand(8, 3, 96, 96))
-    model.args = get_cfg()
+    model.args = get_cfg(overrides={**default_train_args(name), "imgsz": 96})
     return model.eval()
 
 
 @pytest.fixture(scope="session")
 def weights(talkative_model, tmp_path_factory) -> Path:
     """That model as a weights file for 128 px."""
-    from softlabel.labelling.yolo import Header, save_weights
+    return _saved(talkative_model, tmp_path_factory.mktemp("weights") / "teacher.safetensors")
 
-    path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    save_weights(path, talkative_model, Header(talkative_model.yaml, CLASSES, 128, {}))
+
+@pytest.fixture(scope="session")
+def anchor_weights(talkative_anchor_model, tmp_path_factory) -> Path:
+    """The anchor-based one as a weights file for 128 px."""
+    return _saved(talkative_anchor_model, tmp_path_factory.mktemp("weights") / "anchor_teacher.safetensors")
+
+
+def _saved(model, path):
+    from softlabel.labelling.weights import Header, save_weights
+
+    save_weights(path, model, Header(model.yaml, CLASSES, 128, {}))
     return path

@@ -23,8 +23,18 @@ from tqdm import tqdm
 from softlabel.config import Execution, Label, Recipe, dump_recipe
 from softlabel.errors import RecipeError, SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.yolo import YoloDetector, fingerprint, read_header
-from softlabel.records import LABELLED, LOSS_NAMES, REJECTED, Detections, Nms, Truth, soft_labels_schema
+from softlabel.labelling.weights import read_header
+from softlabel.labelling.yolo import YoloDetector, fingerprint
+from softlabel.records import (
+    FORMAT_VERSION,
+    LABELLED,
+    LOSS_NAMES,
+    REJECTED,
+    Detections,
+    Nms,
+    Truth,
+    soft_labels_schema,
+)
 from softlabel.store import (
     TILES_FILE,
     finish,
@@ -51,6 +61,7 @@ class LabelJob:
     weights: Path
     tiles: Path
     splits: tuple[str, ...] | None
+    num_classes: int
     imgsz: int
     nms: Nms
     with_losses: bool = False
@@ -62,6 +73,7 @@ class LabelJob:
             "tiles": self.tiles.name,
             "splits": list(self.splits) if self.splits is not None else None,
             "with_losses": self.with_losses,
+            "format_version": FORMAT_VERSION,
         }
 
     def folder(self, run_dir: Path) -> Path:
@@ -86,7 +98,16 @@ def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, split
     settings: Label = recipe.label
     nms = Nms(settings.floor, settings.iou, settings.max_det)
     imgsz = settings.imgsz or header.imgsz
-    return LabelJob(name, Path(weights), tiles, None if splits is None else tuple(splits), imgsz, nms, with_losses)
+    return LabelJob(
+        name,
+        Path(weights),
+        tiles,
+        None if splits is None else tuple(splits),
+        len(header.classes),
+        imgsz,
+        nms,
+        with_losses,
+    )
 
 
 def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
@@ -275,7 +296,7 @@ class _Labeller:
         for i, reason in enumerate(batch["reason"]):
             row = found.setdefault(i, _row(_NOTHING, reason, bool(batch["retryable"][i])))
             row["tile_id"] = batch["tile_id"][i]
-        schema = soft_labels_schema(len(read_header(job.weights).classes))
+        schema = soft_labels_schema(job.num_classes)
         if truths is not None:
             schema = schema.with_metadata({LOSS_NAMES: ",".join(self._detector(index).loss_names())})
         table = pa.Table.from_pylist([found[i] for i in range(len(found))], schema)
@@ -305,7 +326,7 @@ def _row(found: Detections, reason: str = "", retryable: bool = False, losses: l
     return {
         "boxes": found.boxes.tolist(),
         "scores": found.scores.tolist(),
-        "objectness": None,
+        "objectness": None if found.objectness is None else found.objectness.tolist(),
         "saturated": found.saturated,
         "losses": losses,
         "status": REJECTED if reason else LABELLED,

@@ -1,9 +1,5 @@
-"""A YOLO detector that keeps the class vector of every box, and the one file format its weights travel in.
+"""A YOLO detector that keeps the class vector of every box."""
 
-Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata.
-"""
-
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,16 +9,16 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
-from softlabel.errors import RecipeError, WeightsError
+from softlabel.errors import RecipeError
 from softlabel.labelling.losses import TileLoss, targets_of
+from softlabel.labelling.weights import default_train_args, load_model, read_header
+from softlabel.labelling.yolov5 import is_anchor_based
 from softlabel.records import Detections, Nms, Truth
-from softlabel.store import commit, file_digest
+from softlabel.store import file_digest
 
 Image = NDArray[np.uint8]
 
@@ -30,74 +26,8 @@ _PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and 
 _NEVER_S = 1e9  # non_max_suppression empties the rest of a batch when its time is up; ours never is
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a weights file says of its model."""
-
-    yaml: dict
-    classes: tuple[str, ...]
-    imgsz: int
-    train_args: dict
-
-
-def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
-    """Write a model as safetensors, by rename. Tensors are stored as float32."""
-    tensors = {key: value.float().contiguous().cpu() for key, value in model.state_dict().items()}
-    metadata = {"softlabel": json.dumps(asdict(header))}
-    commit(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def read_header(path: Path | str) -> Header:
-    """What a weights file of this project says of its model.
-
-    Raises:
-        WeightsError: Not a safetensors file, or not one that this project wrote.
-    """
-    metadata = _open_weights(path).metadata() or {}
-    if "softlabel" not in metadata:
-        raise WeightsError(
-            f"{path} holds tensors but not which model they belong to: give it as train.*.weights to start "
-            "training from, and label with the weights.safetensors that training writes"
-        )
-    header = json.loads(metadata["softlabel"])
-    return Header(header["yaml"], tuple(header["classes"]), header["imgsz"], header["train_args"])
-
-
-def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
-    """Rebuild a model from a weights file that training wrote.
-
-    Raises:
-        WeightsError: It cannot be read or its tensors do not fit.
-    """
-    header = read_header(path)
-    model = DetectionModel(header.yaml, nc=len(header.classes), verbose=False)
-    try:
-        model.load_state_dict(_read_tensors(path))
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit its own model: {' '.join(str(error).split())[:300]}") from None
-    model.names = dict(enumerate(header.classes))
-    return model, header
-
-
-def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
-    """Copy into ``model`` the tensors of ``path`` that fit by name and shape, as when a head has other classes.
-
-    Returns:
-        How many tensors fitted, and how many the model has.
-
-    Raises:
-        WeightsError: The file cannot be read, or nothing fits.
-    """
-    own = model.state_dict()
-    fitting = {k: v.float() for k, v in _read_tensors(path).items() if k in own and v.shape == own[k].shape}
-    if not fitting:
-        raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting), len(own)
-
-
-def check_train_args(args: dict, where: str) -> None:
-    """Refuse train arguments that ultralytics does not know, or that softlabel sets itself.
+def check_train_args(args: dict, where: str, model: str) -> None:
+    """Refuse train arguments that ultralytics does not know, softlabel sets itself, or the model has no use for.
 
     Raises:
         RecipeError: Naming the argument.
@@ -108,6 +38,8 @@ def check_train_args(args: dict, where: str) -> None:
     unknown = sorted(set(args) - set(DEFAULT_CFG_DICT))
     if unknown:
         raise RecipeError(f"{where}.args.{unknown[0]} is no ultralytics train argument: correct or remove it")
+    if "dfl" in args and is_anchor_based(model):
+        raise RecipeError(f"{where}.args.dfl: {model} has no such loss (its losses are box, obj and cls): remove it")
     try:
         get_cfg(overrides=args)
     except (TypeError, ValueError, SyntaxError) as error:
@@ -157,7 +89,7 @@ class YoloDetector:
         self.imgsz, self.nms = imgsz, nms
         if hasattr(model.model[-1], "end2end"):
             model.model[-1].end2end = False  # v10 and 26: class vectors and NMS need the one-to-many head
-        self._stride = int(model.stride.max())
+        self._stride, self._num_classes = int(model.stride.max()), int(model.model[-1].nc)
         self._model = model.to(self.device).eval().float().fuse(verbose=False)
         self._loss: TileLoss | None = None
 
@@ -165,8 +97,10 @@ class YoloDetector:
     def from_weights(cls, weights: Path | str, nms: Nms, imgsz: int | None = None) -> "YoloDetector":
         """From a weights file; ``imgsz`` defaults to the size it was trained at."""
         model, header = load_model(weights)
-        model.args = get_cfg(overrides={k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")})
-        return cls(model, imgsz or header.imgsz, nms)
+        imgsz = imgsz or header.imgsz
+        gains = {k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")}
+        model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
+        return cls(model, imgsz, nms)
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
         """Soft labels of tiles, uint8 (H, W, 3) RGB; boxes in tile pixels, clipped to the tile, best first."""
@@ -177,7 +111,7 @@ class YoloDetector:
         return [detections for detections in found if detections is not None]
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
-        """Per tile the loss sums against its truth, and last the normaliser (softlabel.labelling.losses)."""
+        """Per tile the loss terms against its truth (softlabel.labelling.losses): sums, then normalisers."""
         return [losses for _, losses in self.detect_with_losses(images, truths)]
 
     def detect_with_losses(
@@ -192,7 +126,7 @@ class YoloDetector:
         return [found[index] for index in range(len(images))]
 
     def loss_names(self) -> list[str]:
-        """Names of the loss components, in the order of ``losses``."""
+        """The loss that each term of ``losses`` is part of, in order."""
         return self._tile_loss_of_model().names()
 
     def _tile_loss_of_model(self) -> TileLoss:
@@ -206,7 +140,10 @@ class YoloDetector:
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, prepared.size_hw)
 
     def _forward(self, images: Sequence[Image]) -> Iterator[tuple[list[int], "_Prepared", torch.Tensor, dict]]:
-        """One pass per tile shape: indices, geometry, decoded (B, 4 + K, A), raw head outputs."""
+        """One pass per tile shape: indices, geometry, decoded (B, 4 + K, A), raw head outputs.
+
+        Where a model has an objectness it is one more row of the decoded outputs, (B, 4 + K + 1, A).
+        """
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
@@ -226,6 +163,7 @@ class YoloDetector:
             iou_thres=self.nms.iou,
             max_det=self.nms.max_det + 1,
             max_time_img=_NEVER_S,
+            nc=self._num_classes,
             return_idxs=True,
         )
         return [
@@ -235,9 +173,15 @@ class YoloDetector:
 
     def _detections(self, rows: torch.Tensor, vectors: torch.Tensor, prepared: "_Prepared") -> Detections:
         boxes = prepared.undo(rows[: self.nms.max_det, :4].float().cpu().numpy())
-        scores = vectors[: self.nms.max_det].float().cpu().numpy()
         inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
-        return Detections(boxes[inside], scores[inside], saturated=len(rows) > self.nms.max_det)
+        kept = vectors[: self.nms.max_det].float().cpu().numpy()[inside]
+        scores, objectness = kept[:, : self._num_classes], kept[:, self._num_classes :]
+        return Detections(
+            boxes[inside],
+            np.ascontiguousarray(scores),
+            saturated=len(rows) > self.nms.max_det,
+            objectness=objectness[:, 0].copy() if objectness.shape[1] else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -273,17 +217,3 @@ class _Prepared:
         boxes = (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / np.float32(self.gain)
         height, width = self.tile_hw
         return np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
-
-
-def _open_weights(path: Path | str) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise WeightsError(f"no weights at {path}: give an existing .safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a safetensors file ({error}): other formats are not loaded") from None
-
-
-def _read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    file = _open_weights(path)
-    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)

@@ -33,9 +33,12 @@ from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.yolo import Header, YoloDetector, load_matching, save_weights
+from softlabel.labelling.weights import Header, build_model, default_train_args, load_matching, save_weights
+from softlabel.labelling.yolo import YoloDetector
+from softlabel.labelling.yolov5 import YoloV5
 from softlabel.records import Truth
 from softlabel.store import commit, finish, is_done
+from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import WEIGHTS, Target, TrainJob, truth_targets
 
@@ -118,6 +121,7 @@ class SoftLabelTrainer(DetectionTrainer):
         self._history: list[dict] = list(state["history"]) if state else []
         device = ray.train.torch.get_device()
         overrides = {
+            **default_train_args(job.model),
             **job.args,
             "model": job.model,
             "device": "cpu" if device.type == "cpu" else str(device.index),
@@ -153,12 +157,21 @@ class SoftLabelTrainer(DetectionTrainer):
         )
 
     def get_model(self, cfg: str | None = None, weights: object = None, verbose: bool = False) -> DetectionModel:
-        """The model from its yaml, starting from the job's safetensors where they fit."""
-        model = DetectionModel(cfg, nc=len(self._job.classes), ch=3, verbose=False)
+        """The model by its name, starting from the job's weights where they fit, with anchors that fit the boxes."""
+        model = build_model(self._job.model, len(self._job.classes))
         if self._job.weights is not None:
             fitting, total = load_matching(model, self._job.weights)
             self._say(f"{fitting} of {total} tensors from {self._job.weights.name}")
+        if isinstance(model, YoloV5):
+            self._fit_anchors(model)
         return model
+
+    def _fit_anchors(self, model: YoloV5) -> None:
+        sizes = np.concatenate([_sizes_px(target, self.args.imgsz) for target in self._targets])
+        anchors, recall, before = fit_anchors(sizes, model.anchors_px(), self._job.seed)
+        model.set_anchors(anchors)
+        fitted = "" if recall == before else f", which the anchors it came with had at {before:.3f}: fitted by k-means"
+        self._say(f"anchors: best possible recall {recall:.3f}{fitted}")
 
     def resume_training(self, ckpt: dict | None) -> None:
         """Go on from the state that was reported last."""
@@ -232,7 +245,8 @@ class SoftLabelTrainer(DetectionTrainer):
         return False
 
     def _header(self) -> Header:
-        args = {**self._job.args, "optimizer": self.args.optimizer, "lr0": self.args.lr0}
+        args = {**default_train_args(self._job.model), **self._job.args}
+        args |= {"optimizer": self.args.optimizer, "lr0": self.args.lr0}
         return Header(unwrap_model(self.model).yaml, self._job.classes, self.args.imgsz, args)
 
     def _report(self) -> None:
@@ -288,6 +302,12 @@ class SoftLabelTrainer(DetectionTrainer):
     def _say(self, text: str) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             print(f"{self._job.name}: {text}", flush=True)
+
+
+def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
+    """Width and height of a tile's boxes in pixels of the model's input."""
+    gain = imgsz / max(target.tile["window"][2:])
+    return (target.boxes[:, 2:] - target.boxes[:, :2]) * gain
 
 
 def _validate(detector: YoloDetector, targets: list[Target]) -> list[TileResult]:

@@ -9,6 +9,7 @@ import pytest
 from conftest import tiny_recipe
 
 from softlabel.errors import RecipeError, StoreError
+from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
 from softlabel.labelling.run import label, label_job
@@ -94,18 +95,29 @@ def test_filtering_a_store_equals_labelling_at_the_threshold(recipe, tiles, weig
     assert 0 < total < summary(undisturbed)["boxes"]
 
 
-def test_several_teachers_and_splits_in_one_run(recipe, tiles, weights, tmp_path, undisturbed):
+def test_several_teachers_and_splits_in_one_run(recipe, tiles, weights, anchor_weights, tmp_path, undisturbed):
     jobs = [
         label_job(recipe, "one", weights, tiles, ["train_1", "val_1"]),
         label_job(recipe, "two", weights, tiles, ["test"], with_losses=True),
+        label_job(recipe, "anchors", anchor_weights, tiles, ["val_1"], with_losses=True),
     ]
-    one, two = label(recipe, jobs, tmp_path)
+    one, two, anchors = label(recipe, jobs, tmp_path)
     everything = by_tile(undisturbed)
     for folder, splits in ((one, ["train_1", "val_1"]), (two, ["test"])):
         wanted = {row["tile_id"] for row in read_tiles(tiles, splits)}
         assert_same(by_tile(folder), {tile_id: everything[tile_id] for tile_id in wanted})
     assert all(row["losses"] is None for row in by_tile(one).values())
-    assert all(len(row["losses"]) == 4 for row in by_tile(two).values())
+    assert all(len(row["losses"]) == 6 for row in by_tile(two).values())
+    assert all(row["objectness"] is None for row in by_tile(two).values())
+    assert all(len(row["losses"]) == 18 for row in by_tile(anchors).values())
+    for found in map(detections_from_row, by_tile(anchors).values()):
+        assert len(found.boxes) == len(found.objectness) > 0
+        assert (found.scores <= found.objectness[:, None]).all()
+    assert set(evaluate_losses(recipe, tiles, anchors, tmp_path)) == {"box", "obj", "cls"}
+
+
+def evaluate_losses(recipe, tiles, store, run_dir):
+    return numbers(evaluate_store(recipe, store.name, tiles, "val_1", store, run_dir))["losses"]
 
 
 def test_bad_scenes_are_rows_with_reasons_and_cost_nothing_else(weights, tmp_path):

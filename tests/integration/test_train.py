@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
 from softlabel.labelling.run import label, label_job
-from softlabel.labelling.yolo import read_header
+from softlabel.labelling.weights import read_header
 from softlabel.store import read_tiles, summary
 from softlabel.training.run import train, train_job, validation_split
 from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets
@@ -22,14 +22,16 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1}
 
 
-def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", **kwargs):
+def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", model="yolov5n.yaml", **kwargs):
     kwargs = {"val_split": "val_1", **kwargs}
-    return train_job(recipe, run_dir, name, recipe.train.student, tiles=tiles, split=split, **kwargs)
+    student = recipe.train.student.model_copy(update={"model": model})
+    return train_job(recipe, run_dir, name, student, tiles=tiles, split=split, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def trained(weights, tmp_path_factory):
-    """Two models in one launch of two workers, one on truth and one on soft labels, with the test scenes gone."""
+    """Two models in one launch of two workers, with the test scenes gone: one of ultralytics' on truth, and an
+    anchor-based one on soft labels."""
     run_dir = tmp_path_factory.mktemp("train")
     recipe = tiny_recipe(execution=TWO_WORKERS)
     tiles = tile(recipe, run_dir)
@@ -38,7 +40,7 @@ def trained(weights, tmp_path_factory):
         Path(row["scene_uri"]).unlink(missing_ok=True)
     jobs = [
         job_of(recipe, run_dir, tiles),
-        job_of(recipe, run_dir, tiles, "soft_2", "train_2", soft_labels=store, threshold=0.05),
+        job_of(recipe, run_dir, tiles, "soft_2", "train_2", "yolov5n-anchor.yaml", soft_labels=store, threshold=0.05),
     ]
     train(recipe, jobs, run_dir)
     return recipe, run_dir, tiles, jobs
@@ -63,13 +65,14 @@ def test_two_ranks_end_with_equal_parameters(trained):
 
 def test_each_model_says_how_it_was_trained(trained):
     _, _, tiles, jobs = trained
-    for job in jobs:
+    for job, losses in zip(jobs, ({"box", "cls", "dfl"}, {"box", "obj", "cls"}), strict=True):
         said = summary(job.folder)
         assert [row["epoch"] for row in said["history"]] == [1, 2, 3]
         assert (said["epochs"], said["epochs_with_mosaic"], said["optimizer"]) == (3, 2, "SGD")
         assert said["train_tiles"] == len(read_tiles(tiles, [job.split]))
         assert said["best_epoch"] == 1 + int(np.argmax([row["map50"] for row in said["history"]]))
-        assert set(said["losses"]) == {"box", "cls", "dfl"} and all(value > 0 for value in said["losses"].values())
+        assert set(said["losses"]) == losses and all(value > 0 for value in said["losses"].values())
+        assert all(set(row["losses"]) == losses for row in said["history"])
         assert read_header(job.folder / WEIGHTS).classes == CLASSES
     truth, soft = (summary(job.folder)["train_boxes"] for job in jobs)
     assert truth == sum(len(target.boxes) for target in truth_targets(tiles, "train_1"))

@@ -10,7 +10,8 @@ from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.yolo import Header, YoloDetector, check_train_args, load_matching, load_model, save_weights
+from softlabel.labelling.weights import Header, load_matching, load_model, save_weights
+from softlabel.labelling.yolo import YoloDetector, check_train_args
 from softlabel.records import Nms, Truth
 
 CLASSES = ("car", "plane", "ship")
@@ -140,7 +141,7 @@ def test_tensors_that_fit_start_another_class_list(model, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not tensors", b"\x80\x04cposix\nsystem\n."])
 def test_what_is_not_safetensors_is_refused(tmp_path, content):
-    path = tmp_path / "weights.pt"
+    path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match="not a safetensors file"):
         load_model(path)
@@ -161,8 +162,8 @@ def test_missing_weights_are_named(tmp_path):
 )
 def test_wrong_train_arguments_are_named(args, message):
     with pytest.raises(RecipeError, match=message):
-        check_train_args(args, "student")
+        check_train_args(args, "student", "yolov5n.yaml")
 
 
 def test_right_train_arguments_pass():
-    check_train_args({"epochs": 3, "optimizer": "SGD", "mosaic": 0.5, "cache": "ram"}, "student")
+    check_train_args({"epochs": 3, "optimizer": "SGD", "mosaic": 0.5, "cache": "ram"}, "student", "yolov5n.yaml")

@@ -18,7 +18,14 @@ GROUND = {
 }
 TOP = {"softlabel.cli", "softlabel.experiment"}
 RAY = {"cli.py", "training/trainer.py", "labelling/run.py", "training/run.py"}
-ULTRALYTICS = {"labelling/yolo.py", "training/dataset.py", "training/trainer.py"}
+ULTRALYTICS = {
+    "labelling/weights.py",
+    "labelling/yolo.py",
+    "labelling/yolov5.py",
+    "labelling/yolov5_loss.py",
+    "training/dataset.py",
+    "training/trainer.py",
+}
 
 
 def files():
