@@ -48,10 +48,6 @@ LOSS_NAMES = b"softlabel.losses"
 column; terms of one name add up."""
 
 
-FORMAT_VERSION = 2
-"""Of the soft-label store. 2: one normaliser per loss term."""
-
-
 def soft_labels_schema(num_classes: int) -> pa.Schema:
     """One row per tile asked for, labelled (maybe with no boxes) or rejected with a reason.
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term."""
 DONE = "done.json"
 TILES_FILE = "tiles.parquet"
 SHARD_TILES = 64

@@ -63,16 +63,16 @@ def tiles(recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def talkative_model():
     """An untrained YOLO that answers different pixels differently: a fresh one gives every pixel the same score."""
-    return _talkative("yolov5n.yaml", lambda head: [sequence[-1] for sequence in head.cv3], bias=-3.0)
+    return _talkative("yolov5n.yaml", lambda head: [sequence[-1] for sequence in head.cv3], std=0.3, bias=-3.0)
 
 
 @pytest.fixture(scope="session")
 def talkative_anchor_model():
     """An anchor-based one."""
-    return _talkative("yolov5n-anchor.yaml", lambda head: head.m, bias=-1.0)
+    return _talkative("yolov5n-anchor.yaml", lambda head: head.m, std=0.03, bias=-1.0)
 
 
-def _talkative(name, last_convs, bias):
+def _talkative(name, last_convs, std, bias):
     import torch
     from ultralytics.cfg import get_cfg
 
@@ -84,7 +84,7 @@ def _talkative(name, last_convs, bias):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     for conv in last_convs(model.model[-1]):
-        torch.nn.init.normal_(conv.weight, std=0.3)
+        torch.nn.init.normal_(conv.weight, std=std)
         torch.nn.init.constant_(conv.bias, bias)
     with torch.no_grad():
         model.train()(torch.rand(8, 3, 96, 96))

@@ -26,7 +26,6 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.weights import read_header
 from softlabel.labelling.yolo import YoloDetector, fingerprint
 from softlabel.records import (
-    FORMAT_VERSION,
     LABELLED,
     LOSS_NAMES,
     REJECTED,
@@ -73,7 +72,6 @@ class LabelJob:
             "tiles": self.tiles.name,
             "splits": list(self.splits) if self.splits is not None else None,
             "with_losses": self.with_losses,
-            "format_version": FORMAT_VERSION,
         }
 
     def folder(self, run_dir: Path) -> Path:

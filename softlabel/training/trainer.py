@@ -256,6 +256,7 @@ class SoftLabelTrainer(DetectionTrainer):
             "optimizer": self.args.optimizer,
             "lr0": self.args.lr0,
             "losses": losses,
+            "seconds": self.epoch_time,
             "rank_digests": self._rank_digests(),
         }
         if ray.train.get_context().get_world_rank() != 0:

@@ -5,21 +5,21 @@ import copy
 import numpy as np
 import pytest
 import torch
-from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.weights import Header, load_matching, load_model, save_weights
+from softlabel.labelling.weights import Header, build_model, load_matching, load_model, save_weights
 from softlabel.labelling.yolo import YoloDetector, check_train_args
 from softlabel.records import Nms, Truth
 
 CLASSES = ("car", "plane", "ship")
 
 
-@pytest.fixture
-def model(talkative_model):
-    return talkative_model
+@pytest.fixture(params=["talkative_model", "talkative_anchor_model"])
+def model(request):
+    """One of ultralytics' own, and YOLOv5 with its anchors and objectness."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def test_filtering_at_a_threshold_equals_labelling_at_it(model, images, threshol
     for filtered, labelled in zip([found.above(threshold) for found in low], high, strict=True):
         np.testing.assert_array_equal(filtered.boxes, labelled.boxes)
         np.testing.assert_array_equal(filtered.scores, labelled.scores)
+        np.testing.assert_array_equal(filtered.objectness, labelled.objectness)
 
 
 def test_saturation_is_said_and_only_where_something_was_cut(model, images):
@@ -61,12 +62,21 @@ def test_boxes_and_vectors_equal_ultralytics_own_nms(model, images):
     x = torch.from_numpy(np.stack(square)).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
         decoded, _ = copy.deepcopy(model).eval().fuse(verbose=False)(x)
-    for ours, theirs in zip(found, non_max_suppression(decoded, 0.05, 0.7, max_det=1000), strict=True):
-        boxes = theirs[:, :4].numpy().clip(0, 96)
-        np.testing.assert_allclose(ours.boxes, boxes, atol=1e-3)
+    for i, theirs in enumerate(non_max_suppression(decoded, 0.05, 0.7, max_det=1000, nc=3)):
+        ours, boxes = found[i], theirs[:, :4].clamp(0, 96)
+        with_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        theirs, boxes = theirs[with_area], boxes[with_area]
+        np.testing.assert_allclose(ours.boxes, boxes.numpy(), atol=1e-3)
         np.testing.assert_allclose(ours.best, theirs[:, 4].numpy(), atol=1e-5)
         np.testing.assert_array_equal(ours.class_ids, theirs[:, 5].numpy().astype(int))
-        assert ours.scores.shape == (len(boxes), 3)
+        assert ours.scores.shape == (len(boxes), 3) and len(boxes) > 0
+        distances = torch.cdist(torch.from_numpy(ours.scores), decoded[i, 4:7].T.contiguous(), p=float("inf"))
+        assert float(distances.amin(1).max()) < 1e-5  # whole vectors, as the head gave them
+        if theirs.shape[1] > 6:
+            np.testing.assert_allclose(ours.objectness, theirs[:, 6].numpy(), atol=1e-5)
+            assert (ours.scores <= ours.objectness[:, None]).all()
+        else:
+            assert ours.objectness is None
 
 
 def test_a_tile_s_boxes_do_not_depend_on_its_batch(model, images):
@@ -120,7 +130,7 @@ def test_ignored_truth_is_left_out_of_the_loss(model, images):
 
 def test_weights_come_back_as_they_were_saved(model, images, tmp_path):
     path = tmp_path / "w.safetensors"
-    save_weights(path, model, Header(model.yaml, CLASSES, 96, {"box": 7.5}))
+    save_weights(path, model, Header(model.yaml, CLASSES, 96, {}))
     loaded, header = load_model(path)
     assert (header.classes, header.imgsz) == (CLASSES, 96)
     for key, value in model.state_dict().items():
@@ -133,7 +143,7 @@ def test_weights_come_back_as_they_were_saved(model, images, tmp_path):
 def test_tensors_that_fit_start_another_class_list(model, tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, model, Header(model.yaml, CLASSES, 96, {}))
-    other = DetectionModel("yolov5n.yaml", nc=5, verbose=False)
+    other = build_model(model.yaml, 5)
     fitting, total = load_matching(other, path)
     assert 300 < fitting < total
     torch.testing.assert_close(other.state_dict()["model.0.conv.weight"], model.state_dict()["model.0.conv.weight"])
