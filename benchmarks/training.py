@@ -2,7 +2,7 @@
 
 python benchmarks/training.py --config jobs/recipes/overhead.yaml --set tiles.scenes=DIR/images --set ...
 
-Three models are trained in turn from scratch on the recipe's train_1, validated on its val_1 after every epoch, with
+Three models are trained in turn from scratch on the recipe's train_1, validated after every epoch, with
 the student's args: ultralytics' own trainer with its anchor-free yolov5n on the tiles written out as PNG and txt, our
 trainer under Ray Train with the same model, and ours with yolov5n-anchor. The first epoch of each (start-up, filling
 the cache) is not counted.
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _theirs(recipe: Recipe, tiles: Path, args: dict, scratch: Path) -> list[float]:
-    for kind, split in (("train", "train_1"), ("val", "val_1")):
+    for kind, split in (("train", "train_1"), ("val", validation_split(tiles, "train_1", "truth"))):
         _write_out(truth_targets(tiles, split), scratch / "data", kind)
     data = {"path": str(scratch / "data"), "train": "images/train", "val": "images/val"}
     data_yaml = scratch / "data.yaml"

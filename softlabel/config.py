@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from softlabel.errors import RecipeError
+from softlabel.records import Nms
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(gt=0)]
@@ -84,6 +85,11 @@ class Tiles(_Section):
         return self
 
 
+def is_anchor_based(model: str | dict) -> bool:
+    """Whether a recipe's model name, or the yaml in a weights file, means yolov5{n,s,m,l,x}-anchor.yaml."""
+    return "anchors" in model if isinstance(model, dict) else model.startswith("yolov5") and "-anchor" in model
+
+
 class Label(_Section):
     """A teacher over tiles. One low floor; thresholds are filters on what is kept (DESIGN, promise 1)."""
 
@@ -91,9 +97,19 @@ class Label(_Section):
     splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
     floor: Fraction = 0.01
-    iou: Fraction = Field(0.7, description="NMS: of two boxes of one class above this IoU the lower score goes")
+    iou: Fraction | None = Field(
+        None,
+        description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45",
+    )
     max_det: Annotated[int, Field(gt=0)] = 1000
     max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
+
+    def nms(self, model: str | dict) -> Nms:
+        """What is kept of a model's boxes. Without ``iou`` it is what ultralytics predicts with, and for a model with
+        anchors what YOLOv5's detect.py does: several anchors and cells answer for one object there, and more doubles
+        must go."""
+        iou = self.iou if self.iou is not None else (0.45 if is_anchor_based(model) else 0.7)
+        return Nms(self.floor, iou, self.max_det)
 
 
 class Model(_Section):

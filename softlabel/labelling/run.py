@@ -94,7 +94,7 @@ def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, split
             "give `classes` as the weights have them, in their order"
         )
     settings: Label = recipe.label
-    nms = Nms(settings.floor, settings.iou, settings.max_det)
+    nms = settings.nms(header.yaml)
     imgsz = settings.imgsz or header.imgsz
     return LabelJob(
         name,

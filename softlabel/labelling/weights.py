@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
+from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.labelling.checkpoint import read_checkpoint
-from softlabel.labelling.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml, is_anchor_based
+from softlabel.labelling.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml
 from softlabel.store import commit
 
 _ORIGINAL_IMGSZ = 640  # what the releases of YOLOv5 n, s, m, l and x were trained at

@@ -13,10 +13,10 @@ from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
+from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError
 from softlabel.labelling.losses import TileLoss, targets_of
 from softlabel.labelling.weights import default_train_args, load_model, read_header
-from softlabel.labelling.yolov5 import is_anchor_based
 from softlabel.records import Detections, Nms, Truth
 from softlabel.store import file_digest
 

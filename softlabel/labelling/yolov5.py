@@ -27,11 +27,6 @@ TRAIN_DEFAULTS = {"box": 0.05}
 _NAME = re.compile(r"yolov5([nsmlx])-anchor\.yaml")
 
 
-def is_anchor_based(model: str | dict) -> bool:
-    """Whether a recipe's model name, or the yaml in a weights file, means yolov5{n,s,m,l,x}-anchor.yaml."""
-    return "anchors" in model if isinstance(model, dict) else model.startswith("yolov5") and "-anchor" in model
-
-
 def anchor_yaml(name: str) -> dict:
     """The yaml of one of the five sizes, with ``anchors`` as the original's yaml has them.
 

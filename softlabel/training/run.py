@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import ray.train
@@ -10,7 +11,6 @@ from ray.train.torch import TorchTrainer
 
 from softlabel.config import Execution, Model, Recipe, dump_recipe
 from softlabel.errors import RecipeError, TrainingError, WeightsError
-from softlabel.records import Nms
 from softlabel.store import digest, file_digest, is_done, step_dir, summary, write_text
 from softlabel.training.targets import TrainJob, truth_targets
 
@@ -41,7 +41,9 @@ def train_job(
     weights = Path(model.weights).resolve() if model.weights else None
     if weights and not weights.is_file():
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
+    nms = recipe.label.nms(model.model)
     inputs = {
+        "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,
         "weights": file_digest(weights) if weights else None,
         "args": model.args,
@@ -65,7 +67,7 @@ def train_job(
         soft_labels=soft_labels,
         threshold=threshold,
         seed=recipe.seed,
-        nms=Nms(recipe.label.floor, recipe.label.iou, recipe.label.max_det),
+        nms=nms,
     )
 
 

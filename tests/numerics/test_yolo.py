@@ -52,7 +52,9 @@ def test_saturation_is_said_and_only_where_something_was_cut(model, images):
     limit = sorted(counts)[2]
     cut = detector(model, floor=0.01, max_det=limit).detect(images)
     assert not any(found.saturated for found in everything)
-    assert [found.saturated for found in cut] == [count > limit for count in counts]
+    # max_det counts boxes beyond the edge too, which have no area in the tile and are left out afterwards.
+    assert all(found.saturated for found, count in zip(cut, counts, strict=True) if count > limit)
+    assert not any(found.saturated for found in detector(model, floor=0.01, max_det=2 * max(counts)).detect(images))
     assert any(found.saturated for found in cut) and not all(found.saturated for found in cut)
 
 
@@ -83,8 +85,10 @@ def test_a_tile_s_boxes_do_not_depend_on_its_batch(model, images):
     together = detector(model, floor=0.03).detect(images)
     for image, found in zip(images, together, strict=True):
         alone = detector(model, floor=0.03).detect([image])[0]
-        np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-2)
-        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-4)
+        assert len(found.boxes) == len(alone.boxes)
+        # Row by row but for the order of equal scores, which rounding may turn.
+        rows, others = (torch.from_numpy(np.c_[one.boxes, one.scores * 100]) for one in (found, alone))
+        assert float(torch.cdist(rows, others, p=float("inf")).amin(1).max()) < 1e-2
 
 
 def test_boxes_lie_in_their_tile_and_have_area(model, images):

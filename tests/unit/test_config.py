@@ -7,6 +7,7 @@ import yaml
 
 from softlabel.config import Recipe, dump_recipe, load_recipe
 from softlabel.errors import RecipeError
+from softlabel.records import Nms
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 MINIMAL = {"name": "x", "classes": ["car"], "tiles": {"scenes": "images"}}
@@ -35,6 +36,14 @@ def test_the_paper_s_recipe_keeps_mosaic_and_its_own_optimizer():
     args = load_recipe(next(path for path in RECIPES if path.stem == "paper")).train.student.args
     assert (args["epochs"], args["close_mosaic"], args["optimizer"], args["lr0"]) == (3, 0, "SGD", 0.01)
     assert (args["imgsz"], args["batch"]) == (640, 16)
+
+
+def test_nms_is_what_the_model_was_published_with_unless_the_recipe_says_otherwise(recipe_file):
+    label = load_recipe(recipe_file(MINIMAL)).label
+    assert (label.nms("yolov5n.yaml").iou, label.nms("yolov5n-anchor.yaml").iou) == (0.7, 0.45)
+    assert (label.nms({"nc": 3}).iou, label.nms({"nc": 3, "anchors": [[]]}).iou) == (0.7, 0.45)
+    given = load_recipe(recipe_file({**MINIMAL, "label": {"iou": 0.6, "floor": 0.1, "max_det": 7}})).label
+    assert given.nms("yolov5n-anchor.yaml") == Nms(0.1, 0.6, 7)
 
 
 @pytest.mark.parametrize(
