@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ DEMO_RECIPE = Path(softlabel.__file__).parent.parent / "jobs" / "recipes" / "dem
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.verb == "import-weights":
@@ -28,10 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     except SoftlabelError as error:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stop:
         print(f"softlabel {arguments.verb}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as `ray job stop` and a preempted machine send it: leave by way of every `finally`."""
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise _Terminated
 
 
 def _run_recipe(arguments: argparse.Namespace) -> None:
@@ -157,7 +166,9 @@ def _ray_session() -> Iterator[None]:
     joined = bool(address) and not address.startswith("http")
     # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
     ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
+    before = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets a handler of its own
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()

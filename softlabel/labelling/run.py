@@ -7,6 +7,7 @@ name by rename, so a shard done twice (a retried task, a rerun) is still there o
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from softlabel.config import Execution, Label, Recipe, dump_recipe
 from softlabel.errors import RecipeError, SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.lease import Lease
 from softlabel.labelling.weights import read_header
 from softlabel.labelling.yolo import YoloDetector, fingerprint
 from softlabel.records import (
@@ -135,16 +137,19 @@ def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path) -> list[Path]
     """Run labelling jobs that are not done yet, all in one Ray Data run, and return their stores.
 
     Raises:
-        StoreError: A store was made by something else, its counts do not balance, or too many tiles were rejected.
+        StoreError: A store was made by something else, another run is writing it, its counts do not balance, or too
+            many tiles were rejected.
     """
     folders = [job.folder(run_dir) for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
         _claim(folder, job, recipe)
-    missing = {i: _missing_shards(job, folders[i]) for i, job in enumerate(jobs) if not is_done(folders[i])}
-    if any(missing.values()):
-        _run(recipe.execution, jobs, folders, missing)
-    for i in missing:
-        _finish(jobs[i], folders[i])
+    with ExitStack() as held:
+        leases = [held.enter_context(Lease(folder)) for folder in folders if not is_done(folder)]
+        missing = {i: _missing_shards(job, folders[i]) for i, job in enumerate(jobs) if not is_done(folders[i])}
+        if any(missing.values()):
+            _run(recipe.execution, jobs, folders, missing, leases)
+        for i in missing:
+            _finish(jobs[i], folders[i])
     for folder in folders:
         _check_rejected(folder, recipe.label.max_rejected_fraction)
     return folders
@@ -182,7 +187,9 @@ def _asked(table: pa.Table, splits: tuple[str, ...] | None) -> pa.Table:
     return table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits, pa.string())))
 
 
-def _run(execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path], missing: dict) -> None:
+def _run(
+    execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path], missing: dict, leases: Sequence[Lease]
+) -> None:
     _check_room(execution)
     work = [{"job": i, "shard": shard} for i, shards in missing.items() for shard, _ in shards]
     total = sum(count for shards in missing.values() for _, count in shards)
@@ -204,6 +211,8 @@ def _run(execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path]
     )
     with tqdm(total=total, unit="tile", desc="labelling", mininterval=2) as bar:
         for row in results.iter_rows():
+            for lease in leases:
+                lease.check()
             bar.update(row["tiles"])
             bar.set_postfix_str(f"{jobs[row['job']].name}: {row['boxes']} boxes in the last {row['tiles']} tiles")
 

@@ -1,6 +1,9 @@
 """Labelling on a real Ray: every tile once, whatever happens to scenes and shards."""
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_recipe
 
+from softlabel.config import dump_recipe, load_recipe
 from softlabel.errors import RecipeError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
+from softlabel.labelling.lease import Lease
 from softlabel.labelling.run import label, label_job
 from softlabel.records import detections_from_row
 from softlabel.store import DONE, read_json, read_soft_labels, read_tiles, summary, write_json
@@ -168,3 +173,34 @@ def test_more_actors_than_cpus_are_refused_at_once(tiles, weights, tmp_path):
     greedy = tiny_recipe(execution={"actors": 3, "cpus_per_actor": 1})
     with pytest.raises(RecipeError, match=r"labelling needs 3\.25 CPU"):
         label(greedy, [label_job(greedy, "teacher", weights, tiles, None)], tmp_path)
+
+
+def test_a_store_that_another_run_writes_is_left_alone(recipe, tiles, weights, tmp_path):
+    job = label_job(recipe, "teacher", weights, tiles, ["test"])
+    with Lease(job.folder(tmp_path)), pytest.raises(StoreError, match="is being written by process"):
+        label(recipe, [job], tmp_path)
+    (folder,) = label(recipe, [job], tmp_path)
+    assert not list(folder.glob("*lease*"))
+
+
+def test_sigterm_ends_a_run_in_order_and_the_same_command_finishes_it(tiles, weights, tmp_path, undisturbed):
+    """A driver of its own, with a Ray of its own, told to stop once it has committed its first shard."""
+    recipe_file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe_file.write_text(dump_recipe(tiny_recipe(label={"weights": str(weights)}, execution={"batch_size": 1})))
+    shutil.copytree(tiles, run_dir / tiles.name)
+    job = Path(__file__).parents[2] / "jobs" / "label.py"
+    command = [sys.executable, str(job), "--config", str(recipe_file), "--run-dir", str(run_dir)]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 300
+    while not list(run_dir.glob("label-*/shard-*.parquet")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.terminate()
+    _, error = driver.communicate(timeout=120)
+    assert driver.returncode == 143 and "stopped; the same command goes on from here" in error
+    (folder,) = run_dir.glob("label-*")
+    assert not list(folder.glob("*lease*")) and not (folder / DONE).exists()
+    recipe = load_recipe(recipe_file)
+    (again,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], run_dir)
+    assert again == folder
+    assert_same(by_tile(folder), by_tile(undisturbed))

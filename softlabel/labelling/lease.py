@@ -1,0 +1,150 @@
+"""One driver per store: a lease with a heartbeat, in a file, since a shared folder is all that two drivers share.
+
+The holder counts up a number in the file every few seconds. Who finds a lease watches it: a number that moves belongs
+to a living driver, and the newcomer is refused; one that stands still for longer belongs to a dead one, and is taken
+over. Nothing compares the clocks of two machines.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+from softlabel.errors import StoreError
+from softlabel.store import write_text
+
+LEASE = "lease.json"
+BEAT_S = 2.0
+DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
+
+
+class Lease:
+    """Held while the ``with`` block runs.
+
+    Raises:
+        StoreError: On entry, another driver holds it.
+    """
+
+    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
+        self._path = folder / LEASE
+        self._beat_s, self._dead_after_s = beat_s, dead_after_s
+        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._ended = threading.Event()
+        self._lost: str | None = None
+        self._thread = threading.Thread(target=self._keep, name="softlabel-lease", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        while not self._create():
+            self._wait_for_death()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._lost is None:
+            self._path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise StoreError once another driver has taken the lease over, as after a long pause of this machine."""
+        if self._lost is not None:
+            raise StoreError(f"{self._path.parent} was taken over by {self._lost}: this run stops")
+
+    def _create(self) -> bool:
+        """Whether there was no lease, and now there is ours."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return _write_new(self._path, self._text(0))
+
+    def _wait_for_death(self) -> None:
+        """Return once the lease that is there is gone or removed as a dead one's; refuse when it beats."""
+        first = self._read()
+        if first is not None and self._died_here(first):
+            self._remove(first)
+            return
+        deadline = time.monotonic() + self._dead_after_s
+        while first is not None:
+            time.sleep(self._beat_s / 4)
+            now = self._read()
+            if now is None or now["id"] != first["id"]:
+                return
+            if now["beat"] != first["beat"]:
+                raise StoreError(
+                    f"{self._path.parent} is being written by {_who(now)}: wait for it or stop it, then run this again"
+                )
+            if time.monotonic() > deadline:
+                self._remove(first)
+                return
+
+    def _died_here(self, lease: dict) -> bool:
+        """Whether the holder was a process of this machine that is no more."""
+        if lease["host"] != self._owner["host"]:
+            return False
+        try:
+            os.kill(lease["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+    def _remove(self, dead: dict) -> None:
+        """Move the dead lease away. Of several newcomers one succeeds; a lease that is not the dead one goes back."""
+        aside = self._path.with_name(f".{LEASE}.{uuid.uuid4().hex}")
+        try:
+            self._path.rename(aside)
+        except FileNotFoundError:
+            return
+        text = aside.read_text()
+        if _parse(text)["id"] != dead["id"]:
+            _write_new(self._path, text)
+        aside.unlink()
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._ended.wait(self._beat_s):
+            found = self._read()
+            if found is not None and found["id"] != self._owner["id"]:
+                self._lost = _who(found)
+                return
+            beat += 1
+            try:
+                write_text(self._path, self._text(beat))
+            except OSError:
+                continue  # a full disk ends the run where rows are written, in its own words
+
+    def _read(self) -> dict | None:
+        try:
+            return _parse(self._path.read_text())
+        except FileNotFoundError:
+            return None
+
+    def _text(self, beat: int) -> str:
+        return json.dumps({**self._owner, "beat": beat})
+
+
+def _write_new(path: Path, text: str) -> bool:
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _parse(text: str) -> dict:
+    """A lease. What is none, as one whose holder died before it wrote anything, is one that stands still."""
+    try:
+        found = json.loads(text)
+        return {key: found[key] for key in ("id", "host", "pid", "beat")}
+    except (ValueError, KeyError, TypeError):
+        return {"id": None, "host": None, "pid": None, "beat": None}
+
+
+def _who(lease: dict) -> str:
+    return f"process {lease['pid']} on {lease['host']}"
