@@ -5,12 +5,14 @@ to a living driver, and the newcomer is refused; one that stands still for longe
 over. Nothing compares the clocks of two machines.
 """
 
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -94,16 +96,15 @@ class Lease:
         return False
 
     def _remove(self, dead: dict) -> None:
-        """Move the dead lease away. Of several newcomers one succeeds; a lease that is not the dead one goes back."""
-        aside = self._path.with_name(f".{LEASE}.{uuid.uuid4().hex}")
+        """Remove the dead lease, if it is still that one: newcomers take turns from looking to removing."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            self._path.rename(aside)
-        except FileNotFoundError:
-            return
-        text = aside.read_text()
-        if _parse(text)["id"] != dead["id"]:
-            _write_new(self._path, text)
-        aside.unlink()
+            with suppress(OSError):  # a file system without locks: the turn is a blink, and a holder notices a thief
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if self._read() == dead:
+                self._path.unlink()
+        finally:
+            os.close(folder)
 
     def _keep(self) -> None:
         beat = 0
