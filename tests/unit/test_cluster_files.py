@@ -88,11 +88,16 @@ def test_the_schema_sees_a_misspelt_field(rayjob_schema):
         jsonschema.validate(job, rayjob_schema)
 
 
+def pod_of(spec):
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "softlabel"}, "spec": spec}
+
+
 def test_core_kinds_are_valid():
-    kubernetes_validate.validate(load(STORAGE), KUBERNETES, strict=True)
-    for spec in pods():
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "softlabel"}, "spec": spec}
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    assert load(STORAGE)["kind"] and list(pods())
+    for one in (load(STORAGE), *map(pod_of, pods())):
+        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+        with pytest.raises(kubernetes_validate.ValidationError, match="speck"):  # it does look
+            kubernetes_validate.validate({**one, "speck": {}}, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
