@@ -1,6 +1,7 @@
 """The command line: one verb per step, the same flags for each."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -24,10 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.verb == "import-weights":
             _import_weights(arguments.checkpoint, arguments.output)
+        elif arguments.verb in _STORE_VERBS:
+            _STORE_VERBS[arguments.verb](arguments)
         else:
             _run_recipe(arguments)
     except SoftlabelError as error:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"softlabel {arguments.verb}: no space left{where}: free some and run the same again", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         print(f"softlabel {arguments.verb}: stopped; the same command goes on from here", file=sys.stderr)
@@ -49,7 +58,8 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
     else:
-        _VERBS[arguments.verb][0](recipe, run_dir)
+        options = {"retry_rejected": arguments.retry_rejected} if arguments.verb == "label" else {}
+        _VERBS[arguments.verb][0](recipe, run_dir, **options)
 
 
 def _import_weights(checkpoint: Path, output: Path | None) -> None:
@@ -60,16 +70,46 @@ def _import_weights(checkpoint: Path, output: Path | None) -> None:
     print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
 
 
+def _show(arguments: argparse.Namespace) -> None:
+    from softlabel.report.run import show
+
+    output = (arguments.output or arguments.store / "show").resolve()
+    print(show(arguments.store, output, arguments.doubtful))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from softlabel.results.run import export
+    from softlabel.results.stores import open_store
+
+    store = open_store(arguments.store).folder  # before a Ray is started for nothing
+    output = (arguments.output or store.with_name(f"export-{arguments.format}-{store.name}")).resolve()
+    with _ray_session():
+        export(store, output, arguments.format, arguments.threshold, arguments.merge, arguments.iou)
+
+
+def _fuse(arguments: argparse.Namespace) -> None:
+    from softlabel.results.fuse import fuse_job
+    from softlabel.results.run import fuse
+
+    run_dir = arguments.stores[0].resolve().parent
+    weights = arguments.weights or [1.0] * len(arguments.stores)
+    asked = (arguments.stores, weights, arguments.threshold, arguments.iou, run_dir)
+    fuse_job(*asked)  # what cannot be fused is said before a Ray is started for nothing
+    with _ray_session():
+        fuse(*asked)
+
+
 def _tile(recipe: Recipe, run_dir: Path) -> None:
     print(_tiles(recipe, run_dir))
 
 
-def _label(recipe: Recipe, run_dir: Path) -> None:
-    from softlabel.labelling.run import label, recipe_label_job
+def _label(recipe: Recipe, run_dir: Path, retry_rejected: bool = False) -> None:
+    from softlabel.labelling.job import recipe_label_job
+    from softlabel.labelling.run import label
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
     with _ray_session():
-        (folder,) = label(recipe, [job], run_dir)
+        (folder,) = label(recipe, [job], run_dir, retry_rejected=retry_rejected)
     print(folder)
 
 
@@ -101,7 +141,7 @@ def _experiment(recipe: Recipe, run_dir: Path) -> None:
         experiment(recipe, run_dir)
 
 
-_VERBS: dict[str, tuple[Callable[[Recipe, Path], None], str]] = {
+_VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "tile": (_tile, "cut scenes and truth into tiles"),
     "label": (_label, "label tiles with label.weights, keeping every box above the floor"),
     "train": (_train, "train train.student on a split's truth or on its soft labels"),
@@ -109,6 +149,9 @@ _VERBS: dict[str, tuple[Callable[[Recipe, Path], None], str]] = {
     "experiment": (_experiment, "all of it: teachers, soft labels, students, numbers, report"),
     "demo": (_experiment, "the experiment on made-up scenes, minutes on a laptop"),
 }
+
+
+_STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,11 +165,53 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        if name == "label":
+            purpose = "read again the tiles whose failure may have been transient"
+            verb.add_argument("--retry-rejected", action="store_true", help=purpose)
     purpose = "turn an original YOLOv5 checkpoint (.pt) into safetensors, running nothing of it"
     importer = verbs.add_parser("import-weights", help=purpose, description=purpose)
     importer.add_argument("checkpoint", type=Path, help="a .pt file of YOLOv5 v6 or v7")
     importer.add_argument("--output", type=Path, help="where to (default: beside it, as .safetensors)")
+    _add_show(verbs)
+    _add_export(verbs)
+    _add_fuse(verbs)
     return parser
+
+
+def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    purpose = "count a store of soft labels, and draw its most doubtful tiles for a look and for correction"
+    verb = verbs.add_parser("show", help=purpose, description=purpose)
+    verb.add_argument("store", type=Path, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("--output", type=Path, metavar="DIR", help="where to (default: STORE/show)")
+    verb.add_argument("--doubtful", type=int, default=24, metavar="N", help="how many tiles to draw (default: 24)")
+
+
+def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a COCO or YOLO data set"
+    verb = verbs.add_parser("export", help=purpose, description=purpose)
+    verb.add_argument("store", type=Path, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("--format", choices=("geoparquet", "geojson", "coco", "yolo"), default="geoparquet")
+    verb.add_argument("--output", type=Path, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
+    verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
+    purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
+    verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
+    verb.add_argument("--iou", type=_share, default=0.5, help="boxes of a class above it are one (default: 0.5)")
+
+
+def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    purpose = "fuse the labels of several teachers over the same tiles into one store"
+    verb = verbs.add_parser("fuse", help=purpose, description=purpose)
+    verb.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="label-* or fused-* folders of a run")
+    verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
+    verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
+    verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def _tiles(recipe: Recipe, run_dir: Path) -> Path:
@@ -140,7 +225,8 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
-    from softlabel.labelling.run import finished_store, recipe_label_job
+    from softlabel.labelling.job import recipe_label_job
+    from softlabel.labelling.run import finished_store
 
     return finished_store(recipe_label_job(recipe, tiles), run_dir)
 

@@ -102,6 +102,12 @@ class Label(_Section):
         description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45",
     )
     max_det: Annotated[int, Field(gt=0)] = 1000
+    engine: Literal["auto", "pytorch", "pytorch_compile", "openvino", "tensorrt"] = Field(
+        "auto", description="what runs the teacher; auto: pytorch on CUDA, openvino on a CPU where it is installed"
+    )
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="of the convolutions; auto: float16 on CUDA, float32 on a CPU"
+    )
     max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
 
     def nms(self, model: str | dict) -> Nms:
@@ -142,13 +148,25 @@ class Execution(_Section):
     """Where and how wide it runs. Not hashed."""
 
     actors: Annotated[int, Field(gt=0)] | tuple[int, int] = Field(1, description="labelling actors, or (min, max)")
-    cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    cpus_per_actor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="null: 1 with GPUs; without, the actors share all CPUs that the readers leave"
+    )
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(gt=0)] = Field(16, description="tiles per forward pass when labelling")
+    reader_cpus_per_actor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="CPUs that read tiles ahead of each labelling actor; null: 2 with GPUs, 0.25 without"
+    )
+    batch_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="tiles per forward pass when labelling; null: found by trying"
+    )
+    stall_minutes: Annotated[float, Field(gt=0)] = Field(
+        30, description="labelling ends with an error when no tile was finished for so long"
+    )
     workers: Annotated[int, Field(gt=0)] = Field(1, description="training workers (DDP ranks)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of training before giving up")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="restarts of training, or of labelling without a tile gained, before giving up"
+    )
 
 
 class Recipe(_Section):

@@ -1,5 +1,6 @@
 """The Arrow schemas of what passes between the steps, and the row types that go with them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ TILES = pa.schema(
         pa.field("tile_id", pa.string(), nullable=False),
         pa.field("scene_id", pa.string(), nullable=False),
         pa.field("scene_uri", pa.string(), nullable=False),
+        pa.field("scene_stamp", pa.string()),
         pa.field("window", pa.list_(pa.int32(), 4), nullable=False),
         pa.field("bands", pa.list_(pa.int32(), 3), nullable=False),
         pa.field("stretch", pa.list_(pa.float32(), 2)),
@@ -37,7 +39,8 @@ TILES = pa.schema(
         pa.field("transform", pa.list_(pa.float64(), 6)),
     ]
 )
-"""One tile: numbers, not pixels. ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three
+"""One tile: numbers, not pixels. ``scene_stamp`` is the size and time of the scene's file when it was tiled, null where
+they are not known; ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three
 1-based bands read as red, green, blue; ``stretch`` the (low, high) raw values mapped to 0..255, null for 8 bit;
 ``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
 scene's affine (a, b, c, d, e, f), null without a CRS."""
@@ -126,6 +129,43 @@ class Truth:
             np.array([row["class_id"] for row in rows], np.int32),
             np.array([row["ignore"] for row in rows], bool),
         )
+
+
+def soft_labels_table(
+    num_classes: int,
+    tile_ids: Sequence[str],
+    found: Sequence[Detections],
+    losses: Sequence[list[float] | None],
+    reasons: Sequence[str | None],
+    retryable: Sequence[bool],
+) -> pa.Table:
+    """Rows of ``soft_labels_schema``, one per tile; a tile with a reason is a rejected one.
+
+    Built from whole arrays: a list per box costs more than finding the box where there are many classes.
+    """
+    schema = soft_labels_schema(num_classes)
+    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(one.boxes for one in found)])
+    no_scores = np.zeros((0, num_classes), np.float32)
+    scores = np.concatenate([no_scores, *(one.scores for one in found if len(one.boxes))])
+    offsets = np.cumsum([0, *(len(one.boxes) for one in found)], dtype=np.int32)
+    columns = {
+        "tile_id": list(tile_ids),
+        "boxes": _lists(offsets, pa.FixedSizeListArray.from_arrays(boxes.ravel(), 4), schema.field("boxes").type),
+        "scores": _lists(
+            offsets, pa.FixedSizeListArray.from_arrays(scores.ravel(), num_classes), schema.field("scores").type
+        ),
+        "objectness": [one.objectness for one in found],
+        "saturated": [one.saturated for one in found],
+        "losses": list(losses),
+        "status": [REJECTED if reason else LABELLED for reason in reasons],
+        "reason": [reason or None for reason in reasons],
+        "retryable": [bool(reason) and retry for reason, retry in zip(reasons, retryable, strict=True)],
+    }
+    return pa.Table.from_pydict(columns, schema)
+
+
+def _lists(offsets: NDArray[np.int32], values: pa.Array, kind: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.cast(kind.value_type), type=kind)
 
 
 def detections_from_row(row: dict) -> Detections:

@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
+from softlabel.records import TILES
 
-FORMAT_VERSION = 2
-"""Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term."""
+FORMAT_VERSION = 3
+"""Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term; 3: tiles know their
+scene's stamp, teachers their engine."""
 DONE = "done.json"
 TILES_FILE = "tiles.parquet"
 SHARD_TILES = 64
@@ -74,8 +76,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read ({error}): delete it and run its step again") from None
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: 1,000 brackets are no JSON of ours
+        raise _broken(path, error) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,8 +86,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Commit a Parquet file."""
-    commit(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    """Commit a Parquet file, with checksums: without, one in forty damaged pages reads as other values."""
+    commit(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
 def read_table(path: Path) -> pa.Table:
@@ -95,16 +97,24 @@ def read_table(path: Path) -> pa.Table:
         StoreError: It is missing or broken.
     """
     try:
-        return pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.validate(full=True)  # else text that is not UTF-8 fails later, where rows are made of it
+        return table
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} cannot be read ({error}): delete it and run its step again") from None
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a column's name that is not UTF-8
+        raise _broken(path, error) from None
 
 
 def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None) -> list[dict]:
-    """The tile rows of a finished tile step, those of ``splits`` (null: all), in their order."""
+    """The tile rows of a finished tile step, those of ``splits`` (null: all), in their order.
+
+    Raises:
+        StoreError: The table is missing, broken, or no table of tiles.
+    """
     table = read_table(folder / TILES_FILE)
+    if not table.schema.equals(TILES):
+        raise StoreError(f"{folder / TILES_FILE} is no table of tiles: delete it and run its step again")
     if splits is not None:
         table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
     return (table.select(columns) if columns else table).to_pylist()
@@ -115,15 +125,25 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:06d}.parquet"
 
 
-def read_soft_labels(folder: Path) -> Iterator[dict]:
-    """The rows of a finished labelling step, shard by shard.
+def read_shards(folder: Path) -> Iterator[pa.Table]:
+    """The shards of a finished labelling step, in order.
 
     Raises:
         StoreError: It did not finish, or a shard is broken.
     """
     summary(folder)
     for path in sorted(folder.glob("shard-*.parquet")):
-        yield from read_table(path).to_pylist()
+        yield read_table(path)
+
+
+def read_soft_labels(folder: Path) -> Iterator[dict]:
+    """The rows of a finished labelling step, shard by shard.
+
+    Raises:
+        StoreError: It did not finish, or a shard is broken.
+    """
+    for table in read_shards(folder):
+        yield from table.to_pylist()
 
 
 def is_done(folder: Path) -> bool:
@@ -143,12 +163,19 @@ def summary(folder: Path) -> dict:
         StoreError: It did not finish, or a newer softlabel made it.
     """
     found = read_json(folder / DONE)
+    if not isinstance(found, dict) or not isinstance(found.get("format_version", 0), int):
+        raise StoreError(f"{folder / DONE} is no summary of a step: delete it and run its step again")
     if found.get("format_version", 0) > FORMAT_VERSION:
         raise StoreError(
             f"{folder} has format_version {found['format_version']}, this softlabel reads up to {FORMAT_VERSION}: "
             "use a newer softlabel or another --run-dir"
         )
     return found
+
+
+def _broken(path: Path, error: Exception) -> StoreError:
+    reason = " ".join(str(error).split())[:200]  # Arrow's have lines
+    return StoreError(f"{path} cannot be read ({reason}): delete it and run its step again")
 
 
 def _write_text(path: Path, text: str) -> None:

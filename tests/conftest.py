@@ -25,7 +25,8 @@ def ray_session():
     import ray
 
     # Ray Train asks the State API, which comes with the dashboard. A spare CPU lets a reader run beside two workers.
-    ray.init(address="local", num_cpus=3, include_dashboard=True, log_to_driver=False)
+    # The GPUs are numbers that Ray hands out, no devices.
+    ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=True, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -85,7 +85,7 @@ def listed_collector(source: TruthSource, classes: tuple[str, ...], known: dict[
     numbers = {str(key): int(key) for key in source.mapping if str(key).isdecimal()}
     strange = [str(key) for key in source.mapping if str(key) not in names and str(key) not in numbers]
     if strange:
-        has = ", ".join(list(known.values())[:10])
+        has = _some(known.values())
         raise TruthError(f"tiles.truth.mapping names {', '.join(strange)}, {source.path} has {has}, ...: correct it")
     extra = {number: "" for key, number in numbers.items() if key not in names}
     targets = targets_of(source, classes, {**known, **extra})
@@ -113,5 +113,10 @@ def require_all(
     if missing:
         raise TruthError(
             f"class without mapping: nothing in {source.path} can become {', '.join(missing)}: add it to "
-            f"tiles.truth.mapping (the source has {', '.join(list(known)[:10])}, ...) or take it out of classes"
+            f"tiles.truth.mapping (the source has {_some(known)}, ...) or take it out of classes"
         )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of a source, in quotes, as they may hold lines and half characters."""
+    return ", ".join(show(name) for name in list(names)[:10])

@@ -164,7 +164,10 @@ def read_yolo(source: TruthSource, classes: tuple[str, ...]) -> Collector:
     data = load_yaml(path)
     listed = data.get("names")
     known = dict(enumerate(listed)) if isinstance(listed, list) else listed
-    if not isinstance(known, dict) or not all(type(key) is int and isinstance(known[key], str) for key in known):
+    # A hexadecimal number of YAML may be longer than Python writes in decimals.
+    if not isinstance(known, dict) or not all(
+        type(key) is int and abs(key) < 2**63 and isinstance(known[key], str) for key in known
+    ):
         raise TruthError(f"{path} needs `names`, a list of class names or a mapping from number to name")
     collector = listed_collector(source, classes, known)
     for label, image in yolo_images(path, data).values():

@@ -103,7 +103,9 @@ def _fingerprint(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSou
         "tiles": recipe.tiles.model_dump(mode="json"),
         "classes": recipe.classes,
         "seed": recipe.seed,
-        "scenes": store.digest([(scene_id, scene_files.scene_size_bytes(uri)) for scene_id, uri in listed]),
+        # Which scenes, not what is in them: one that is replaced later is a rejected row of labelling, and no reason to
+        # label all the others again.
+        "scenes": store.digest([scene_id for scene_id, _ in listed]),
         "truth": truth_digest(source) if source else None,
     }
 
@@ -152,6 +154,7 @@ def _scene_columns(recipe: Recipe, scene: Scene) -> dict[str, Any]:
     return {
         "scene_id": scene.scene_id,
         "scene_uri": scene.uri,
+        "scene_stamp": scene.info.stamp,
         "bands": recipe.tiles.bands,
         "stretch": scene.info.stretch,
         "split": scene.split,

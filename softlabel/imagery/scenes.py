@@ -5,6 +5,7 @@ world files) are not looked for, so that a scene reads the same from a folder an
 """
 
 import glob
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import pyarrow.fs
 import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import MaskFlags
+from rasterio.enums import Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
@@ -29,12 +30,17 @@ from softlabel.errors import SceneError
 SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png")
 PERCENTILES = (2, 98)
 _SAMPLE_PX = 1024
+_CACHE_BYTES, _MAX_CACHE_BYTES = 64_000_000, 256_000_000
 _GDAL = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder: a request per scene on S3
     # Bytes: rasterio.Env takes no megabytes, and 64 would mean no cache, each tile decoding its JPEG anew. Per process:
-    # the default of 5 % of memory, times the actors, is too much.
-    "GDAL_CACHEMAX": 64_000_000,
+    # the default of 5 % of memory, times the readers, is too much.
+    "GDAL_CACHEMAX": _CACHE_BYTES,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a JPEG cut short reads as grey, with a warning only
+    # A remote scene that failed once must not be remembered as missing when it is tried again.
+    "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/",
+    "GDAL_HTTP_TIMEOUT": 60,  # else a server that stops answering stops the run
+    "GDAL_HTTP_CONNECTTIMEOUT": 20,
     "GDAL_HTTP_MAX_RETRY": 3,
     "GDAL_HTTP_RETRY_DELAY": 1,
 }
@@ -51,6 +57,7 @@ class SceneInfo:
     crs: str | None
     transform: tuple[float, ...] | None
     stretch: tuple[float, float] | None
+    stamp: str | None
 
 
 def list_scenes(spec: str) -> list[tuple[str, str]]:
@@ -73,12 +80,23 @@ def list_scenes(spec: str) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def scene_size_bytes(uri: str) -> int | None:
-    """The size of a local scene, which stands for its content in a step's hash; None where it is not known."""
-    try:
-        return None if _has_scheme(uri) else os.path.getsize(uri)
-    except OSError:
+def scene_stamp(uri: str) -> str | None:
+    """Size and time of a scene's file, which stand for its content; None where they cannot be asked for (http).
+
+    Raises:
+        SceneError: It is not there; ``retryable`` if it is remote.
+    """
+    if uri.startswith(("http://", "https://", "/vsi")):
         return None
+    with _scene_errors(uri):
+        if not _has_scheme(uri):
+            found = os.stat(uri)
+            return f"{found.st_size} bytes of {found.st_mtime_ns} ns"
+        system, path = pyarrow.fs.FileSystem.from_uri(uri)
+        info = system.get_file_info(path)
+        if info.type != pyarrow.fs.FileType.File:
+            raise OSError("no such file")
+        return f"{info.size} bytes of {info.mtime_ns} ns"
 
 
 def describe_scene(uri: str, bands: Sequence[int], stretch: tuple[float, float] | None) -> SceneInfo:
@@ -97,42 +115,55 @@ def describe_scene(uri: str, bands: Sequence[int], stretch: tuple[float, float] 
     Raises:
         SceneError: It cannot be opened, is cut short, lacks a band, or holds no valid pixel.
     """
+    stamp = scene_stamp(uri)  # before the first look: a scene replaced meanwhile must not pass for what was seen
     with _open(uri) as dataset:
         _check_bands(uri, dataset, bands)
         dataset.read(list(bands), window=Window(dataset.width - 1, dataset.height - 1, 1, 1))
         crs = dataset.crs.to_string() if dataset.crs else None
         transform = tuple(float(value) for value in dataset.transform[:6]) if crs else None
-        return SceneInfo(dataset.width, dataset.height, crs, transform, _find_stretch(uri, dataset, bands, stretch))
+        found = _find_stretch(uri, dataset, bands, stretch)
+        return SceneInfo(dataset.width, dataset.height, crs, transform, found, stamp)
 
 
 class TileReader:
-    """Reads tiles, keeping the last scene open. One per process and thread: handles cannot be shared or pickled."""
+    """Reads tiles, keeping the last scene open. One per process and thread: handles cannot be shared or pickled.
+
+    GDAL's block cache is made large enough for a row of tiles (up to 256 MB), so that the blocks of a scene whose tiles
+    come row by row are decoded once.
+    """
 
     def __init__(self) -> None:
         self._uri: str | None = None
         self._dataset: Any = None
+        self._cache_bytes = _CACHE_BYTES
 
     def read(self, row: dict) -> NDArray[np.uint8]:
         """The pixels of one tile.
 
         Args:
-            row: A row of the tiles table; ``scene_uri``, ``window``, ``bands`` and ``stretch`` are used.
+            row: A row of the tiles table; ``scene_uri``, ``scene_stamp``, ``window``, ``bands`` and ``stretch`` are
+                used.
 
         Returns:
             (height, width, 3) uint8, red, green, blue as the row's ``bands`` say; 0 where there is no data.
 
         Raises:
-            SceneError: The scene is missing, cut short or no longer what it was; ``retryable`` if it is remote.
+            SceneError: The scene is missing, cut short or no longer what it was, or the tile has no valid pixel;
+                ``retryable`` where the scene is remote and trying again may help.
         """
         uri, window = row["scene_uri"], Window(*row["window"])
         try:
-            with _scene_errors(uri), rasterio.Env(**_GDAL):
+            self._check_stamp(uri, row["scene_stamp"])
+            # One Env, its cache sized by the tile before: leaving an inner one would shrink the cache, and empty it.
+            with _scene_errors(uri), rasterio.Env(**{**_GDAL, "GDAL_CACHEMAX": self._cache_bytes}):
                 dataset = self._open(uri)
                 _check_window(uri, dataset, row)
                 pixels = dataset.read(list(row["bands"]), window=window, masked=_has_mask(dataset))
+                self._cache_bytes = _cache_bytes(dataset, window)
         except SceneError:
             self.close()  # a second try opens it anew
             raise
+        _check_valid(uri, pixels, row)
         return _to_rgb8(pixels, row["stretch"])
 
     def close(self) -> None:
@@ -146,7 +177,17 @@ class TileReader:
             self.close()
             self._dataset = rasterio.open(uri)
             self._uri = uri
+            _check_blocks(uri, self._dataset)
         return self._dataset
+
+    def _check_stamp(self, uri: str, tiled: str | None) -> None:
+        if tiled is None or (uri == self._uri and _has_scheme(uri)):  # a remote one is asked once, it costs a request
+            return
+        found = scene_stamp(uri)
+        if found != tiled:
+            raise SceneError(
+                f"scene {uri} was replaced after it was tiled ({tiled}, now {found}): use another --run-dir"
+            )
 
 
 def _has_scheme(spec: str) -> bool:
@@ -206,7 +247,28 @@ def _open(uri: str) -> Iterator[Any]:
     with _scene_errors(uri):
         uri.encode()  # a name that is not UTF-8 cannot be written to a table
         with rasterio.Env(**_GDAL), rasterio.open(uri) as dataset:
+            _check_blocks(uri, dataset)
             yield dataset
+
+
+def _check_blocks(uri: str, dataset: Any) -> None:
+    """Refuse blocks that no cache holds: any pixel decodes its whole block, and a kilobyte may claim one of 60 GB."""
+    height, width = max(dataset.block_shapes, key=math.prod)
+    needed = height * width * _block_bands(dataset) * _item_bytes(dataset)
+    if needed > _MAX_CACHE_BYTES:
+        raise SceneError(
+            f"scene {uri} has blocks of {width}x{height} px, {needed / 1e6:,.0f} MB decoded for each tile: rewrite it "
+            "with small ones (gdal_translate -co TILED=YES)"
+        )
+
+
+def _block_bands(dataset: Any) -> int:
+    return dataset.count if dataset.interleaving == Interleaving.pixel else 1
+
+
+def _item_bytes(dataset: Any) -> int:
+    kind = dataset.dtypes[0]
+    return 16 if kind.startswith("complex") else np.dtype(kind).itemsize  # complex_int16 is none of NumPy's
 
 
 def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:
@@ -223,11 +285,26 @@ def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:
 def _check_window(uri: str, dataset: Any, row: dict) -> None:
     column, top, width, height = row["window"]
     fits = column + width <= dataset.width and top + height <= dataset.height and max(row["bands"]) <= dataset.count
-    if not fits or (row["stretch"] is None and dataset.dtypes[row["bands"][0] - 1] != "uint8"):
+    kind = dataset.dtypes[row["bands"][0] - 1] if fits else ""
+    if not fits or (row["stretch"] is None and kind != "uint8") or kind.startswith("complex"):
         raise SceneError(
             f"scene {uri} is not what was tiled: {dataset.count} bands of {dataset.width}x{dataset.height} px "
             f"{dataset.dtypes[0]}, tile at {list(row['window'])}: tile it again in another --run-dir"
         )
+
+
+def _cache_bytes(dataset: Any, window: Window) -> int:
+    """Room for the blocks under a row of tiles, and another row of blocks, for all bands where a block holds all."""
+    rows = window.height + 3 * max(height for height, _ in dataset.block_shapes)
+    bands = dataset.count if dataset.interleaving == Interleaving.pixel else 3
+    needed = int(rows * dataset.width * bands * np.dtype(dataset.dtypes[0]).itemsize)
+    return min(max(needed, _CACHE_BYTES), _MAX_CACHE_BYTES)
+
+
+def _check_valid(uri: str, pixels: NDArray, row: dict) -> None:
+    masked = np.ma.is_masked(pixels) and bool(np.ma.getmaskarray(pixels).all())
+    if masked or (pixels.dtype.kind == "f" and not np.isfinite(np.ma.getdata(pixels)).any()):
+        raise SceneError(f"tile at {list(row['window'])} of scene {uri} has no valid pixel: all is nodata or NaN")
 
 
 def _has_mask(dataset: Any) -> bool:
@@ -240,6 +317,9 @@ def _find_stretch(
     is_8_bit = dataset.dtypes[bands[0] - 1] == "uint8"
     if is_8_bit and not _has_mask(dataset):
         return given
+    for level in range(len(dataset.overviews(bands[0]))):  # the sample comes from one of them
+        with rasterio.open(uri, overview_level=level) as overview:
+            _check_blocks(uri, overview)
     factor = max(1.0, max(dataset.width, dataset.height) / _SAMPLE_PX)
     shape = (len(bands), max(1, int(dataset.height / factor)), max(1, int(dataset.width / factor)))
     sample = np.ma.masked_invalid(dataset.read(list(bands), out_shape=shape, masked=True)).compressed()

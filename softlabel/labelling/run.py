@@ -2,123 +2,66 @@
 
 Work is dealt out in shards, the row groups of the tiles file. A shard's rows are committed to a file of that shard's
 name by rename, so a shard done twice (a retried task, a rerun) is still there once, and a rerun does what is missing.
+What ends Ray's job from outside (a process, actor or node lost more often than Ray itself retries) starts another for
+what is left, as long as each gets further than the last.
 """
 
+import errno
 import logging
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import torch
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Gauge
 from tqdm import tqdm
 
-from softlabel.config import Execution, Label, Recipe, dump_recipe
-from softlabel.errors import RecipeError, SceneError, StoreError
+from softlabel.config import Execution, Recipe, dump_recipe
+from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import TileReader
+from softlabel.labelling import journal
+from softlabel.labelling.job import LabelJob
+from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.lease import Lease
-from softlabel.labelling.weights import read_header
-from softlabel.labelling.yolo import YoloDetector, fingerprint
-from softlabel.records import (
-    LABELLED,
-    LOSS_NAMES,
-    REJECTED,
-    Detections,
-    Nms,
-    Truth,
-    soft_labels_schema,
-)
+from softlabel.labelling.reading import read_shard, retryable_ids
+from softlabel.labelling.room import Room
+from softlabel.labelling.speed import Speed
+from softlabel.records import LABELLED, REJECTED
 from softlabel.store import (
-    TILES_FILE,
+    DONE,
+    SHARD_TILES,
+    commit,
     finish,
     is_done,
     read_json,
     read_table,
     shard_file,
-    step_dir,
     summary,
     write_json,
-    write_table,
     write_text,
 )
 
 STORE = "store.json"
-_READER_CPUS = 0.25  # reading waits for disks more than it computes; a whole CPU each would starve the model actors
+_RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
+_REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("scene_uri", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("retryable", pa.bool_(), nullable=False),
+    ]
+)
 
-
-@dataclass(frozen=True)
-class LabelJob:
-    """One teacher over some splits of one tile set."""
-
-    name: str
-    weights: Path
-    tiles: Path
-    splits: tuple[str, ...] | None
-    num_classes: int
-    imgsz: int
-    nms: Nms
-    with_losses: bool = False
-
-    def identity(self) -> dict:
-        """All that determines the store."""
-        return {
-            "teacher": fingerprint(self.weights, self.imgsz, self.nms),
-            "tiles": self.tiles.name,
-            "splits": list(self.splits) if self.splits is not None else None,
-            "with_losses": self.with_losses,
-        }
-
-    def folder(self, run_dir: Path) -> Path:
-        """Where its store is."""
-        return step_dir(run_dir, f"label-{self.name}", self.identity())
-
-
-def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
-              *, with_losses: bool = False) -> LabelJob:  # fmt: skip
-    """The job of a teacher under a recipe's settings.
-
-    Raises:
-        WeightsError: The weights cannot be read.
-        RecipeError: The weights know other classes than the recipe.
-    """
-    header = read_header(weights)
-    if header.classes != recipe.classes:
-        raise RecipeError(
-            f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
-            "give `classes` as the weights have them, in their order"
-        )
-    settings: Label = recipe.label
-    nms = settings.nms(header.yaml)
-    imgsz = settings.imgsz or header.imgsz
-    return LabelJob(
-        name,
-        Path(weights),
-        tiles,
-        None if splits is None else tuple(splits),
-        len(header.classes),
-        imgsz,
-        nms,
-        with_losses,
-    )
-
-
-def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
-    """The job that a recipe's own ``label`` section describes.
-
-    Raises:
-        RecipeError: It names no weights.
-    """
-    if recipe.label.weights is None:
-        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
-    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)
+Work = dict[tuple[int, int], int]
+"""(job, shard) to the number of tiles to label in it."""
 
 
 def finished_store(job: LabelJob, run_dir: Path) -> Path:
@@ -133,23 +76,31 @@ def finished_store(job: LabelJob, run_dir: Path) -> Path:
     return folder
 
 
-def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path) -> list[Path]:
+def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path, *, retry_rejected: bool = False) -> list[Path]:
     """Run labelling jobs that are not done yet, all in one Ray Data run, and return their stores.
 
+    Args:
+        recipe: Its ``execution`` and ``label`` sections are used.
+        jobs: The teachers.
+        run_dir: Where the stores go.
+        retry_rejected: Read again the tiles whose failure may have been transient.
+
     Raises:
-        StoreError: A store was made by something else, another run is writing it, its counts do not balance, or too
-            many tiles were rejected.
+        StoreError: A store was made by something else, another run is writing it, its counts do not balance, too many
+            tiles were rejected, no tile was finished for long, or there is no space left.
     """
     folders = [job.folder(run_dir) for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
         _claim(folder, job, recipe)
+    is_open = [not is_done(folder) or (retry_rejected and _has_retryable(folder)) for folder in folders]
+    opened = [i for i, value in enumerate(is_open) if value]
     with ExitStack() as held:
-        leases = [held.enter_context(Lease(folder)) for folder in folders if not is_done(folder)]
-        missing = {i: _missing_shards(job, folders[i]) for i, job in enumerate(jobs) if not is_done(folders[i])}
-        if any(missing.values()):
-            _run(recipe.execution, jobs, folders, missing, leases)
-        for i in missing:
-            _finish(jobs[i], folders[i])
+        leases = [held.enter_context(Lease(folders[i])) for i in opened]
+        for i in opened:
+            (folders[i] / DONE).unlink(missing_ok=True)
+        speed = _label_missing(recipe.execution, jobs, folders, _work(jobs, folders, opened, retry_rejected), leases)
+        for i in opened:
+            _finish(jobs[i], folders[i], speed)
     for folder in folders:
         _check_rejected(folder, recipe.label.max_rejected_fraction)
     return folders
@@ -168,205 +119,228 @@ def _claim(folder: Path, job: LabelJob, recipe: Recipe) -> None:
         raise StoreError(f"{folder} was made by something else ({differences}): use another --run-dir")
 
 
-def _shards(job: LabelJob) -> list[tuple[int, int]]:
-    """(shard, tiles asked for in it) of the shards that hold any."""
-    shards = []
-    with pq.ParquetFile(job.tiles / TILES_FILE) as file:
-        for shard in range(file.num_row_groups):
-            count = len(_asked(file.read_row_group(shard, columns=["split"]), job.splits))
-            if count:
-                shards.append((shard, count))
-    return shards
+def _has_retryable(folder: Path) -> bool:
+    return bool(summary(folder).get("retryable"))
 
 
-def _missing_shards(job: LabelJob, folder: Path) -> list[tuple[int, int]]:
-    return [(shard, count) for shard, count in _shards(job) if not shard_file(folder, shard).exists()]
+def _work(jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool) -> Work:
+    work: Work = {}
+    for i in opened:
+        for shard, count in jobs[i].shards():
+            path = shard_file(folders[i], shard)
+            if not path.exists():
+                work[i, shard] = count
+            elif retry_rejected and (again := retryable_ids(read_table(path))):
+                work[i, shard] = len(again)
+    return work
 
 
-def _asked(table: pa.Table, splits: tuple[str, ...] | None) -> pa.Table:
-    return table if splits is None else table.filter(pc.is_in(table["split"], pa.array(splits, pa.string())))
+def _label_missing(
+    execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, leases: Sequence[Lease]
+) -> Speed:
+    """Label until nothing is left: ``work`` is emptied on the way."""
+    speed = Speed()
+    if not work:
+        return speed
+    room = _room(execution)
+    print(f"labelling {sum(work.values())} tiles in {len(work)} shards")
+    failures = 0
+    with tqdm(total=sum(work.values()), unit="tile", desc="labelling", mininterval=2) as bar:
+        while work:
+            before = len(work), _deaths(folders)
+            try:
+                for row in _results(room, jobs, folders, work):
+                    for lease in leases:
+                        lease.check()
+                    work.pop((row["job"], row["shard"]), None)
+                    speed.add(row)
+                    bar.update(row["tiles"])
+                    bar.set_postfix_str(speed.line())
+            except RayError as error:
+                _raise_unless_lost(error, folders)
+                _drop_committed(folders, work, bar)
+                failures = 0 if (len(work), _deaths(folders)) != before else failures + 1
+                if failures > execution.max_failures:
+                    raise StoreError(f"labelling got no further in {failures} runs: {_one_line(error)}") from error
+                tqdm.write(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
+            except ExecutionTimeoutError as error:
+                raise StoreError(_stalled(execution, folders, error)) from None
+    print(f"labelling: {speed.line()}")
+    return speed
 
 
-def _run(
-    execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path], missing: dict, leases: Sequence[Lease]
-) -> None:
-    _check_room(execution)
-    work = [{"job": i, "shard": shard} for i, shards in missing.items() for shard, _ in shards]
-    total = sum(count for shards in missing.values() for _, count in shards)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+def _deaths(folders: Sequence[Path]) -> int:
+    return sum(journal.deaths(folder) for folder in folders)
+
+
+def _drop_committed(folders: Sequence[Path], work: Work, bar: tqdm) -> None:
+    """A shard may be committed and its process die before it could say so. (One that is retried is retried again.)"""
+    for (i, shard), count in list(work.items()):
+        path = shard_file(folders[i], shard)
+        if path.exists() and not retryable_ids(read_table(path)):
+            bar.update(count)
+            del work[i, shard]
+
+
+def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work) -> Iterator[dict]:
+    """One Ray Data job over what is left, yielding what the actors say of each shard."""
     context = ray.data.DataContext.get_current()
+    # After the first use of ray.data, which sets it. What it calls an error is raised too, and said in one line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = None  # a block is a shard: the model must see it whole to commit it whole
-    results = (
-        ray.data.from_items(work, override_num_blocks=len(work))
-        .map_batches(partial(_read_shard, jobs), batch_size=1, num_cpus=_READER_CPUS)
+    context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
+    context.execution_no_progress_timeout_s = room.execution.stall_minutes * 60
+    items = [{"job": i, "shard": shard} for i, shard in work]
+    labelled = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
+            partial(_read, jobs, folders),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=room.readers),
+            num_cpus=room.cpus_per_reader,
+            max_retries=_RAY_RETRIES,
+        )
         .map_batches(
             _Labeller,
-            batch_size=None,
-            compute=_pool(execution),
-            num_cpus=execution.cpus_per_actor,
-            num_gpus=execution.gpus_per_actor or None,
-            fn_constructor_args=(jobs, folders, execution),
+            batch_size=SHARD_TILES,  # a block whole; with GPUs Ray Data wants a number
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=room.least_actors, max_size=room.most_actors),
+            num_cpus=room.cpus_per_actor,
+            num_gpus=room.execution.gpus_per_actor or None,
+            max_restarts=_RAY_RETRIES,
+            max_task_retries=_RAY_RETRIES,
+            fn_constructor_args=(jobs, folders, room.threads, room.execution.batch_size),
         )
     )
-    with tqdm(total=total, unit="tile", desc="labelling", mininterval=2) as bar:
-        for row in results.iter_rows():
-            for lease in leases:
-                lease.check()
-            bar.update(row["tiles"])
-            bar.set_postfix_str(f"{jobs[row['job']].name}: {row['boxes']} boxes in the last {row['tiles']} tiles")
+    yield from labelled.iter_rows()
 
 
-def _pool(execution: Execution) -> ray.data.ActorPoolStrategy:
-    if isinstance(execution.actors, int):
-        return ray.data.ActorPoolStrategy(size=execution.actors)
-    low, high = execution.actors
-    return ray.data.ActorPoolStrategy(min_size=low, max_size=high)
+def _room(execution: Execution) -> Room:
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    room = Room(execution, tuple(nodes), ray.cluster_resources().get("GPU", 0.0))
+    room.check()
+    return room
 
 
-def _check_room(execution: Execution) -> None:
-    """An actor pool that takes every CPU starves the readers and waits for ever, without a word."""
-    actors = execution.actors if isinstance(execution.actors, int) else execution.actors[0]
-    cluster = ray.cluster_resources()
-    for resource, needed in (
-        ("CPU", actors * execution.cpus_per_actor + _READER_CPUS),
-        ("GPU", actors * execution.gpus_per_actor),
-    ):
-        there = cluster.get(resource, 0)
-        if needed > there:
-            raise RecipeError(
-                f"labelling needs {needed:g} {resource} ({actors} actors and a reader), the cluster has {there:g}: "
-                f"lower execution.actors or execution.{resource.lower()}s_per_actor"
-            )
+_reader: TileReader | None = None
 
 
-def _read_shard(jobs: Sequence[LabelJob], batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Pixels of one shard's tiles; a tile that cannot be read carries its reason instead."""
-    index, shard = int(batch["job"][0]), int(batch["shard"][0])
-    job = jobs[index]
-    with pq.ParquetFile(job.tiles / TILES_FILE) as file:
-        rows = _asked(file.read_row_group(shard), job.splits).to_pylist()
-    reader = TileReader()
-    images, reasons, retryable = [], [], []
-    for row in rows:
-        image, reason, retry = _read_tile(reader, row)
-        images.append(image)
-        reasons.append(reason)
-        retryable.append(retry)
-    reader.close()
-    return {
-        "job": np.full(len(rows), index),
-        "shard": np.full(len(rows), shard),
-        "tile_id": np.array([row["tile_id"] for row in rows], object),
-        "image": _ragged(images),
-        "reason": np.array(reasons, object),
-        "retryable": np.array(retryable),
-    }
+def _read(jobs: Sequence[LabelJob], folders: Sequence[Path], item: pa.Table) -> pa.Table:
+    """Runs in a reading task; the process keeps its scene open for the next one."""
+    global _reader
+    _reader = _reader or TileReader()
+    index, shard = item["job"][0].as_py(), item["shard"][0].as_py()
+    return read_shard(index, jobs[index], folders[index], shard, _reader.read)
 
 
-def _read_tile(reader: TileReader, row: dict) -> tuple[np.ndarray, str, bool]:
-    try:
-        return reader.read(row), "", False
-    except SceneError as error:
-        return np.zeros((1, 1, 3), np.uint8), str(error), error.retryable
+class _Labeller(Labeller):
+    """A Labeller whose counts show on Ray's dashboard."""
+
+    def __init__(self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int, batch_size: int | None) -> None:
+        super().__init__(jobs, stores, threads, batch_size)
+        self._names = [job.name for job in jobs]
+        self._counters = {
+            key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
+            for key in ("tiles", "rejected", "boxes", "pixels", "busy_s", "km2")
+        }
+        self._rate = Gauge("softlabel_tiles_per_s", "tiles per second of model time", ("job",))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        result = super().__call__(table)
+        (row,) = result.to_pylist()
+        tags = {"job": self._names[row["job"]]}
+        for key, counter in self._counters.items():
+            if row[key] > 0:
+                counter.inc(row[key], tags)
+        self._rate.set(row["tiles"] / max(row["busy_s"], 1e-9), tags)
+        return result
 
 
-def _ragged(images: list[np.ndarray]) -> np.ndarray:
-    column = np.empty(len(images), object)
-    column[:] = images
-    return column
+def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
+    """Raise what another try would meet again; return if Ray lost a process, an actor, a node or an object."""
+    for cause in _causes(error):
+        if isinstance(cause, SoftlabelError):
+            raise cause from None
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(cause, OutOfDiskError):
+            raise StoreError(
+                f"no space left on the disk of {folders[0]}, or on Ray's for spilling: free some and run the same again"
+            ) from None
+    if isinstance(error, RayTaskError):
+        raise error
 
 
-_NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32))
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
-class _Labeller:
-    """Holds one teacher at a time, labels whole shards and commits them."""
-
-    def __init__(self, jobs: Sequence[LabelJob], folders: Sequence[Path], execution: Execution) -> None:
-        self._jobs, self._folders, self._batch_size = jobs, folders, execution.batch_size
-        self._loaded: tuple[int, YoloDetector] | None = None
-        if not execution.gpus_per_actor:
-            torch.set_num_threads(max(1, math.ceil(execution.cpus_per_actor)))
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        index, shard = int(batch["job"][0]), int(batch["shard"][0])
-        job = self._jobs[index]
-        truths = _read_truths(job, shard) if job.with_losses else None
-        found: dict[int, dict] = {}
-        readable = [i for i, reason in enumerate(batch["reason"]) if not reason]
-        for start in range(0, len(readable), self._batch_size):
-            chunk = readable[start : start + self._batch_size]
-            images = [np.asarray(batch["image"][i]) for i in chunk]
-            rows = _label_images(self._detector(index), images, [truths[i] for i in chunk] if truths else None)
-            found.update(zip(chunk, rows, strict=True))
-        for i, reason in enumerate(batch["reason"]):
-            row = found.setdefault(i, _row(_NOTHING, reason, bool(batch["retryable"][i])))
-            row["tile_id"] = batch["tile_id"][i]
-        schema = soft_labels_schema(job.num_classes)
-        if truths is not None:
-            schema = schema.with_metadata({LOSS_NAMES: ",".join(self._detector(index).loss_names())})
-        table = pa.Table.from_pylist([found[i] for i in range(len(found))], schema)
-        write_table(shard_file(self._folders[index], shard), table)
-        return {"job": [index], "tiles": [len(table)], "boxes": [sum(len(row["boxes"]) for row in found.values())]}
-
-    def _detector(self, index: int) -> YoloDetector:
-        if self._loaded is None or self._loaded[0] != index:
-            job = self._jobs[index]
-            self._loaded = index, YoloDetector.from_weights(job.weights, job.nms, job.imgsz)
-        return self._loaded[1]
+def _stalled(execution: Execution, folders: Sequence[Path], error: ExecutionTimeoutError) -> str:
+    """What waited for what: Ray Data's own words on its stages, and what the journal says is in hand."""
+    stages = "; ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
+    hands = [found for folder in folders for found in journal.in_hand(folder)]
+    busy = [f"{stage} {tile_id} for {seconds:.0f} s" for stage, tile_id, seconds in hands]
+    in_hand = ", ".join(busy[:5]) or "nothing, so the stages wait for a place to run"
+    free = ray.available_resources()
+    return (
+        f"no tile was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}; free are "
+        f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU. The same command goes on from here; where tiles "
+        "are that slow, raise execution.stall_minutes"
+    )
 
 
-def _read_truths(job: LabelJob, shard: int) -> list[Truth]:
-    with pq.ParquetFile(job.tiles / TILES_FILE) as file:
-        table = _asked(file.read_row_group(shard, columns=["split", "truth"]), job.splits)
-    return [Truth.from_row(truth) for truth in table["truth"].to_pylist()]
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _label_images(detector: YoloDetector, images: list[np.ndarray], truths: list[Truth] | None) -> list[dict]:
-    if truths is None:
-        return [_row(detections) for detections in detector.detect(images)]
-    return [_row(found, losses=losses) for found, losses in detector.detect_with_losses(images, truths)]
-
-
-def _row(found: Detections, reason: str = "", retryable: bool = False, losses: list[float] | None = None) -> dict:
-    return {
-        "boxes": found.boxes.tolist(),
-        "scores": found.scores.tolist(),
-        "objectness": None if found.objectness is None else found.objectness.tolist(),
-        "saturated": found.saturated,
-        "losses": losses,
-        "status": REJECTED if reason else LABELLED,
-        "reason": reason or None,
-        "retryable": retryable,
-    }
-
-
-def _finish(job: LabelJob, folder: Path) -> None:
+def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
     """Check that requested = labelled + rejected, write the view of what was rejected, and mark the store done."""
-    requested = sum(count for _, count in _shards(job))
-    counts = {"requested": requested, LABELLED: 0, REJECTED: 0, "boxes": 0, "saturated": 0}
-    rejected = []
-    for shard, _ in _shards(job):
-        table = read_table(shard_file(folder, shard))
-        counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py() or 0
-        counts["saturated"] += pc.sum(table["saturated"]).as_py() or 0
-        bad = table.filter(pc.equal(table["status"], REJECTED))
-        counts[LABELLED] += len(table) - len(bad)
-        counts[REJECTED] += len(bad)
-        rejected.append(bad.select(["tile_id", "reason", "retryable"]))
-    if counts[LABELLED] + counts[REJECTED] != requested:
-        raise StoreError(f"{folder} does not balance ({counts}): delete it and label again")
-    if counts[REJECTED]:
-        write_table(folder / "rejected" / "rejected.parquet", pa.concat_tables(rejected))
-    finish(folder, {"name": job.name, **counts})
+    counts: Counter[str] = Counter()
+    commit(folder / "rejected" / "rejected.parquet", lambda path: counts.update(_tally(job, folder, path)))
+    if counts[LABELLED] + counts[REJECTED] != counts["requested"]:
+        raise StoreError(f"{folder} does not balance ({dict(counts)}): delete it and label again")
+    journal.forget_all(folder)
+    finish(folder, {"name": job.name, **counts, "speed": speed.summary() if speed.tiles else None})
+    print(
+        f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled + {counts[REJECTED]} rejected"
+        f" ({counts['retryable']} retryable); {counts['boxes']} boxes, {counts['saturated']} tiles saturated"
+    )
+
+
+def _tally(job: LabelJob, folder: Path, rejected: Path) -> dict[str, int]:
+    """Count the rows of a store, and write those that were rejected to a file."""
+    counts = dict.fromkeys(("requested", LABELLED, REJECTED, "retryable", "boxes", "saturated"), 0)
+    with pq.ParquetWriter(rejected, _REJECTED_SCHEMA) as writer:
+        for shard, count in job.shards():
+            table = read_table(shard_file(folder, shard))
+            bad = table.filter(pc.equal(table["status"], REJECTED))
+            counts["requested"] += count
+            counts[LABELLED] += len(table) - len(bad)
+            counts[REJECTED] += len(bad)
+            counts["retryable"] += pc.sum(bad["retryable"]).as_py() or 0
+            counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py() or 0
+            counts["saturated"] += pc.sum(table["saturated"]).as_py() or 0
+            if len(bad):
+                writer.write_table(_with_scenes(bad, job.tile_rows(shard, ("tile_id", "scene_uri"))))
+    return counts
+
+
+def _with_scenes(bad: pa.Table, tiles: pa.Table) -> pa.Table:
+    scenes = tiles["scene_uri"].take(pc.index_in(bad["tile_id"], value_set=tiles["tile_id"]))
+    columns = [bad["tile_id"], scenes, bad["reason"], bad["retryable"]]
+    return pa.Table.from_arrays(columns, schema=_REJECTED_SCHEMA)
 
 
 def _check_rejected(folder: Path, max_fraction: float) -> None:
     counts = summary(folder)
     share = counts[REJECTED] / max(counts["requested"], 1)
     if share > max_fraction:
+        again = f"; {counts['retryable']} may be had with --retry-rejected" if counts["retryable"] else ""
         raise StoreError(
             f"{counts[REJECTED]} of {counts['requested']} tiles were rejected ({share:.0%}; label.max_rejected_fraction"
-            f" is {max_fraction:.0%}): see the reasons in {folder / 'rejected'}"
+            f" is {max_fraction:.0%}): see the reasons in {folder / 'rejected'}{again}"
         )

@@ -1,13 +1,15 @@
 """A YOLO detector that keeps the class vector of every box."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import torch
+import torchvision  # noqa: F401 (where it is not loaded, ultralytics' NMS is a loop over boxes in Python)
 from numpy.typing import NDArray
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.nn.tasks import DetectionModel
@@ -15,11 +17,13 @@ from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError
+from softlabel.labelling.engines import LIBRARIES, Outputs, build
 from softlabel.labelling.losses import TileLoss, targets_of
 from softlabel.labelling.weights import default_train_args, load_model, read_header
 from softlabel.records import Detections, Nms, Truth
 from softlabel.store import file_digest
 
+T = TypeVar("T")
 Image = NDArray[np.uint8]
 
 _PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and in inference
@@ -57,18 +61,27 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fingerprint(weights: Path | str, imgsz: int, nms: Nms) -> dict:
-    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1)."""
+def fingerprint(weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32") -> dict:
+    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+
+    Args:
+        weights: The weights file.
+        imgsz: Longer side of a tile as the model sees it, in pixels.
+        nms: What is kept of a forward pass.
+        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
+        precision: Of the convolutions.
+    """
     header = read_header(weights)
+    libraries = ["torch", "torchvision", "ultralytics", *([LIBRARIES[engine]] if engine in LIBRARIES else [])]
     return {
         "weights": file_digest(weights),
         "architecture": digest_of_yaml(header.yaml),
         "classes": list(header.classes),
         "imgsz": imgsz,
-        "engine": "pytorch",
-        "precision": "float32",
+        "engine": engine,
+        "precision": precision,
         "nms": asdict(nms),
-        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "ultralytics")},
+        "versions": {name: ".".join(version(name).split(".")[:2]) for name in libraries},
     }
 
 
@@ -82,33 +95,73 @@ class YoloDetector:
 
     A tile is scaled so that its longer side is ``imgsz`` and padded to a multiple of the stride. The padding depends on
     the tile alone, never on its batch, so neither do its boxes (but for float rounding).
+
+    Args:
+        model: Taken over: it is moved, fused and, for another precision than float32, changed.
+        imgsz: Longer side of a tile as the model sees it, in pixels.
+        nms: What is kept of a forward pass.
+        device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
+        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
+        precision: Of the convolutions; boxes and scores are always decoded in float32.
+        threads: CPU threads of the model, None: as many as its library thinks best.
+        batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).
     """
 
-    def __init__(self, model: DetectionModel, imgsz: int, nms: Nms, device: torch.device | None = None) -> None:
-        self.device = device or default_device()
+    def __init__(
+        self,
+        model: DetectionModel,
+        imgsz: int,
+        nms: Nms,
+        device: torch.device | None = None,
+        *,
+        engine: str = "pytorch",
+        precision: str = "float32",
+        threads: int | None = None,
+        batch_size: int | None = 16,
+    ) -> None:
+        self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
         self.imgsz, self.nms = imgsz, nms
         if hasattr(model.model[-1], "end2end"):
             model.model[-1].end2end = False  # v10 and 26: class vectors and NMS need the one-to-many head
         self._stride, self._num_classes = int(model.stride.max()), int(model.model[-1].nc)
         self._model = model.to(self.device).eval().float().fuse(verbose=False)
+        self._engine = build(self._model, engine, precision, self.device, threads, batch_size)
+        self._gives_losses = (engine, precision) == ("pytorch", "float32")
         self._loss: TileLoss | None = None
 
     @classmethod
-    def from_weights(cls, weights: Path | str, nms: Nms, imgsz: int | None = None) -> "YoloDetector":
-        """From a weights file; ``imgsz`` defaults to the size it was trained at."""
+    def from_weights(
+        cls,
+        weights: Path | str,
+        nms: Nms,
+        imgsz: int | None = None,
+        *,
+        engine: str = "pytorch",
+        precision: str = "float32",
+        threads: int | None = None,
+        batch_size: int | None = 16,
+    ) -> "YoloDetector":
+        """From a weights file; ``imgsz`` defaults to the size it was trained at, the rest is as for the class.
+
+        Raises:
+            WeightsError: The weights cannot be read.
+        """
         model, header = load_model(weights)
         imgsz = imgsz or header.imgsz
         gains = {k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")}
         model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
-        return cls(model, imgsz, nms)
+        return cls(model, imgsz, nms, engine=engine, precision=precision, threads=threads, batch_size=batch_size)
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
-        """Soft labels of tiles, uint8 (H, W, 3) RGB; boxes in tile pixels, clipped to the tile, best first."""
-        found: list[Detections | None] = [None] * len(images)
-        for indices, prepared, decoded, _ in self._forward(images):
-            for index, detections in zip(indices, self._keep(decoded, prepared), strict=True):
-                found[index] = detections
-        return [detections for detections in found if detections is not None]
+        """Soft labels of any number of tiles, in their order.
+
+        Args:
+            images: uint8 (H, W, 3) RGB; those of one shape share forward passes.
+
+        Returns:
+            Per tile the boxes in tile pixels, clipped to the tile, best first.
+        """
+        return self._run(images, lambda outputs, prepared, _: self._keep(outputs.decoded, prepared))
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
         """Per tile the loss terms against its truth (softlabel.labelling.losses): sums, then normalisers."""
@@ -117,13 +170,23 @@ class YoloDetector:
     def detect_with_losses(
         self, images: Sequence[Image], truths: Sequence[Truth]
     ) -> list[tuple[Detections, list[float]]]:
-        """Both, from one forward pass."""
-        found: dict[int, tuple[Detections, list[float]]] = {}
-        for indices, prepared, decoded, raw in self._forward(images):
-            kept = self._keep(decoded, prepared)
-            for position, index in enumerate(indices):
-                found[index] = kept[position], self._tile_loss(raw, position, prepared, truths[index])
-        return [found[index] for index in range(len(images))]
+        """Both, from one forward pass.
+
+        Raises:
+            ValueError: The engine is not PyTorch in float32, the only one that gives them.
+        """
+        if not self._gives_losses:
+            raise ValueError("losses need engine pytorch in float32")
+
+        def both(outputs: Outputs, prepared: _Prepared, indices: list[int]) -> list[tuple[Detections, list[float]]]:
+            return [
+                (kept, self._tile_loss(outputs.raw, position, prepared, truths[index]))
+                for position, (index, kept) in enumerate(
+                    zip(indices, self._keep(outputs.decoded, prepared), strict=True)
+                )
+            ]
+
+        return self._run(images, both)
 
     def loss_names(self) -> list[str]:
         """The loss that each term of ``losses`` is part of, in order."""
@@ -139,21 +202,28 @@ class YoloDetector:
         in_input = boxes * prepared.gain + np.array(prepared.pad_xy * 2, np.float32)
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, prepared.size_hw)
 
-    def _forward(self, images: Sequence[Image]) -> Iterator[tuple[list[int], "_Prepared", torch.Tensor, dict]]:
-        """One pass per tile shape: indices, geometry, decoded (B, 4 + K, A), raw head outputs.
-
-        Where a model has an objectness it is one more row of the decoded outputs, (B, 4 + K + 1, A).
-        """
+    def _run(self, images: Sequence[Image], use: Callable[[Outputs, "_Prepared", list[int]], list[T]]) -> list[T]:
+        """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
+        results: dict[int, T] = {}
         for shape, indices in by_shape.items():
-            prepared = _Prepared.of(shape[:2], self.imgsz, self._stride)
-            batch = np.stack([prepared.apply(images[index]) for index in indices])
-            x = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
-            with torch.inference_mode():
-                decoded, raw = self._model(x)
-            yield indices, prepared, decoded, raw
+            results.update(zip(indices, self._run_shape(images, indices, shape, use), strict=True))
+        return [results[index] for index in range(len(images))]
+
+    def _run_shape(
+        self,
+        images: Sequence[Image],
+        indices: list[int],
+        shape: tuple[int, ...],
+        use: Callable[[Outputs, "_Prepared", list[int]], list[T]],
+    ) -> list[T]:
+        prepared = _Prepared.of(shape[:2], self.imgsz, self._stride)
+        return self._engine.run(
+            (prepared.apply(images[index]) for index in indices),
+            lambda outputs: use(outputs, prepared, indices[outputs.first : outputs.first + len(outputs.decoded)]),
+        )
 
     def _keep(self, decoded: torch.Tensor, prepared: "_Prepared") -> list[Detections]:
         # One more than max_det is asked for, to know whether max_det cut anything.
@@ -166,21 +236,26 @@ class YoloDetector:
             nc=self._num_classes,
             return_idxs=True,
         )
+        most = self.nms.max_det
+        vectors = [one[4:, kept.reshape(-1)[:most].long()].T for one, kept in zip(decoded, kept_indices, strict=True)]
+        boxes = torch.cat([rows[:most, :4] for rows in found])
+        together = torch.cat((boxes, torch.cat(vectors)), 1).cpu().numpy()  # one copy from the device per batch
+        ends = np.cumsum([len(one) for one in vectors])
         return [
-            self._detections(rows, decoded[i, 4:, indices.reshape(-1).long()].T, prepared)
-            for i, (rows, indices) in enumerate(zip(found, kept_indices, strict=True))
+            self._detections(rows, prepared, len(all_rows) > most)
+            for rows, all_rows in zip(np.split(together, ends[:-1]), found, strict=True)
         ]
 
-    def _detections(self, rows: torch.Tensor, vectors: torch.Tensor, prepared: "_Prepared") -> Detections:
-        boxes = prepared.undo(rows[: self.nms.max_det, :4].float().cpu().numpy())
+    def _detections(self, rows: NDArray[np.float32], prepared: "_Prepared", saturated: bool) -> Detections:
+        """Of (N, 4 + K) or (N, 4 + K + 1) boxes in input pixels, class scores and objectness."""
+        boxes = prepared.undo(rows[:, :4])
         inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
-        kept = vectors[: self.nms.max_det].float().cpu().numpy()[inside]
-        scores, objectness = kept[:, : self._num_classes], kept[:, self._num_classes :]
+        kept, end = rows[inside], 4 + self._num_classes
         return Detections(
             boxes[inside],
-            np.ascontiguousarray(scores),
-            saturated=len(rows) > self.nms.max_det,
-            objectness=objectness[:, 0].copy() if objectness.shape[1] else None,
+            np.ascontiguousarray(kept[:, 4:end]),
+            saturated=saturated,
+            objectness=kept[:, end].copy() if kept.shape[1] > end else None,
         )
 
 

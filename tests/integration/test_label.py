@@ -1,25 +1,26 @@
 """Labelling on a real Ray: every tile once, whatever happens to scenes and shards."""
 
 import shutil
-import subprocess
-import sys
-import time
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_recipe
+from drivers import Driver, assert_same, by_tile
 
-from softlabel.config import dump_recipe, load_recipe
 from softlabel.errors import RecipeError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
+from softlabel.labelling.job import label_job
 from softlabel.labelling.lease import Lease
-from softlabel.labelling.run import label, label_job
+from softlabel.labelling.run import label
 from softlabel.records import detections_from_row
-from softlabel.store import DONE, read_json, read_soft_labels, read_tiles, summary, write_json
+from softlabel.store import DONE, read_json, read_tiles, summary, write_json
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -34,20 +35,6 @@ def undisturbed(recipe, tiles, weights, run_dir):
     """A store of all tiles."""
     (folder,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], run_dir)
     return folder
-
-
-def by_tile(folder):
-    rows = list(read_soft_labels(folder))
-    assert len({row["tile_id"] for row in rows}) == len(rows)
-    return {row["tile_id"]: row for row in rows}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for tile_id, row in found.items():
-        assert row["status"] == expected[tile_id]["status"]
-        np.testing.assert_allclose(row["boxes"], expected[tile_id]["boxes"], atol=1e-2)
-        np.testing.assert_allclose(row["scores"], expected[tile_id]["scores"], atol=1e-4)
 
 
 def test_every_tile_is_one_row_with_class_vectors(undisturbed, tiles):
@@ -65,7 +52,7 @@ def test_a_second_run_does_no_work_and_adds_no_row(recipe, tiles, weights, run_d
     def never(*_):
         raise AssertionError("a finished store was labelled again")
 
-    monkeypatch.setattr(labelling, "_run", never)
+    monkeypatch.setattr(labelling, "_results", never)
     before = {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir()}
     (again,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], run_dir)
     assert again == undisturbed
@@ -185,22 +172,102 @@ def test_a_store_that_another_run_writes_is_left_alone(recipe, tiles, weights, t
 
 def test_sigterm_ends_a_run_in_order_and_the_same_command_finishes_it(tiles, weights, tmp_path, undisturbed):
     """A driver of its own, with a Ray of its own, told to stop once it has committed its first shard."""
-    recipe_file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe_file.write_text(dump_recipe(tiny_recipe(label={"weights": str(weights)}, execution={"batch_size": 1})))
+    recipe, run_dir = tiny_recipe(label={"weights": str(weights)}, execution={"batch_size": 1}), tmp_path / "run"
     shutil.copytree(tiles, run_dir / tiles.name)
-    job = Path(__file__).parents[2] / "jobs" / "label.py"
-    command = [sys.executable, str(job), "--config", str(recipe_file), "--run-dir", str(run_dir)]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 300
-    while not list(run_dir.glob("label-*/shard-*.parquet")):
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    driver.terminate()
-    _, error = driver.communicate(timeout=120)
-    assert driver.returncode == 143 and "stopped; the same command goes on from here" in error
+    driver = Driver(recipe, run_dir)
+    assert driver.wait_until(lambda: driver.shards)
+    driver.process.terminate()
+    assert driver.wait() == 143 and "stopped; the same command goes on from here" in driver.said
     (folder,) = run_dir.glob("label-*")
     assert not list(folder.glob("*lease*")) and not (folder / DONE).exists()
-    recipe = load_recipe(recipe_file)
     (again,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], run_dir)
     assert again == folder
     assert_same(by_tile(folder), by_tile(undisturbed))
+
+
+@contextmanager
+def served(folder):
+    """The files of a folder over HTTP, with ranges, as an object store gives them; names in ``lost`` are not found."""
+    lost = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = folder / self.path.lstrip("/")
+            if path.name in lost or not path.is_file():
+                self.send_error(404)
+                return
+            data, wanted = path.read_bytes(), self.headers.get("Range")
+            first, last = 0, len(data) - 1
+            if wanted:
+                begin, _, end = wanted.removeprefix("bytes=").partition("-")
+                first, last = int(begin), min(int(end or last), last)
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.send_header("Content-Length", str(last - first + 1))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data[first : last + 1])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", lost
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_what_failed_for_a_while_is_taken_up_again(weights, tiles, tmp_path, undisturbed):
+    scene = Path(read_tiles(tiles)[0]["scene_uri"])
+    with served(scene.parent) as (url, lost):
+        recipe = tiny_recipe(
+            tiles={"scenes": f"{url}/{scene.name}", "size_px": 128}, label={"max_rejected_fraction": 1.0}
+        )
+        remote = tile(recipe, tmp_path)
+        job = label_job(recipe, "labels", weights, remote, None)
+        lost.add(scene.name)
+        (folder,) = label(recipe, [job], tmp_path)
+        assert summary(folder)["retryable"] == summary(folder)["rejected"] == summary(folder)["requested"] == 4
+        label(recipe, [job], tmp_path)
+        assert summary(folder)["rejected"] == 4  # not without being asked
+        lost.clear()
+        label(recipe, [job], tmp_path, retry_rejected=True)
+    assert summary(folder)["labelled"] == 4 and summary(folder)["retryable"] == 0
+    expected = by_tile(undisturbed)
+    assert_same(by_tile(folder), {tile_id: expected[tile_id] for tile_id in by_tile(folder)})
+    assert not len(pq.read_table(folder / "rejected" / "rejected.parquet"))
+
+
+def test_a_scene_replaced_between_runs_is_rejected_and_the_rest_stays(weights, tmp_path):
+    recipe = tiny_recipe(label={"max_rejected_fraction": 1.0})
+    tiles = tile(recipe, tmp_path)
+    uris = list(dict.fromkeys(row["scene_uri"] for row in read_tiles(tiles)))
+    shutil.copy(uris[1], uris[0])
+    assert tile(recipe, tmp_path) == tiles
+    (folder,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], tmp_path)
+    rejected = pq.read_table(folder / "rejected" / "rejected.parquet").to_pylist()
+    assert {row["scene_uri"] for row in rejected} == {uris[0]} and len(rejected) == summary(folder)["rejected"] == 4
+    assert all("was replaced after it was tiled" in row["reason"] and not row["retryable"] for row in rejected)
+
+
+def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
+    """With GPUs that Ray only counts: what an actor may see is Ray's to say, and softlabel's not to widen."""
+    recipe = tiny_recipe(
+        tiles={"synthetic": {"num_scenes": 40, "scene_size_px": 256}, "size_px": 64},
+        label={"engine": "pytorch", "precision": "float32"},
+        execution={"actors": 2, "gpus_per_actor": 1, "cpus_per_actor": 0.5, "reader_cpus_per_actor": 0.5},
+    )
+    (folder,) = label(recipe, [label_job(recipe, "labels", weights, tile(recipe, tmp_path), None)], tmp_path)
+    speed = summary(folder)["speed"]
+    assert speed["actors"] == 2 and speed["devices"] == ["cpu 0", "cpu 1"]
+    assert 0 < speed["busy"] <= 1 and speed["limit"] in ("model", "reading")
+    assert speed["megapixels_per_s"] == pytest.approx(speed["tiles_per_s"] * 64 * 64 / 1e6, rel=0.05)
+    assert speed["km2_per_s"] > 0

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def write(path: Path, pixels, **options):
 
 
 def row(uri, window, bands=(1, 2, 3), stretch=None):
-    return {"scene_uri": uri, "window": list(window), "bands": list(bands), "stretch": stretch}
+    return {"scene_uri": uri, "scene_stamp": None, "window": list(window), "bands": list(bands), "stretch": stretch}
 
 
 def test_lists_a_folder_a_glob_a_file_and_a_uri(tmp_path):
@@ -229,3 +230,45 @@ def test_tiles_of_one_scene_share_the_block_cache():
     """rasterio.Env counts GDAL_CACHEMAX in bytes: 64 would be no cache, and five times slower on JPEG."""
     with rasterio.Env(**scenes._GDAL):
         assert rasterio.env.getenv()["GDAL_CACHEMAX"] >= 16_000_000
+
+
+def test_a_scene_replaced_after_tiling_is_an_error_whatever_its_size(tmp_path):
+    uri = write(tmp_path / "a.tif", formula(50, 40))
+    tiled = {**row(uri, (0, 0, 8, 8)), "scene_stamp": describe_scene(uri, (1, 2, 3), None).stamp}
+    reader = TileReader()
+    assert reader.read(tiled).shape == (8, 8, 3)
+    os.utime(uri, ns=(0, 0))  # the same bytes at another time: nobody knows that they are the same
+    with pytest.raises(SceneError, match=r"a\.tif was replaced after it was tiled") as found:
+        reader.read(tiled)
+    assert not found.value.retryable
+
+
+@pytest.mark.parametrize(("dtype", "nothing"), [("uint16", 0), ("float32", np.nan), ("float32", -9999.0), ("uint8", 0)])
+def test_a_tile_without_a_valid_pixel_is_an_error_and_its_neighbours_are_not(tmp_path, dtype, nothing):
+    pixels = formula(32, 16, dtype=dtype) + np.array(1, dtype)
+    pixels[:, :, :16] = nothing
+    pixels[:, 0, 16] = nothing
+    uri = write(tmp_path / "a.tif", pixels, nodata=None if nothing != nothing else nothing)
+    stretch = None if dtype == "uint8" else [0.0, 300.0]
+    with pytest.raises(SceneError, match=r"tile at \[0, 0, 16, 16\] of scene .* has no valid pixel"):
+        TileReader().read(row(uri, (0, 0, 16, 16), stretch=stretch))
+    found = TileReader().read(row(uri, (16, 0, 16, 16), stretch=stretch))
+    assert found[0, 0].tolist() == [0, 0, 0] and found[1:].min() > 0
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_a_block_under_several_tiles_is_decoded_once(tmp_path, monkeypatch, interleave):
+    """Overlapping tiles over 256 px blocks, a row of tiles larger than the usual cache: the file is read about once."""
+    noise = np.random.default_rng(0).integers(0, 60_000, (3, 1024, 2048), dtype=np.uint16)
+    options = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "interleave": interleave}
+    uri = write(tmp_path / "a.tif", noise, **options)
+    monkeypatch.setattr(scenes, "_CACHE_BYTES", 4_000_000)  # a third of a row of these tiles
+    reader, before = TileReader(), _bytes_read()
+    for x, y in ((x, y) for y in (0, 448) for x in range(0, 2048 - 512 + 1, 512 - 64)):
+        reader.read(row(uri, (x, y, 512, 512), stretch=[0.0, 60_000.0]))
+    assert (_bytes_read() - before) / os.path.getsize(uri) < 1.1
+
+
+def _bytes_read():
+    """What this process has asked the system for so far."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])

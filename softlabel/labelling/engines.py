@@ -1,0 +1,310 @@
+"""What runs a detector's forward pass: PyTorch, torch.compile, OpenVINO or TensorRT, behind one call.
+
+Tiles go in as uint8 and are permuted and scaled on the device. Boxes and scores are decoded in float32 whatever the
+precision of the convolutions: a coordinate of a few hundred pixels, or a grid's cell times its stride, would lose whole
+pixels in bfloat16. TensorRT is written from its documentation; it has not run where this was tested.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from softlabel.errors import RecipeError
+from softlabel.labelling.yolov5 import AnchorDetect
+
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+
+LIBRARIES = {"openvino": "openvino", "tensorrt": "tensorrt"}
+"""The package that decides an engine's answers besides PyTorch, and is part of a teacher's fingerprint."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CUDA_BATCH = 64  # the first size tried
+_CPU_BATCH = 8
+
+
+def resolve(engine: str, precision: str, *, cuda: bool, with_losses: bool) -> tuple[str, str]:
+    """The names behind ``auto``, and whether a combination can run here.
+
+    Losses need the head's raw outputs, and are compared between models: they are always computed by PyTorch in float32,
+    whatever is asked for.
+
+    Args:
+        engine: auto, pytorch, pytorch_compile, openvino or tensorrt.
+        precision: Of the convolutions: auto, float32, float16 or bfloat16.
+        cuda: Whether the model runs on CUDA devices, else on CPUs.
+        with_losses: Whether losses against truth are wanted beside the boxes.
+
+    Returns:
+        Engine and precision, neither of them ``auto``.
+
+    Raises:
+        RecipeError: They do not go together, or the engine is not installed.
+    """
+    if with_losses:
+        return "pytorch", "float32"
+    if engine == "auto":
+        engine = "openvino" if not cuda and _is_installed("openvino") else "pytorch"
+    if precision == "auto":
+        precision = "float16" if cuda else "float32"
+    if engine == "openvino" and cuda:
+        raise RecipeError("label.engine: openvino runs on CPUs: set execution.gpus_per_actor to 0, or engine to auto")
+    if engine == "openvino" and not _is_installed("openvino"):
+        raise RecipeError("label.engine: openvino is not installed: pip install openvino, or set it to auto")
+    if engine == "tensorrt" and not cuda:
+        raise RecipeError("label.engine: tensorrt needs CUDA: set execution.gpus_per_actor, or engine to auto")
+    if engine == "tensorrt" and not _is_installed("torch_tensorrt"):
+        raise RecipeError("label.engine: tensorrt is not installed: pip install torch-tensorrt, or set it to auto")
+    if precision == "float16" and not cuda:
+        raise RecipeError("label.precision: float16 needs CUDA: on a CPU set it to float32 or bfloat16")
+    return engine, precision
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of one forward pass over the images from ``first`` on.
+
+    ``decoded`` is (B, 4 + K, A) float32, or (B, 4 + K + 1, A) where the model has an objectness: box as centre and size
+    in input pixels, class scores, objectness. ``raw`` is what the head gave for a loss; None where the engine does not
+    give it.
+    """
+
+    first: int
+    decoded: torch.Tensor
+    raw: Any
+
+
+class Engine(Protocol):
+    """Runs one model over tiles."""
+
+    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+        """Forward passes over any number of images of one shape.
+
+        Args:
+            images: uint8 (H, W, 3) RGB, sides multiples of the model's stride. Taken as they are needed.
+            use: Called with each pass's outputs, not always in order; gives one result per image of the pass.
+
+        Returns:
+            The results in the order of the images.
+        """
+        ...
+
+
+def build(
+    model: nn.Module, engine: str, precision: str, device: torch.device, threads: int | None, batch_size: int | None
+) -> Engine:
+    """The engine of a model, which it may change: nothing else can use the model afterwards.
+
+    Args:
+        model: A fused detection model in evaluation mode on ``device``, float32.
+        engine: As ``resolve`` gives it.
+        precision: As ``resolve`` gives it.
+        device: Where it runs.
+        threads: CPU threads of the forward pass, null: as many as the library thinks best. PyTorch knows one number per
+            process.
+        batch_size: Images per forward pass (OpenVINO takes each alone and several at once). None is found by trying:
+            on CUDA 64, halved as long as memory does not suffice; on a CPU 8.
+    """
+    if engine == "openvino":
+        return _OpenVino(_Uint8Model(model, torch.float32), precision, threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model.to(memory_format=torch.channels_last)
+    module = _Uint8Model(model, _DTYPES[precision])
+    if engine == "pytorch":
+        return _Torch(module, device, batch_size, whole_batches=False)
+    backend: str = "inductor"
+    options: Any = None
+    if engine == "tensorrt":
+        import torch_tensorrt  # noqa: F401 (registers the backend)
+
+        # Explicit typing: the module's own types, float32 in the decoding, and not what TensorRT would choose.
+        backend, options = "torch_tensorrt", {"use_explicit_typing": True}
+    _make_traceable(model)
+    compiled = torch.compile(_DecodedOnly(module), dynamic=False, backend=backend, options=options)
+    return _Torch(lambda tiles: (compiled(tiles), None), device, batch_size, whole_batches=True)
+
+
+class _Uint8Model(nn.Module):
+    """From uint8 tiles (B, H, W, 3) to what the model gives, decoded in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        if dtype != torch.float32:
+            _lower_precision(model, dtype)
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        return self.model(tiles.permute(0, 3, 1, 2).to(self.dtype) / 255)
+
+
+def _lower_precision(model: Any, dtype: torch.dtype) -> None:
+    """Everything up to the head's last convolutions to ``dtype``; the decoding after them stays in float32."""
+    *layers, head = model.model
+    for module in [*layers, *(child for name, child in head.named_children() if name != "dfl")]:
+        module.to(dtype)
+    if isinstance(head, AnchorDetect):
+        decode_anchors = head._decode
+        head._decode = lambda raw: decode_anchors([out.float() for out in raw])  # type: ignore[method-assign]
+        return
+    decode = head._inference
+
+    def in_float32(raw: dict) -> torch.Tensor:
+        # Of the features only shape and type matter here: the grid takes both from them.
+        features = [level[:, :1].float() for level in raw["feats"]]
+        return decode({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
+
+    head._inference = in_float32
+
+
+def _make_traceable(model: Any) -> None:
+    """Let the grid of an anchor-free head follow the input's shape: it is kept from the last image's else, and made
+    with the strides as tensors, whose values no tracer knows."""
+    head = model.model[-1]
+    if not isinstance(head, AnchorDetect):
+        head.dynamic, head.stride = True, head.stride.tolist()
+
+
+class _Torch:
+    """PyTorch, or what it was compiled to."""
+
+    def __init__(
+        self,
+        forward: Callable[[torch.Tensor], tuple[torch.Tensor, Any]],
+        device: torch.device,
+        batch_size: int | None,
+        whole_batches: bool,
+    ) -> None:
+        self._forward, self._device, self._whole_batches = forward, device, whole_batches
+        self._trying = batch_size is None
+        self._batch_size = batch_size or (_CUDA_BATCH if device.type == "cuda" else _CPU_BATCH)
+
+    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+        source, waiting = iter(images), list[Pixels]()
+        results: list[T] = []
+        while True:
+            waiting += islice(source, max(0, self._batch_size - len(waiting)))
+            if not waiting:
+                return results
+            batch = waiting[: self._batch_size]
+            found = self._attempt(len(results), batch, use)
+            if found is None:
+                self._batch_size = max(1, self._batch_size // 2)
+                continue
+            results += found
+            del waiting[: len(batch)]
+
+    def _attempt(self, first: int, batch: list[Pixels], use: Callable[[Outputs], list[T]]) -> list[T] | None:
+        """None where memory did not suffice and a smaller batch may be tried."""
+        try:
+            return use(self._outputs(first, batch))
+        except torch.cuda.OutOfMemoryError:
+            if not self._trying or self._batch_size == 1:
+                raise
+            return None
+
+    def _outputs(self, first: int, batch: list[Pixels]) -> Outputs:
+        # What is compiled for one shape fills its last batch up; a tile's boxes do not depend on its batch.
+        missing = self._batch_size - len(batch) if self._whole_batches else 0
+        tiles = torch.from_numpy(np.stack([*batch, *batch[:1] * missing])).to(self._device)
+        with torch.inference_mode():
+            decoded, raw = self._forward(tiles)
+        return Outputs(first, decoded[: len(batch)], raw)
+
+
+class _OpenVino:
+    """OpenVINO on CPUs: one tile per request, and as many requests as keep every core busy."""
+
+    def __init__(self, module: _Uint8Model, precision: str, threads: int | None) -> None:
+        ov = _import_openvino()
+        _make_traceable(module.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about what it was told to do
+            self._model = ov.convert_model(
+                _DecodedOnly(module), example_input=torch.zeros(1, 64, 96, 3, dtype=torch.uint8), input=[-1, -1, -1, 3]
+            )
+        self._settings = {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "ENABLE_CPU_PINNING": False,  # pinned, the threads of all actors of a machine share its first cores
+            **({"INFERENCE_NUM_THREADS": threads} if threads is not None else {}),
+        }
+        self._core = ov.Core()
+        self._queues: dict[tuple[int, ...] | None, Any] = {}
+
+    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+        finished: SimpleQueue[Outputs] = SimpleQueue()
+        found: dict[int, T] = {}
+
+        def take_finished() -> None:
+            while not finished.empty():
+                outputs = finished.get()
+                (found[outputs.first],) = use(outputs)
+
+        queue, torch_threads = None, torch.get_num_threads()
+        torch.set_num_threads(1)  # `use` runs beside the requests: more threads would take their cores
+        try:
+            for index, image in enumerate(images):
+                queue = queue or self._queue(image.shape, finished)
+                queue.start_async({0: image[None]}, index)  # waits while every request is busy
+                take_finished()
+        finally:
+            if queue is not None:
+                queue.wait_all()
+            torch.set_num_threads(torch_threads)
+        take_finished()
+        return [found[index] for index in range(len(found))]
+
+    def _queue(self, shape: tuple[int, ...], finished: "SimpleQueue[Outputs]") -> Any:
+        """Requests for the square shape that most tiles have, some 4 % faster, or for any other."""
+        key = shape if shape[0] == shape[1] else None
+        if key not in self._queues:
+            self._queues[key] = self._compile(key)
+
+        def put(request: Any, index: int) -> None:
+            decoded = torch.from_numpy(request.get_output_tensor().data.copy())  # the next image overwrites it
+            finished.put(Outputs(index, decoded, None))
+
+        self._queues[key].set_callback(put)
+        return self._queues[key]
+
+    def _compile(self, shape: tuple[int, ...] | None) -> Any:
+        ov = _import_openvino()
+        model = self._model
+        if shape is not None:
+            model = model.clone()
+            model.reshape([1, *shape])
+        compiled = self._core.compile_model(model, "CPU", self._settings)
+        # Twice as many requests as run at a time, so that none waits for Python to hand it its next image.
+        return ov.AsyncInferQueue(compiled, 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+
+
+class _DecodedOnly(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        return self.module(tiles)[0]
+
+
+def _import_openvino() -> Any:
+    # Importing it reports to its makers over the network. Where its telemetry package is missing, it does without.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino

@@ -1,0 +1,136 @@
+"""Pixels of one shard to soft labels, committed to the store: what a labelling actor does, without Ray."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from softlabel.errors import RecipeError
+from softlabel.labelling.job import LabelJob
+from softlabel.labelling.journal import LABELLING, Journal, forget
+from softlabel.labelling.reading import images_of
+from softlabel.labelling.yolo import YoloDetector
+from softlabel.records import LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
+from softlabel.store import read_table, shard_file, write_table
+
+_NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32))
+
+
+class Labeller:
+    """Holds one teacher at a time, labels whole shards and commits them."""
+
+    def __init__(
+        self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int | None, batch_size: int | None
+    ) -> None:
+        self._jobs, self._stores = jobs, stores
+        self._threads, self._batch_size = threads, batch_size
+        self._loaded: tuple[int, YoloDetector] | None = None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Label one shard as ``read_shard`` made it, and say in one row what was done, and how long it took."""
+        index, shard = table["job"][0].as_py(), table["shard"][0].as_py()
+        detector = self._detector(index)
+        started, first = time.monotonic(), time.time()
+        labels = self._label(table, index, shard)
+        busy_s = time.monotonic() - started
+        self._commit(labels, index, shard)
+        seen = table.filter(pc.is_null(table["reason"]))
+        pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
+        row = {
+            "job": index,
+            "shard": shard,
+            "tiles": len(labels),
+            "rejected": pc.sum(pc.equal(labels["status"], REJECTED)).as_py() or 0,
+            "boxes": pc.sum(pc.list_value_length(labels["boxes"])).as_py() or 0,
+            "pixels": pixels or 0,
+            "km2": pc.sum(seen["km2"]).as_py() or 0.0,
+            "read_s": table["read_s"][0].as_py(),
+            "busy_s": busy_s,
+            "begin": first,
+            "end": time.time(),
+            "actor": f"{socket.gethostname()}:{os.getpid()}",
+            "device": _device(detector),
+        }
+        return pa.table({key: [value] for key, value in row.items()})
+
+    def _label(self, table: pa.Table, index: int, shard: int) -> pa.Table:
+        job, detector = self._jobs[index], self._detector(index)
+        tile_ids, images = table["tile_id"].to_pylist(), images_of(table)
+        reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
+        truths = _read_truths(job, shard) if job.with_losses else None
+        found: list[Detections] = [_NOTHING] * len(tile_ids)
+        losses: list[list[float] | None] = [None] * len(tile_ids)
+        journal = Journal(self._stores[index], shard, LABELLING)
+        readable = [i for i, reason in enumerate(reasons) if reason is None]
+        for group in journal.groups([tile_ids[i] for i in readable]):
+            chosen = [readable[i] for i in group]
+            verdict = journal.verdict(tile_ids[chosen[0]]) if len(chosen) == 1 else ""
+            if verdict:
+                reasons[chosen[0]] = verdict
+            elif chosen:
+                with journal.in_hand([tile_ids[i] for i in chosen]):
+                    drawn = None if truths is None else [truths[tile_ids[i]] for i in chosen]
+                    answers = _detect(detector, [images[i] for i in chosen], drawn)
+                for i, (detections, terms) in zip(chosen, answers, strict=True):
+                    found[i], losses[i] = detections, terms
+        labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable)
+        if truths is None:
+            return labels
+        return labels.replace_schema_metadata({LOSS_NAMES: ",".join(detector.loss_names())})
+
+    def _commit(self, labels: pa.Table, index: int, shard: int) -> None:
+        """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
+        path = shard_file(self._stores[index], shard)
+        if path.exists():
+            before = read_table(path)
+            metadata = before.schema.metadata
+            new = {tile_id: i for i, tile_id in enumerate(labels["tile_id"].to_pylist())}
+            order = [new.get(tile_id, -1) for tile_id in before["tile_id"].to_pylist()]
+            both = pa.concat_tables([before.replace_schema_metadata(), labels.replace_schema_metadata()])
+            labels = both.take([len(before) + i if i >= 0 else row for row, i in enumerate(order)])
+            labels = labels.replace_schema_metadata(metadata)
+        write_table(path, labels)
+        forget(self._stores[index], shard)
+
+    def _detector(self, index: int) -> YoloDetector:
+        if self._loaded is None or self._loaded[0] != index:
+            job = self._jobs[index]
+            self._loaded = None  # two teachers at once may not fit on a GPU
+            detector = YoloDetector.from_weights(
+                job.weights,
+                job.nms,
+                job.imgsz,
+                engine=job.engine,
+                precision=job.precision,
+                threads=self._threads,
+                batch_size=self._batch_size,
+            )
+            self._loaded = index, detector
+        return self._loaded[1]
+
+
+def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:
+    rows = job.tile_rows(shard, ("tile_id", "truth")).to_pylist()
+    return {row["tile_id"]: Truth.from_row(row["truth"]) for row in rows}
+
+
+def _detect(
+    detector: YoloDetector, images: list[np.ndarray], truths: list[Truth] | None
+) -> list[tuple[Detections, list[float] | None]]:
+    try:
+        if truths is None:
+            return [(detections, None) for detections in detector.detect(images)]
+        return list(detector.detect_with_losses(images, truths))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RecipeError(f"a batch does not fit in memory ({error}): lower execution.batch_size") from None
+
+
+def _device(detector: YoloDetector) -> str:
+    # Ray shows each actor its own GPUs alone, by this variable.
+    return f"{detector.device.type} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()

@@ -1,0 +1,105 @@
+"""Tiles of one shard to pixels, in one Arrow table: uint8 in one buffer, which no process on the way copies.
+
+A tile that cannot be read carries its reason instead, and so does one that killed its process before.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from softlabel.errors import SceneError
+from softlabel.labelling.area import tile_km2
+from softlabel.labelling.job import LabelJob
+from softlabel.labelling.journal import READING, Journal
+from softlabel.records import REJECTED
+from softlabel.store import read_table, shard_file
+
+Image = NDArray[np.uint8]
+
+_COLUMNS = ("tile_id", "scene_uri", "scene_stamp", "window", "bands", "stretch", "crs", "transform")
+_NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
+
+
+def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callable[[dict], Image]) -> pa.Table:
+    """The pixels of a shard's tiles that are still to be labelled.
+
+    Args:
+        index: The job's number, passed on.
+        job: Which tiles are asked for.
+        store: Its folder, with the journal, and maybe the shard itself: then only what is to be retried is read.
+        shard: The shard.
+        read: One tile row to uint8 (H, W, 3); raises SceneError.
+
+    Returns:
+        A row per tile: its id, height, width, pixels, km2, reason (null where it was read) and retryable.
+    """
+    started = time.monotonic()
+    rows = job.tile_rows(shard, _COLUMNS).to_pylist()
+    path = shard_file(store, shard)
+    if path.exists():
+        again = retryable_ids(read_table(path))
+        rows = [row for row in rows if row["tile_id"] in again]
+    journal = Journal(store, shard, READING)
+    images, reasons, retryable = [], [], []
+    for group in journal.groups([row["tile_id"] for row in rows]):
+        for image, reason, retry in _read_group([rows[i] for i in group], journal, read):
+            images.append(image)
+            reasons.append(reason)
+            retryable.append(retry)
+    seconds = time.monotonic() - started
+    return pa.table(
+        {
+            "job": pa.array([index] * len(rows), pa.int32()),
+            "shard": pa.array([shard] * len(rows), pa.int32()),
+            "read_s": pa.array([seconds] * len(rows), pa.float64()),
+            "tile_id": pa.array([row["tile_id"] for row in rows], pa.string()),
+            "height": pa.array([image.shape[0] for image in images], pa.int32()),
+            "width": pa.array([image.shape[1] for image in images], pa.int32()),
+            "pixels": _binary(images),
+            "km2": pa.array([tile_km2(row) for row in rows], pa.float64()),
+            "reason": pa.array([reason or None for reason in reasons], pa.string()),
+            "retryable": pa.array(retryable, pa.bool_()),
+        }
+    )
+
+
+def images_of(table: pa.Table) -> list[Image]:
+    """The pixels of a table that ``read_shard`` made, uint8 (H, W, 3) each, not copied."""
+    sizes = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
+    return [
+        np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)
+        for pixels, (height, width) in zip(table["pixels"], sizes, strict=True)
+    ]
+
+
+def retryable_ids(labels: pa.Table) -> set[str]:
+    """The rejected tiles of a shard that may be read another time."""
+    again = labels.filter(pc.and_(pc.equal(labels["status"], REJECTED), labels["retryable"]))
+    return set(again["tile_id"].to_pylist())
+
+
+def _read_group(rows: list[dict], journal: Journal, read: Callable[[dict], Image]) -> list[tuple[Image, str, bool]]:
+    verdict = journal.verdict(rows[0]["tile_id"]) if len(rows) == 1 else ""
+    if verdict:
+        return [(_NO_PIXELS, verdict, False)]
+    with journal.in_hand([row["tile_id"] for row in rows]):
+        return [_read_tile(row, read) for row in rows]
+
+
+def _read_tile(row: dict, read: Callable[[dict], Image]) -> tuple[Image, str, bool]:
+    try:
+        return read(row), "", False
+    except SceneError as error:
+        return _NO_PIXELS, str(error), error.retryable
+
+
+def _binary(images: list[Image]) -> pa.Array:
+    offsets = np.cumsum([0, *(image.size for image in images)], dtype=np.int64)
+    data = np.concatenate([image.ravel() for image in images]) if images else np.zeros(0, np.uint8)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.Array.from_buffers(pa.large_binary(), len(images), buffers)

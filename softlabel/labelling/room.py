@@ -1,0 +1,74 @@
+"""How actors and readers share a cluster: plain arithmetic on the recipe's ``execution`` and what is there."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from softlabel.config import Execution
+from softlabel.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Room:
+    """A cluster of nodes with so many CPUs each, and so many GPUs in all."""
+
+    execution: Execution
+    node_cpus: tuple[float, ...]
+    gpus: float
+
+    @property
+    def least_actors(self) -> int:
+        """Actors to start with."""
+        return self.execution.actors if isinstance(self.execution.actors, int) else self.execution.actors[0]
+
+    @property
+    def most_actors(self) -> int:
+        """Actors that the pool may grow to."""
+        return self.execution.actors if isinstance(self.execution.actors, int) else self.execution.actors[1]
+
+    @property
+    def reader_cpus_per_actor(self) -> float:
+        """Without GPUs the model needs the CPUs, and reading waits for disks more than it computes."""
+        return self.execution.reader_cpus_per_actor or (2.0 if self.execution.gpus_per_actor else 0.25)
+
+    @property
+    def cpus_per_reader(self) -> float:
+        """Of one reading task."""
+        return min(1.0, self.reader_cpus_per_actor)
+
+    @property
+    def readers(self) -> int:
+        """Reading tasks at once."""
+        return max(1, round(self.reader_cpus_per_actor / self.cpus_per_reader)) * self.most_actors
+
+    @property
+    def cpus_per_actor(self) -> float:
+        """As the recipe says; else 1 beside a GPU, and without GPUs all that the readers leave, shared evenly."""
+        if self.execution.cpus_per_actor is not None:
+            return self.execution.cpus_per_actor
+        if self.execution.gpus_per_actor:
+            return 1.0
+        share = sum(self.node_cpus) / self.most_actors
+        free = min(share, max(self.node_cpus)) - self.reader_cpus_per_actor
+        return max(0.25, math.floor(free * 100) / 100)
+
+    @property
+    def threads(self) -> int:
+        """Of one actor's forward pass: what it reserves, rounded up, and no more than the machine has."""
+        return min(os.cpu_count() or 1, math.ceil(self.cpus_per_actor))
+
+    def check(self) -> None:
+        """Refuse what could never start: an actor pool that takes every CPU starves the readers, without a word.
+
+        Raises:
+            RecipeError: Saying what is needed, what is there and which key to lower.
+        """
+        for resource, needed, there in (
+            ("CPU", self.least_actors * self.cpus_per_actor + self.cpus_per_reader, sum(self.node_cpus)),
+            ("GPU", self.least_actors * self.execution.gpus_per_actor, self.gpus),
+        ):
+            if needed > there:
+                raise RecipeError(
+                    f"labelling needs {needed:g} {resource} ({self.least_actors} actors and a reader), the cluster has "
+                    f"{there:g}: lower execution.actors or execution.{resource.lower()}s_per_actor"
+                )

@@ -1,0 +1,69 @@
+"""How fast a labelling run is, how busy its model was, and which stage was the limit."""
+
+from dataclasses import dataclass, field
+
+_BUSY = 0.85  # above it the model is what the run waits for
+
+
+@dataclass
+class Speed:
+    """Adds up what the actors say of each shard (softlabel.labelling.labeller)."""
+
+    tiles: int = 0
+    pixels: int = 0
+    km2: float = 0.0
+    read_s: float = 0.0
+    busy_s: float = 0.0
+    first: float = float("inf")
+    last: float = 0.0
+    begun: dict[str, float] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
+
+    def add(self, row: dict) -> None:
+        """One shard."""
+        self.tiles += row["tiles"] - row["rejected"]
+        self.pixels += row["pixels"]
+        self.km2 += row["km2"]
+        self.read_s += row["read_s"]
+        self.busy_s += row["busy_s"]
+        self.first, self.last = min(self.first, row["begin"]), max(self.last, row["end"])
+        self.begun.setdefault(row["actor"], row["begin"])
+        self.devices.add(row["device"])
+
+    @property
+    def seconds(self) -> float:
+        """From the first shard in an actor's hands to the last one committed: Ray's and the model's start left out."""
+        return max(self.last - self.first, 1e-9)
+
+    @property
+    def busy(self) -> float:
+        """Share of the actors' time, in [0, 1], in which the model worked on tiles."""
+        present = sum(self.last - begun for begun in self.begun.values())
+        return min(1.0, self.busy_s / max(present, 1e-9))
+
+    @property
+    def limit(self) -> str:
+        """The stage that the other waited for."""
+        return "model" if self.busy >= _BUSY else "reading"
+
+    def summary(self) -> dict:
+        """For the store's summary."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "tiles_per_s": round(self.tiles / self.seconds, 3),
+            "megapixels_per_s": round(self.pixels / 1e6 / self.seconds, 3),
+            "km2_per_s": round(self.km2 / self.seconds, 6) if self.km2 else None,
+            "actors": len(self.begun),
+            "devices": sorted(self.devices),
+            "busy": round(self.busy, 3),
+            "limit": self.limit,
+        }
+
+    def line(self) -> str:
+        """For a person."""
+        found = self.summary()
+        ground = f", {found['km2_per_s']:.3g} km2/s" if self.km2 else ""
+        return (
+            f"{found['tiles_per_s']:.1f} tiles/s, {found['megapixels_per_s']:.1f} megapixels/s{ground}; "
+            f"model busy {found['busy']:.0%}, limit: {found['limit']}"
+        )

@@ -1,0 +1,69 @@
+"""Labelling in a process of its own, as a user starts it, for tests that kill it or what it started."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from softlabel.config import dump_recipe
+from softlabel.store import read_soft_labels
+
+LABEL = Path(__file__).parents[1] / "jobs" / "label.py"
+
+
+class Driver:
+    """`python jobs/label.py` on a recipe."""
+
+    def __init__(self, recipe, run_dir, *flags, env=None, wrapper=()):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config = run_dir.with_name(f"{run_dir.name}.yaml")
+        config.write_text(dump_recipe(recipe))
+        self.run_dir, self._log = run_dir, config.with_suffix(".log")
+        command = [*wrapper, sys.executable, str(LABEL), "--config", str(config), "--run-dir", str(run_dir), *flags]
+        with open(self._log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
+
+    @property
+    def said(self):
+        return self._log.read_text()
+
+    @property
+    def shards(self):
+        return list(self.run_dir.glob("label-*/shard-*.parquet"))
+
+    def wait_until(self, condition, seconds=300):
+        """Until the condition holds (True) or the driver has ended (False)."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.01)
+        return True
+
+    def wait(self, seconds=300):
+        """Its exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(self.said) from None
+
+
+def by_tile(folder):
+    """The rows of a finished store by tile, each there once."""
+    rows = list(read_soft_labels(folder))
+    assert len({row["tile_id"] for row in rows}) == len(rows)
+    return {row["tile_id"]: row for row in rows}
+
+
+def assert_same(found, expected):
+    """The same tiles with the same boxes, but for the last bits of floats."""
+    assert found.keys() == expected.keys()
+    for tile_id, row in found.items():
+        assert row["status"] == expected[tile_id]["status"], row["reason"]
+        np.testing.assert_allclose(row["boxes"], expected[tile_id]["boxes"], atol=1e-2)
+        np.testing.assert_allclose(row["scores"], expected[tile_id]["scores"], atol=1e-4)

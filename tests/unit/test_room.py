@@ -1,0 +1,51 @@
+"""How actors and readers share CPUs and GPUs."""
+
+import os
+
+import pytest
+
+from softlabel.config import Execution
+from softlabel.errors import RecipeError
+from softlabel.labelling.room import Room
+
+
+def room(nodes, gpus=0, **execution):
+    return Room(Execution(**execution), nodes, gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "cpus", "readers"),
+    [((2,), 1, 1.75, 1), ((2,), 2, 0.75, 2), ((16,), 4, 3.75, 4), ((8, 8), 1, 7.75, 1), ((8, 8), [1, 2], 7.75, 2)],
+)
+def test_without_gpus_the_actors_share_what_the_readers_leave(nodes, actors, cpus, readers):
+    found = room(nodes, actors=actors)
+    assert (found.cpus_per_actor, found.readers, found.cpus_per_reader) == (cpus, readers, 0.25)
+    assert found.most_actors * found.cpus_per_actor + found.readers * found.cpus_per_reader <= sum(nodes)
+    found.check()
+
+
+def test_threads_never_pass_what_an_actor_reserves_or_the_machine_has():
+    assert room((64,), actors=32).threads == min(2, os.cpu_count())
+    assert room((64,), actors=1).threads == min(64, os.cpu_count())
+    assert room((64,), actors=1, cpus_per_actor=0.5).threads == 1
+
+
+def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
+    found = room((16,), gpus=2, actors=2, gpus_per_actor=1)
+    assert (found.cpus_per_actor, found.cpus_per_reader, found.readers) == (1, 1, 4)
+    found = room((16,), gpus=2, actors=4, gpus_per_actor=0.5, reader_cpus_per_actor=3)
+    assert (found.cpus_per_reader, found.readers) == (1, 12)
+    found.check()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "execution", "says"),
+    [
+        ((2,), 0, {"actors": 2, "cpus_per_actor": 1}, r"needs 2\.25 CPU .* has 2: lower execution\.actors"),
+        ((8,), 1, {"actors": [2, 4], "gpus_per_actor": 1}, r"needs 2 GPU .* has 1: .*gpus_per_actor"),
+        ((0.3,), 0, {}, r"needs 0\.5 CPU"),
+    ],
+)
+def test_what_could_never_start_is_refused(nodes, gpus, execution, says):
+    with pytest.raises(RecipeError, match=says):
+        room(nodes, gpus, **execution).check()
