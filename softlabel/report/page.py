@@ -47,12 +47,17 @@ def write_report(path: Path, results: dict, curves: dict[str, dict], overlays: l
         curves: By model name, then by class name or ``all``: recall and precision at IoU 0.5, confidence and f1.
         overlays: Tiles to show; photographs lose colours, then size, where all together pass 3 MB.
     """
+    store.write_text(path, render("page.html.j2", _view(results, curves, overlays)))
+
+
+def render(template: str, view: dict[str, Any]) -> str:
+    """Fill one of the templates beside this file."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(number=words.number, plain=words.plain, duration=words.duration)
-    store.write_text(path, environment.get_template("page.html.j2").render(_view(results, curves, overlays)))
+    return environment.get_template(template).render(view)
 
 
 def _check_signs(models: list[dict]) -> None:
