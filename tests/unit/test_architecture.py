@@ -17,7 +17,7 @@ GROUND = {
     "softlabel.store",
 }
 TOP = {"softlabel.cli", "softlabel.experiment"}
-RAY = {"cli.py", "training/trainer.py", "labelling/run.py", "training/run.py"}
+RAY = {"cli.py", "training/trainer.py", "labelling/run.py", "training/run.py", "results/run.py"}
 ULTRALYTICS = {
     "labelling/weights.py",
     "labelling/yolo.py",

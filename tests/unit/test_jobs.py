@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import softlabel.cli
-from softlabel.cli import _VERBS, main
+from softlabel.cli import _STORE_VERBS, _VERBS, main
 
 REPO = Path(__file__).parents[2]
 JOBS = sorted((REPO / "jobs").glob("*.py"))
@@ -24,13 +24,14 @@ def run(job, *flags, monkeypatch):
 
 
 def test_every_verb_is_a_job():
-    assert {job.stem for job in JOBS} == set(_VERBS) - {"demo"}
+    assert {job.stem for job in JOBS} == {*_VERBS, *_STORE_VERBS} - {"demo"}
 
 
 @each_job
 def test_the_docstring_says_how_to_submit_it(job):
     docstring = ast.get_docstring(ast.parse(job.read_text()))
-    assert f"\nray job submit --working-dir . -- python jobs/{job.name} --config jobs/recipes/" in docstring
+    works_on = "/shared/runs/demo/label-" if job.stem in _STORE_VERBS else "--config jobs/recipes/"
+    assert f"\nray job submit --working-dir . -- python jobs/{job.name} {works_on}" in docstring
 
 
 @each_job
@@ -48,7 +49,7 @@ def test_a_job_takes_the_flags_of_its_verb(job, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([job.stem, "--help"])
     assert found == capsys.readouterr().out
-    assert "--run-dir" in found
+    assert ("STORE" if job.stem in _STORE_VERBS else "--run-dir") in found
 
 
 @each_job

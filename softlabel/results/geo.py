@@ -1,0 +1,112 @@
+"""One scene's detections as a layer for a GIS: GeoParquet in the scene's CRS, GeoJSON in longitude and latitude.
+
+Shape suffixes: M counts boxes, K classes.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from softlabel.results.names import safe_name
+from softlabel.store import commit
+
+SUFFIX = {"geoparquet": "parquet", "geojson": "geojson"}
+
+
+@dataclass(frozen=True)
+class SceneDetections:
+    """The objects of one scene.
+
+    Attributes:
+        boxes: (M, 4) float64, xyxy in scene pixels.
+        scores: (M, K) float32 class vectors.
+        members: (M,) how many detections in tiles each was made of.
+        crs: As in the tiles table, None where the scene has none.
+        transform: The scene's affine (a, b, c, d, e, f) from pixels to ``crs``, or None.
+    """
+
+    scene_id: str
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    members: NDArray[np.int64]
+    crs: str | None
+    transform: tuple[float, ...] | None
+
+
+def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gpd.GeoDataFrame:
+    """A row per object.
+
+    Columns: scene_id, class (name of the best), score (of the best), scores (the class vector, in the order of
+    ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels), geometry: the box's four corners in the
+    scene's CRS, or in pixels (y down) and without a CRS where the scene has none.
+    """
+    size = len(found.boxes)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel(), pa.float32()), len(classes))
+    columns = {
+        "scene_id": _repeated(found.scene_id, size),
+        "class": pd.array([classes[i] for i in found.scores.argmax(axis=1)], dtype="str"),
+        "score": found.scores.max(axis=1),
+        "scores": pd.Series(vectors, dtype=pd.ArrowDtype(vectors.type)),
+        "teacher": _repeated(teacher, size),
+        "members": found.members,
+        **dict(zip(("xmin", "ymin", "xmax", "ymax"), found.boxes.T, strict=True)),
+    }
+    return gpd.GeoDataFrame(columns, geometry=_polygons(found.boxes, found.transform), crs=found.crs)
+
+
+def scene_file(folder: Path, scene_id: str, fmt: str) -> Path:
+    """Where a scene's objects go."""
+    return folder / f"{safe_name(scene_id)}.{SUFFIX[fmt]}"
+
+
+def write_scene(path: Path, frame: gpd.GeoDataFrame, fmt: str) -> None:
+    """Commit one scene's file. GeoJSON is longitude and latitude to 7 decimals (RFC 7946), without a CRS pixels."""
+    write = _write_geoparquet if fmt == "geoparquet" else _write_geojson
+    commit(path, lambda temporary: write(temporary, frame))
+
+
+def _repeated(text: str, size: int) -> pd.api.extensions.ExtensionArray:
+    return pd.array([text] * size, dtype="str")
+
+
+def _polygons(boxes_M4: NDArray[np.float64], transform: tuple[float, ...] | None) -> NDArray:
+    x0, y0, x1, y1 = boxes_M4.T
+    # Down first: counterclockwise on a map, whose y goes up, as RFC 7946 wants outer rings.
+    x, y = np.stack([x0, x0, x1, x1], axis=1), np.stack([y0, y1, y1, y0], axis=1)
+    if transform is not None:
+        a, b, c, d, e, f = transform
+        x, y = a * x + b * y + c, d * x + e * y + f
+    return shapely.polygons(np.stack([x, y], axis=2))
+
+
+def _write_geoparquet(path: Path, frame: gpd.GeoDataFrame) -> None:
+    frame.to_parquet(path, index=False, compression=None)
+    # pandas' own notes on columns go: with lists among them, pandas and geopandas cannot read the file back.
+    table = pq.read_table(path, partitioning=None)
+    notes = {key: value for key, value in table.schema.metadata.items() if key != b"pandas"}
+    pq.write_table(table.replace_schema_metadata(notes), path, compression="zstd")
+
+
+def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
+    # A CRS of a building site or a ship leads to no longitude: its coordinates stay as they are.
+    on_earth = frame.crs is not None and (frame.crs.is_projected or frame.crs.is_geographic)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'crs' was not provided")
+        frame.to_file(
+            path,
+            driver="GeoJSON",
+            engine="pyogrio",
+            use_arrow=True,  # the only way that takes lists
+            geometry_type="Polygon",
+            RFC7946="YES" if on_earth else "NO",
+            WRITE_NAME="NO",  # it would be that of the temporary file
+        )

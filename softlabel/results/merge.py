@@ -1,0 +1,217 @@
+"""One scene's detections from its overlapping tiles: an object on a seam is seen twice, and becomes one.
+
+Boxes are xyxy, x right, y down, in scene pixels, float64. Shape suffixes: N counts boxes that go in, M those that come
+out, K classes, P pairs of boxes.
+
+A box touching a border that its tile shares with another is likely an object cut in two. Such a *cut* box ranks behind
+every whole one, and joins a better box also where most of it lies inside that one.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from softlabel import boxes as box_math
+
+Method = Literal["nms", "wbf"]
+Boxes = NDArray[np.float64]
+Scores = NDArray[np.float32]
+
+EDGE_PX = 2.0
+"""How near to a tile's border a box counts as cut: a detector misses by a pixel or two."""
+_MAX_PAIRS = 500_000  # held at once: about 100 MB
+
+
+def merge(
+    boxes_N4: Boxes, scores_NK: Scores, edge_N: NDArray[np.bool_], *, method: Method, iou: float
+) -> tuple[Boxes, Scores, NDArray[np.int64]]:
+    """Make one box of those that show one object, class by class (of the best class).
+
+    Boxes are ranked (`rank`) and clustered around the best ones (`cluster`). No class vector is dropped:
+
+    - ``nms`` keeps each cluster's first box, with the elementwise maximum of its vectors;
+    - ``wbf`` takes the mean of the cluster's boxes, weighted by best score, and the plain mean of its vectors. This is
+      weighted box fusion (Solovyev et al., arXiv:1910.13302) with three changes. Boxes are compared with the first box
+      of a cluster, not with its mean so far, which would change with every box and make the cost quadratic. The score
+      is not lowered for boxes that few have found, since how many tiles see an object says nothing about it. And cut
+      boxes move nothing: only those above ``iou`` with the first box count, and cut ones only if the first one is too.
+
+    The result depends neither on the order of the boxes nor on how they were dealt out to tiles.
+
+    Args:
+        boxes_N4: In scene pixels.
+        scores_NK: Class vectors in [0, 1]; K >= 1 also where N is 0.
+        edge_N: Which boxes are cut (`cut_by_tiles`).
+        method: ``nms`` or ``wbf``.
+        iou: Boxes of a class above it are one object; in [0, 1].
+
+    Returns:
+        Boxes (M, 4), class vectors (M, K) and how many boxes each stands for (M,), best score first.
+    """
+    if not len(boxes_N4):
+        return boxes_N4, scores_NK, np.zeros(0, np.int64)
+    order_N = rank(boxes_N4, scores_NK, edge_N)
+    boxes_N4, scores_NK, edge_N = boxes_N4[order_N], scores_NK[order_N], edge_N[order_N]
+    seeds_N = cluster(boxes_N4, scores_NK.argmax(axis=1), edge_N, iou)
+    by_cluster_N = np.argsort(seeds_N, kind="stable")
+    seeds_M, starts_M, members_M = np.unique(seeds_N[by_cluster_N], return_index=True, return_counts=True)
+    if method == "nms":
+        merged_M4 = boxes_N4[seeds_M]
+        vectors_MK = np.maximum.reduceat(scores_NK[by_cluster_N], starts_M)
+    else:
+        counts_N = _count_in_mean(boxes_N4, edge_N, seeds_N, iou)
+        merged_M4, vectors_MK = _means(boxes_N4, scores_NK, counts_N, by_cluster_N, starts_M)
+    order_M = rank(merged_M4, vectors_MK, np.zeros(len(merged_M4), bool))
+    return merged_M4[order_M], vectors_MK[order_M], members_M[order_M]
+
+
+def cut_by_tiles(boxes_N4: Boxes, windows_N4: NDArray[np.integer], outline_xyxy: Sequence[int]) -> NDArray[np.bool_]:
+    """Which boxes (N,) come within 2 px of a border of their tile that is not the scene's own.
+
+    Args:
+        boxes_N4: In scene pixels.
+        windows_N4: Each box's tile: column, row, width, height.
+        outline_xyxy: Of all tiles of the scene together.
+    """
+    low_N2, high_N2 = windows_N4[:, :2], windows_N4[:, :2] + windows_N4[:, 2:]
+    at_low_N2 = (boxes_N4[:, :2] < low_N2 + EDGE_PX) & (low_N2 > outline_xyxy[:2])
+    at_high_N2 = (boxes_N4[:, 2:] > high_N2 - EDGE_PX) & (high_N2 < outline_xyxy[2:])
+    at_border_N2 = at_low_N2 | at_high_N2
+    return at_border_N2[:, 0] | at_border_N2[:, 1]
+
+
+def rank(boxes_N4: Boxes, scores_NK: Scores, edge_N: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The order of boxes, best first: whole before cut, then by best score; equal ones by box, then by class vector."""
+    best_N = scores_NK.max(axis=1)
+    return np.lexsort((*scores_NK.T, *boxes_N4.T[::-1], -best_N, edge_N))
+
+
+def cluster(
+    boxes_N4: Boxes, class_ids_N: NDArray[np.int64], edge_N: NDArray[np.bool_], iou: float
+) -> NDArray[np.int64]:
+    """Greedy clusters, class by class: the first box that is in none starts one, and takes in what it matches.
+
+    Without cut boxes the boxes that start clusters are those that greedy NMS keeps.
+
+    Args:
+        boxes_N4: In rank order.
+        class_ids_N: Boxes of different classes never match.
+        edge_N: A cut box matches also where more than ``iou`` of its own area is inside the better one.
+        iou: Boxes above it match.
+
+    Returns:
+        (N,) for each box the one that started its cluster.
+    """
+    seeds_N = np.empty(len(boxes_N4), np.int64)
+    for class_id in np.unique(class_ids_N):
+        of_class = np.flatnonzero(class_ids_N == class_id)
+        seeds_N[of_class] = of_class[_cluster_class(boxes_N4[of_class], edge_N[of_class], iou)]
+    return seeds_N
+
+
+def _cluster_class(boxes_N4: Boxes, edge_N: NDArray[np.bool_], iou: float) -> NDArray[np.int64]:
+    """`cluster` for boxes of one class.
+
+    Boxes ask for their neighbours some at a time, and only those that no better one took; when half of the boxes are
+    settled, the tree is built anew of the others. So a heap of boxes is settled by its first few.
+    """
+    seeds_N = np.full(len(boxes_N4), -1)
+    waiting = in_tree = np.arange(len(boxes_N4))
+    tree, at_once = _tree(boxes_N4), 1
+    while len(waiting):
+        asking, waiting = waiting[:at_once], waiting[at_once:]
+        position_P, found_P = tree.query(shapely.box(*boxes_N4[asking].T))
+        at_once = _next_at_once(at_once, len(found_P))
+        better_P, worse_P = _matches(boxes_N4, edge_N, asking[position_P], in_tree[found_P], iou)
+        _take(seeds_N, asking, better_P, worse_P)
+        waiting = waiting[seeds_N[waiting] < 0]
+        if len(waiting) < len(in_tree) / 2:
+            in_tree, tree = waiting, _tree(boxes_N4[waiting])
+    return seeds_N
+
+
+def _tree(boxes_N4: Boxes) -> shapely.STRtree:
+    return shapely.STRtree(shapely.box(*boxes_N4.T))
+
+
+def _next_at_once(at_once: int, pairs: int) -> int:
+    """How many boxes ask next: twice as many, or fewer where that would give too many pairs to hold."""
+    return max(1, min(2 * at_once, at_once * _MAX_PAIRS // max(pairs, 1)))
+
+
+def _matches(
+    boxes_N4: Boxes, edge_N: NDArray[np.bool_], better_P: NDArray[np.int64], worse_P: NDArray[np.int64], iou: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs of which the second ranks behind the first and matches it."""
+    behind_P = worse_P > better_P
+    better_P, worse_P = better_P[behind_P], worse_P[behind_P]
+    match_P = _overlaps(boxes_N4, better_P, worse_P) > iou
+    cut = np.flatnonzero(edge_N[worse_P] & ~match_P)
+    match_P[cut] = _inside(boxes_N4, better_P[cut], worse_P[cut]) > iou
+    return better_P[match_P], worse_P[match_P]
+
+
+def _take(
+    seeds_N: NDArray[np.int64], asking: NDArray[np.int64], better_P: NDArray[np.int64], worse_P: NDArray[np.int64]
+) -> None:
+    """Let boxes, best first, start clusters and take in what they match, unless they were taken themselves."""
+    order_P = np.argsort(better_P, kind="stable")
+    worse_P = worse_P[order_P]
+    firsts = np.searchsorted(better_P[order_P], asking, "left").tolist()
+    stops = np.searchsorted(better_P[order_P], asking, "right").tolist()
+    for seed, first, stop in zip(asking.tolist(), firsts, stops, strict=True):
+        if seeds_N[seed] < 0:
+            seeds_N[seed] = seed
+            taken = worse_P[first:stop]
+            seeds_N[taken[seeds_N[taken] < 0]] = seed
+
+
+def _overlaps(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Intersection over union (P,)."""
+    shared_P = _intersections(boxes_N4, a_P, b_P)
+    return _ratio(shared_P, box_math.area(boxes_N4[a_P]) + box_math.area(boxes_N4[b_P]) - shared_P)
+
+
+def _inside(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share (P,) of b that lies in a."""
+    return _ratio(_intersections(boxes_N4, a_P, b_P), box_math.area(boxes_N4[b_P]))
+
+
+def _intersections(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    a_P4, b_P4 = boxes_N4[a_P], boxes_N4[b_P]
+    wh_P2 = np.minimum(a_P4[:, 2:], b_P4[:, 2:]) - np.maximum(a_P4[:, :2], b_P4[:, :2])
+    return np.clip(wh_P2, 0, None).prod(axis=1)
+
+
+def _ratio(part_P: box_math.Floats, whole_P: box_math.Floats) -> NDArray[np.float64]:
+    return np.divide(part_P, whole_P, out=np.zeros(len(part_P)), where=whole_P > 0)
+
+
+def _count_in_mean(
+    boxes_N4: Boxes, edge_N: NDArray[np.bool_], seeds_N: NDArray[np.int64], iou: float
+) -> NDArray[np.bool_]:
+    itself_N = np.arange(len(seeds_N))
+    close_N = _overlaps(boxes_N4, seeds_N, itself_N) > iou
+    return (close_N & (edge_N == edge_N[seeds_N])) | (seeds_N == itself_N)
+
+
+def _means(
+    boxes_N4: Boxes,
+    scores_NK: Scores,
+    counts_N: NDArray[np.bool_],
+    by_cluster_N: NDArray[np.int64],
+    starts_M: NDArray[np.int64],
+) -> tuple[Boxes, Scores]:
+    """Weighted mean boxes (M, 4) and mean vectors (M, K) of the boxes that count; sums run in rank order."""
+    # A weight of 0 for all of a cluster would leave it without a box.
+    weights_N = np.maximum(scores_NK.max(axis=1).astype(np.float64), np.finfo(np.float64).tiny) * counts_N
+
+    def totals(values: NDArray) -> NDArray[np.float64]:
+        return np.add.reduceat(values[by_cluster_N].astype(np.float64), starts_M)
+
+    means_M4 = totals(boxes_N4 * weights_N[:, None]) / totals(weights_N)[:, None]
+    vectors_MK = totals(scores_NK * counts_N[:, None]) / totals(counts_N)[:, None]
+    return means_M4, vectors_MK.astype(np.float32)

@@ -1,0 +1,265 @@
+"""Finished stores to what others use: layers of scenes, data sets of tiles, one store out of several.
+
+Work is dealt out in groups of shards, as Ray Data tasks. Every file appears by rename and is the same whoever writes
+it, so a task that is retried does no harm. Only counts come back to the driver.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from tqdm import tqdm
+
+import softlabel
+from softlabel.errors import SceneError, StoreError
+from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.lease import Lease
+from softlabel.records import LABELLED, REJECTED, Detections
+from softlabel.results import datasets, geo
+from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard
+from softlabel.results.merge import Method
+from softlabel.results.names import teacher_name
+from softlabel.results.scenes import read_scenes
+from softlabel.results.stores import STORE, LabelledTile, Store, num_shards, open_store, read_all, read_shard
+from softlabel.store import (
+    DONE,
+    finish,
+    is_done,
+    read_json,
+    read_table,
+    shard_file,
+    summary,
+    write_json,
+    write_table,
+    write_text,
+)
+
+Format = Literal["geoparquet", "geojson", "coco", "yolo"]
+MARKER = "export.json"
+
+_MAX_SHARDS = 16  # in a task: about a thousand tiles
+_TASKS_PER_CPU = 4
+_REJECTED_COLUMNS = ["tile_id", "reason", "retryable"]
+
+
+def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Method, iou: float) -> dict[str, Any]:
+    """Write a finished store's boxes above ``threshold`` in another format into ``output``.
+
+    geoparquet and geojson are a file per scene with every object once (softlabel.results.geo); coco and yolo are data
+    sets of tiles with their pictures (softlabel.results.datasets), and ``merge`` and ``iou`` are nothing to them. Tiles
+    that were rejected, or whose pixels cannot be read any more, are left out and counted. A rerun writes everything
+    anew, by rename.
+
+    Returns:
+        What done.json in ``output`` says: the settings and the counts.
+
+    Raises:
+        StoreError: The store is not finished, ``output`` holds something else, or there is nothing to write.
+    """
+    job = _ExportJob(open_store(store), output, fmt, threshold, merge, iou)
+    made_from = {"store": job.store.folder.name, "format": fmt}
+    _claim(output, made_from)
+    by_scene = fmt in geo.SUFFIX
+    task = _export_scenes if by_scene else _export_tiles
+    counts, problem = _spread(job.store, partial(task, job), f"export {fmt}")
+    in_words = _tiles_in_words(counts) + (f", {counts['unreadable']} unreadable: {problem}" if problem else "")
+    if not counts["written"]:
+        raise StoreError(f"nothing of {store} can be exported: {in_words}")
+    if not by_scene:
+        _write_index(job)
+    settings = {"threshold": threshold, **({"merge": merge, "iou": iou} if by_scene else {})}
+    finish(output, {**made_from, **settings, **counts})
+    what = f"{counts['boxes']} boxes in {counts['written']} {'scenes' if by_scene else 'tiles'}"
+    print(f"{what} (of {in_words}) in {output}")
+    return summary(output)
+
+
+def fuse(stores: Sequence[Path], weights: Sequence[float], threshold: float, iou: float, run_dir: Path) -> Path:
+    """Fuse the stores of several teachers over the same tiles into one (softlabel.results.fuse), below ``run_dir``.
+
+    A tile that a teacher rejected is rejected with its reason. Done before, it is not done again; what was begun goes
+    on where it was.
+
+    Returns:
+        The new store's folder, which every reader of a store takes.
+
+    Raises:
+        StoreError: A store is not finished, they are of different tiles, splits or classes, a weight is missing or not
+            above 0, or another run is writing the result.
+    """
+    job = fuse_job(stores, weights, threshold, iou, run_dir)
+    if not is_done(job.output):
+        write_json(job.output / STORE, job.identity())
+        with Lease(job.output) as lease:
+            _finish_fused(job, _spread(job.stores[0], partial(_fuse_shards, job), "fuse", lease)[0])
+    counts = summary(job.output)
+    print(f"{counts['boxes']} boxes of {len(job.stores)} teachers (of {_tiles_in_words(counts)}) in {job.output}")
+    return job.output
+
+
+@dataclass(frozen=True)
+class _ExportJob:
+    store: Store
+    output: Path
+    fmt: Format
+    threshold: float
+    merge: Method
+    iou: float
+
+
+def _claim(output: Path, made_from: dict) -> None:
+    """Take a folder for an export: a new or empty one, or that of an earlier export of the same store and format."""
+    marker = output / MARKER
+    if not marker.exists() and output.exists() and any(output.iterdir()):
+        raise StoreError(f"{output} holds something that is no export: give --output a new folder")
+    if marker.exists() and read_json(marker) != made_from:
+        raise StoreError(f"{output} holds an export of {read_json(marker)}, not of {made_from}: give another --output")
+    write_json(marker, made_from)
+    (output / DONE).unlink(missing_ok=True)
+
+
+def _spread(
+    store: Store, task: Callable[[dict], dict[str, list]], description: str, lease: Lease | None = None
+) -> tuple[Counter[str], str]:
+    """Run a task over all shards, in groups of consecutive ones; the sum of its counts, and the first ``problem``."""
+    shards = num_shards(store)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    size = max(1, min(_MAX_SHARDS, shards // (_TASKS_PER_CPU * cpus)))
+    work = [{"first": first, "stop": min(first + size, shards)} for first in range(0, shards, size)]
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts tiles, not blocks
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # after the first use of ray.data, which sets it too
+    results = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+        partial(_told, task), batch_size=1, num_cpus=1
+    )
+    counts: Counter[str] = Counter()
+    first_problem = ""
+    with tqdm(total=store.num_tiles, unit="tile", desc=description, mininterval=2) as bar:
+        for row in results.iter_rows():
+            if mistake := row.pop("mistake"):
+                raise StoreError(mistake)
+            if lease is not None:
+                lease.check()
+            problem = row.pop("problem", "")
+            first_problem = first_problem or problem
+            counts.update(row)
+            bar.update(row[LABELLED] + row[REJECTED])
+    if counts[LABELLED] + counts[REJECTED] != store.num_tiles:
+        raise StoreError(f"{store.folder} does not balance ({dict(counts)} of {store.num_tiles} tiles): label again")
+    return counts, first_problem
+
+
+def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, list]:
+    """What a task returns; a user's mistake that it meets goes to the driver as a word, which Ray would bury."""
+    try:
+        return {**task(batch), "mistake": [""]}
+    except StoreError as error:
+        return {"mistake": [str(error)]}
+
+
+def _as_row(counts: Counter[str], keys: Sequence[str]) -> dict[str, list]:
+    return {key: [counts[key]] for key in (LABELLED, REJECTED, *keys)}
+
+
+def _export_scenes(job: _ExportJob, batch: dict) -> dict[str, list]:
+    counts: Counter[str] = Counter()
+    first, stop = int(batch["first"][0]), int(batch["stop"][0])
+    for scene in read_scenes(job.store, first, stop, job.threshold):
+        counts.update({LABELLED: scene.labelled, REJECTED: scene.rejected})
+        if not scene.labelled:
+            continue  # an empty file would say that nothing is there
+        found = scene.merged(job.merge, job.iou)
+        frame = geo.to_frame(found, job.store.classes, teacher_name(job.store.teacher))
+        geo.write_scene(geo.scene_file(job.output, scene.scene_id, job.fmt), frame, job.fmt)
+        counts.update({"written": 1, "boxes": len(found.boxes)})
+    return _as_row(counts, ("written", "boxes"))
+
+
+def _export_tiles(job: _ExportJob, batch: dict) -> dict[str, list]:
+    counts: Counter[str] = Counter()
+    reader, problem = TileReader(), ""
+    for shard in range(int(batch["first"][0]), int(batch["stop"][0])):
+        for tile in read_shard(job.store, shard):
+            counts[REJECTED if tile.reason else LABELLED] += 1
+            if tile.reason is not None:
+                continue
+            try:
+                counts.update({"written": 1, "boxes": _export_tile(job, reader, tile)})
+            except SceneError as error:
+                counts["unreadable"] += 1
+                problem = problem or str(error)
+    reader.close()
+    return {**_as_row(counts, ("written", "unreadable", "boxes")), "problem": [problem]}
+
+
+def _export_tile(job: _ExportJob, reader: TileReader, tile: LabelledTile) -> int:
+    """Write a tile's picture, for YOLO its labels too, and return the number of boxes."""
+    image, found = datasets.image_file(tile.tile, by_split=job.fmt == "yolo"), tile.found.above(job.threshold)
+    # What an earlier export left must not stand for a tile that cannot be read any more.
+    (job.output / image).unlink(missing_ok=True)
+    datasets.write_png(job.output / image, reader.read(tile.tile))
+    if job.fmt == "yolo":
+        width, height = tile.tile["window"][2:]
+        write_text(job.output / datasets.label_file(image), datasets.yolo_labels(found, (width, height)))
+    return len(found.boxes)
+
+
+def _write_index(job: _ExportJob) -> None:
+    """What ties the pictures together; those that could not be read are not there."""
+    if job.fmt == "yolo":
+        splits = sorted(path.name for path in (job.output / "images").iterdir())
+        datasets.write_yolo_config(job.output, job.store.classes, splits)
+        return
+    info = {
+        "description": f"soft labels by softlabel {softlabel.__version__}",
+        "store": job.store.folder.name,
+        "teacher": teacher_name(job.store.teacher),
+        "fingerprint": job.store.teacher,
+        "threshold": job.threshold,
+    }
+    datasets.write_coco(job.output / datasets.ANNOTATIONS, partial(_pictured, job), job.store.classes, info)
+
+
+def _pictured(job: _ExportJob) -> Iterator[tuple[dict, Detections]]:
+    for tile in read_all(job.store):
+        if tile.reason is None and (job.output / datasets.image_file(tile.tile, by_split=False)).exists():
+            yield tile.tile, tile.found.above(job.threshold)
+
+
+def _tiles_in_words(counts: dict[str, int]) -> str:
+    return f"{counts[LABELLED]} labelled tiles, {counts[REJECTED]} rejected"
+
+
+def _fuse_shards(job: FuseJob, batch: dict) -> dict[str, list]:
+    counts: Counter[str] = Counter()
+    for shard in range(int(batch["first"][0]), int(batch["stop"][0])):
+        path = shard_file(job.output, shard)
+        table = read_table(path) if path.exists() else fuse_shard(job, shard)
+        if not len(table):
+            continue
+        if not path.exists():
+            write_table(path, table)
+        counts[REJECTED] += pc.sum(pc.equal(table["status"], REJECTED)).as_py()
+        counts[LABELLED] += pc.sum(pc.equal(table["status"], LABELLED)).as_py()
+        counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py()
+        counts["saturated"] += pc.sum(table["saturated"]).as_py()
+    return _as_row(counts, ("boxes", "saturated"))
+
+
+def _finish_fused(job: FuseJob, counts: Counter[str]) -> None:
+    """Write the view of what was rejected, and mark the store done."""
+    rejected = []
+    for shard in range(num_shards(job.stores[0])):
+        if (path := shard_file(job.output, shard)).exists():
+            table = read_table(path)
+            rejected.append(table.filter(pc.equal(table["status"], REJECTED)).select(_REJECTED_COLUMNS))
+    if counts[REJECTED]:
+        write_table(job.output / "rejected" / "rejected.parquet", pa.concat_tables(rejected))
+    counted = {name: counts[name] for name in (LABELLED, REJECTED, "boxes", "saturated")}
+    finish(job.output, {"name": "fused", "requested": job.stores[0].num_tiles, **counted})

@@ -1,0 +1,132 @@
+"""A finished store read shard by shard, each tile with what was found in it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from softlabel.errors import StoreError
+from softlabel.records import REJECTED, Detections
+from softlabel.store import TILES_FILE, is_done, read_json, read_table, shard_file, summary
+
+STORE = "store.json"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store. ``tiles`` is the folder of its tiles; ``splits`` None is every tile."""
+
+    folder: Path
+    tiles: Path
+    teacher: dict
+    splits: tuple[str, ...] | None
+
+    @property
+    def classes(self) -> list[str]:
+        """In the order of the class vectors."""
+        return self.teacher["classes"]
+
+    @property
+    def num_tiles(self) -> int:
+        """Those asked for."""
+        return summary(self.folder)["requested"]
+
+
+@dataclass(frozen=True)
+class LabelledTile:
+    """A tile row without its truth, and what was found there. ``reason`` is why it was rejected, else None."""
+
+    tile: dict
+    found: Detections
+    reason: str | None
+    retryable: bool
+
+
+def open_store(folder: Path) -> Store:
+    """A store by its folder.
+
+    Raises:
+        StoreError: The folder is no store, the store is not finished, or its tiles are gone.
+    """
+    if not (folder / STORE).is_file():
+        raise StoreError(f"{folder} is no store of soft labels: give the label-* or fused-* folder of a run")
+    if not is_done(folder):
+        raise StoreError(f"{folder} is not finished: run the command that makes it again")
+    summary(folder)
+    made_from = read_json(folder / STORE)
+    folder = folder.resolve()
+    tiles = folder.parent / made_from["tiles"]
+    if not (tiles / TILES_FILE).is_file():
+        raise StoreError(f"{folder} needs its tiles beside it: no {TILES_FILE} in {tiles}")
+    splits = made_from["splits"]
+    return Store(folder, tiles, made_from["teacher"], None if splits is None else tuple(splits))
+
+
+def num_shards(store: Store) -> int:
+    """Row groups of the tiles; a shard without a tile of the store's splits has no file."""
+    with pq.ParquetFile(store.tiles / TILES_FILE) as file:
+        return file.num_row_groups
+
+
+def tile_rows(store: Store, shard: int) -> list[dict]:
+    """The rows of a shard's tiles, those of the store's splits, without their truth."""
+    with pq.ParquetFile(store.tiles / TILES_FILE) as file:
+        columns = [name for name in file.schema_arrow.names if name not in ("truth", "labelled_classes")]
+        table = file.read_row_group(shard, columns=columns)
+    if store.splits is not None:
+        table = table.filter(pc.is_in(table["split"], pa.array(store.splits, pa.string())))
+    return table.to_pylist()
+
+
+def read_shard(store: Store, shard: int) -> list[LabelledTile]:
+    """The tiles of a shard with what was found, in their order.
+
+    Raises:
+        StoreError: The shard is missing, broken, or one of other tiles.
+    """
+    return with_labels(store, shard, tile_rows(store, shard))
+
+
+def with_labels(store: Store, shard: int, rows: list[dict]) -> list[LabelledTile]:
+    """The tiles of a shard, ``rows`` as `tile_rows` gives them, with what was found.
+
+    Raises:
+        StoreError: The shard is missing, broken, or one of other tiles.
+    """
+    if not rows:
+        return []
+    path = shard_file(store.folder, shard)
+    table = read_table(path)
+    if table["tile_id"].to_pylist() != [row["tile_id"] for row in rows]:
+        raise StoreError(f"{path} is not about the tiles in {store.tiles}: delete {store.folder} and make it again")
+    found = _detections(table, len(store.classes))
+    rejected = pc.equal(table["status"], REJECTED).to_pylist()
+    reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
+    return [
+        LabelledTile(row, one, (reason or "no reason given") if bad else None, retry)
+        for row, one, bad, reason, retry in zip(rows, found, rejected, reasons, retryable, strict=True)
+    ]
+
+
+def read_all(store: Store) -> Iterator[LabelledTile]:
+    """Every tile of a store, one shard in memory at a time."""
+    for shard in range(num_shards(store)):
+        yield from read_shard(store, shard)
+
+
+def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
+    """What was found per tile, without the objectness (it is in the scores): by array, since a box may have a list of
+    60 numbers and a shard 64,000 boxes."""
+    ends = np.cumsum(pc.list_value_length(table["boxes"]).to_numpy())[:-1]
+    boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
+    scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
+    saturated = table["saturated"].to_pylist()
+    return [Detections(*arrays) for arrays in zip(boxes, scores, saturated, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)

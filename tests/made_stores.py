@@ -1,0 +1,73 @@
+"""Stores written by hand: tiles with the boxes a test wants, on disk as labelling leaves them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softlabel.records import TILES, Detections, soft_labels_table
+from softlabel.store import TILES_FILE, finish, shard_file, write_json, write_table
+
+CLASSES = ["car", "plane", "ship"]
+
+
+def detections(*boxes):
+    """Boxes (x0, y0, x1, y1, class_id, score); the other classes have a tenth of the score."""
+    scores = np.zeros((len(boxes), len(CLASSES)), np.float32)
+    for row, (*_, class_id, score) in zip(scores, boxes, strict=True):
+        row[:] = score / 10
+        row[class_id] = score
+    return Detections(np.array([box[:4] for box in boxes], np.float32).reshape(-1, 4), scores)
+
+
+def made_tile(scene_id, window, found=None, *, reason=None, retryable=False, **columns):
+    """A tile row, what was found in it, and why it was rejected if it was."""
+    column, row, width, height = window
+    tile = {
+        "tile_id": f"{scene_id}#{column}_{row}_{width}x{height}",
+        "scene_id": scene_id,
+        "scene_uri": f"/gone/{scene_id}",
+        "window": list(window),
+        "bands": [1, 2, 3],
+        "group": scene_id,
+        **columns,
+    }
+    return tile, found or detections(), reason, retryable
+
+
+def write_tiles(run_dir, made, *, shard_tiles=64, name="tiles-made"):
+    """The tiles folder of a run."""
+    folder = run_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(folder / TILES_FILE, TILES) as writer:
+        for start in range(0, len(made), shard_tiles):
+            rows = [tile for tile, *_ in made[start : start + shard_tiles]]
+            writer.write_table(pa.Table.from_pylist(rows, TILES))
+    finish(folder, {"tiles": len(made)})
+    return folder
+
+
+def write_store(run_dir, made, *, tiles="tiles-made", shard_tiles=64, weights="w1", splits=None, classes=CLASSES):
+    """A finished store of those tiles, in shards of as many."""
+    folder = run_dir / f"label-{weights}"
+    teacher = {"weights": weights, "architecture": "yolov5n.yaml:n:nc=3", "classes": list(classes)}
+    write_json(folder / "store.json", {"teacher": teacher, "tiles": tiles, "splits": splits, "with_losses": False})
+    counts = {"requested": 0, "labelled": 0, "rejected": 0, "boxes": 0, "saturated": 0}
+    for start in range(0, len(made), shard_tiles):
+        asked = [one for one in made[start : start + shard_tiles] if splits is None or one[0].get("split") in splits]
+        if asked:
+            rows, found, reasons, retryable = zip(*asked, strict=True)
+            ids = [row["tile_id"] for row in rows]
+            table = soft_labels_table(len(classes), ids, found, [None] * len(ids), reasons, retryable)
+            write_table(shard_file(folder, start // shard_tiles), table)
+        counts["requested"] += len(asked)
+        counts["rejected"] += sum(reason is not None for *_, reason, _ in asked)
+        counts["boxes"] += sum(len(found.boxes) for _, found, *_ in asked)
+    finish(folder, {"name": weights, **counts, "labelled": counts["requested"] - counts["rejected"]})
+    return folder
+
+
+def made_store(run_dir, made, **options):
+    """Tiles and a store of them."""
+    shards = {key: options[key] for key in ("shard_tiles",) if key in options}
+    write_tiles(run_dir, made, **shards)
+    return write_store(run_dir, made, **options)
