@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,42 @@ def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[
     if splits is not None:
         table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
     return (table.select(columns) if columns else table).to_pylist()
+
+
+def num_tile_shards(folder: Path) -> int:
+    """Row groups of a tiles file.
+
+    Raises:
+        StoreError: It is missing or broken.
+    """
+    with _tiles_file(folder) as file:
+        return file.num_row_groups
+
+
+def read_tile_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterable[str] | None) -> pa.Table:
+    """The rows of one shard's tiles, those of ``splits`` (null: all), in their order.
+
+    Raises:
+        StoreError: The file is missing, broken, or no table of tiles.
+    """
+    wanted = list(columns)
+    with _tiles_file(folder) as file:
+        table = file.read_row_group(shard, columns=sorted({*wanted, "split"}))
+    if splits is not None:
+        table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
+    return table.select(wanted)
+
+
+@contextmanager
+def _tiles_file(folder: Path) -> Iterator[pq.ParquetFile]:
+    path = folder / TILES_FILE
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing: run the step that makes it first") from None
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise _broken(path, error) from None
 
 
 def shard_file(folder: Path, shard: int) -> Path:

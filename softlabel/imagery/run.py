@@ -127,7 +127,7 @@ def _write_tiles(path: Path, recipe: Recipe, scenes: list[Scene], tally: _Tally)
     chances = _background_chances(recipe, scenes)
     rows: list[dict] = []
     quiet = True if len(scenes) < MANY_SCENES else None
-    with pq.ParquetWriter(path, TILES, compression="zstd") as writer:
+    with pq.ParquetWriter(path, TILES, compression="zstd", write_page_checksum=True) as writer:
         for scene in tqdm(scenes, "tiles", disable=quiet):
             for row in _rows(recipe, scene):
                 if _is_wanted(row, recipe.seed, chances):

@@ -107,14 +107,14 @@ class Engine(Protocol):
 def build(
     model: nn.Module, engine: str, precision: str, device: torch.device, threads: int | None, batch_size: int | None
 ) -> Engine:
-    """The engine of a model, which it may change: nothing else can use the model afterwards.
+    """The engine of a model, which it changes: but for pytorch in float32 nothing else can use the model afterwards.
 
     Args:
         model: A fused detection model in evaluation mode on ``device``, float32.
         engine: As ``resolve`` gives it.
         precision: As ``resolve`` gives it.
         device: Where it runs.
-        threads: CPU threads of the forward pass, null: as many as the library thinks best. PyTorch knows one number per
+        threads: CPU threads of the forward pass, None: as many as the library thinks best. PyTorch knows one number per
             process.
         batch_size: Images per forward pass (OpenVINO takes each alone and several at once). None is found by trying:
             on CUDA 64, halved as long as memory does not suffice; on a CPU 8.
@@ -201,29 +201,25 @@ class _Torch:
             if not waiting:
                 return results
             batch = waiting[: self._batch_size]
-            found = self._attempt(len(results), batch, use)
+            # What is compiled for one shape fills its last batch up; a tile's boxes do not depend on its batch.
+            size = self._batch_size if self._whole_batches else len(batch)
+            found = self._attempt(np.stack([*batch, *batch[:1] * (size - len(batch))]), len(batch), len(results), use)
             if found is None:
-                self._batch_size = max(1, self._batch_size // 2)
+                self._batch_size = size // 2
                 continue
             results += found
             del waiting[: len(batch)]
 
-    def _attempt(self, first: int, batch: list[Pixels], use: Callable[[Outputs], list[T]]) -> list[T] | None:
-        """None where memory did not suffice and a smaller batch may be tried."""
+    def _attempt(self, tiles: Pixels, count: int, first: int, use: Callable[[Outputs], list[T]]) -> list[T] | None:
+        """Results of the first ``count`` tiles; None where memory did not suffice and a smaller batch may be tried."""
         try:
-            return use(self._outputs(first, batch))
+            with torch.inference_mode():
+                decoded, raw = self._forward(torch.from_numpy(tiles).to(self._device))
+            return use(Outputs(first, decoded[:count], raw))
         except torch.cuda.OutOfMemoryError:
-            if not self._trying or self._batch_size == 1:
+            if not self._trying or len(tiles) == 1:
                 raise
             return None
-
-    def _outputs(self, first: int, batch: list[Pixels]) -> Outputs:
-        # What is compiled for one shape fills its last batch up; a tile's boxes do not depend on its batch.
-        missing = self._batch_size - len(batch) if self._whole_batches else 0
-        tiles = torch.from_numpy(np.stack([*batch, *batch[:1] * missing])).to(self._device)
-        with torch.inference_mode():
-            decoded, raw = self._forward(tiles)
-        return Outputs(first, decoded[: len(batch)], raw)
 
 
 class _OpenVino:

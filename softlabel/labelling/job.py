@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from softlabel.config import Label, Recipe
 from softlabel.errors import RecipeError
@@ -14,7 +12,7 @@ from softlabel.labelling.engines import resolve
 from softlabel.labelling.weights import read_header
 from softlabel.labelling.yolo import fingerprint
 from softlabel.records import Nms
-from softlabel.store import TILES_FILE, step_dir
+from softlabel.store import num_tile_shards, read_tile_shard, step_dir
 
 
 @dataclass(frozen=True)
@@ -47,23 +45,12 @@ class LabelJob:
 
     def shards(self) -> list[tuple[int, int]]:
         """(shard, tiles asked for in it) of the shards that hold any."""
-        found = []
-        with pq.ParquetFile(self.tiles / TILES_FILE) as file:
-            for shard in range(file.num_row_groups):
-                count = len(self._asked(file.read_row_group(shard, columns=["split"])))
-                if count:
-                    found.append((shard, count))
-        return found
+        counts = ((shard, len(self.tile_rows(shard, ("split",)))) for shard in range(num_tile_shards(self.tiles)))
+        return [(shard, count) for shard, count in counts if count]
 
     def tile_rows(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """The rows of a shard's tiles that are asked for, in their order."""
-        with pq.ParquetFile(self.tiles / TILES_FILE) as file:
-            return self._asked(file.read_row_group(shard, columns=list({*columns, "split"}))).select(list(columns))
-
-    def _asked(self, table: pa.Table) -> pa.Table:
-        if self.splits is None:
-            return table
-        return table.filter(pc.is_in(table["split"], pa.array(self.splits, pa.string())))
+        return read_tile_shard(self.tiles, shard, columns, self.splits)
 
 
 def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,

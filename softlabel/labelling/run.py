@@ -8,6 +8,7 @@ what is left, as long as each gets further than the last.
 
 import errno
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -50,6 +51,8 @@ from softlabel.store import (
 )
 
 STORE = "store.json"
+# The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
 _REJECTED_SCHEMA = pa.schema(
     [

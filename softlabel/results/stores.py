@@ -7,11 +7,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
-from softlabel.records import REJECTED, Detections
-from softlabel.store import TILES_FILE, is_done, read_json, read_table, shard_file, summary
+from softlabel.records import REJECTED, TILES, Detections
+from softlabel.store import (
+    TILES_FILE,
+    is_done,
+    num_tile_shards,
+    read_json,
+    read_table,
+    read_tile_shard,
+    shard_file,
+    summary,
+)
 
 STORE = "store.json"
 
@@ -68,18 +76,13 @@ def open_store(folder: Path) -> Store:
 
 def num_shards(store: Store) -> int:
     """Row groups of the tiles; a shard without a tile of the store's splits has no file."""
-    with pq.ParquetFile(store.tiles / TILES_FILE) as file:
-        return file.num_row_groups
+    return num_tile_shards(store.tiles)
 
 
 def tile_rows(store: Store, shard: int) -> list[dict]:
     """The rows of a shard's tiles, those of the store's splits, without their truth."""
-    with pq.ParquetFile(store.tiles / TILES_FILE) as file:
-        columns = [name for name in file.schema_arrow.names if name not in ("truth", "labelled_classes")]
-        table = file.read_row_group(shard, columns=columns)
-    if store.splits is not None:
-        table = table.filter(pc.is_in(table["split"], pa.array(store.splits, pa.string())))
-    return table.to_pylist()
+    columns = [name for name in TILES.names if name not in ("truth", "labelled_classes")]
+    return read_tile_shard(store.tiles, shard, columns, store.splits).to_pylist()
 
 
 def read_shard(store: Store, shard: int) -> list[LabelledTile]:

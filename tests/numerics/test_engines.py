@@ -195,6 +195,12 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept():
     assert forward.batches[8:] == [2, 1]
 
 
+def test_a_last_batch_that_does_not_fit_is_not_tried_again_as_it_was():
+    forward = Counting(most=1)
+    run_counting(engines._Torch(forward, torch.device("cpu"), None, whole_batches=False), 3)
+    assert forward.batches == [3, 1, 1, 1]
+
+
 def test_a_given_batch_size_is_not_changed():
     with pytest.raises(torch.cuda.OutOfMemoryError):
         run_counting(engines._Torch(Counting(most=3), torch.device("cpu"), 4, whole_batches=False), 11)

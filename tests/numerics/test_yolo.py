@@ -29,8 +29,8 @@ def images():
     return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
 
 
-def detector(model, **nms):
-    return YoloDetector(copy.deepcopy(model), 96, Nms(**nms), torch.device("cpu"))
+def detector(model, batch_size=16, **nms):
+    return YoloDetector(copy.deepcopy(model), 96, Nms(**nms), torch.device("cpu"), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("threshold", [0.02, 0.05, 0.1, 0.3])
@@ -123,6 +123,16 @@ def test_losses_of_tiles_add_up_to_the_loss_of_the_batch(model, images):
         _, items = reference.loss(batch)
     theirs = {name.removesuffix("_loss"): float(value) for name, value in items.items()}
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_each_tile_gets_its_own_losses_whatever_its_batch(model, images):
+    box = np.array([[10, 10, 30, 35]], np.float32)
+    truths = [Truth(box + 2 * i, np.array([i % 3], np.int32), np.array([False])) for i in range(len(images))]
+    together = detector(model, batch_size=2).detect_with_losses(images, truths)
+    for image, truth, (found, losses) in zip(images, truths, together, strict=True):
+        ((alone, own_losses),) = detector(model).detect_with_losses([image], [truth])
+        assert losses == pytest.approx(own_losses, rel=1e-3, abs=1e-5)
+        assert len(found.boxes) == len(alone.boxes)
 
 
 def test_ignored_truth_is_left_out_of_the_loss(model, images):
