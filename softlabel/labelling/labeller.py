@@ -14,7 +14,7 @@ import torch
 from softlabel.errors import RecipeError
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
-from softlabel.labelling.reading import images_of
+from softlabel.labelling.reading import images_of, tiles_of
 from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
 from softlabel.store import read_table, shard_file, write_table
@@ -32,9 +32,9 @@ class Labeller:
         self._threads, self._batch_size = threads, batch_size
         self._loaded: tuple[int, YoloDetector] | None = None
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Label one shard as ``read_shard`` made it, and say in one row what was done, and how long it took."""
-        index, shard = table["job"][0].as_py(), table["shard"][0].as_py()
+    def __call__(self, read: pa.Table) -> pa.Table:
+        """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
+        index, shard, table = read["job"][0].as_py(), read["shard"][0].as_py(), tiles_of(read)
         detector = self._detector(index)
         started, first = time.monotonic(), time.time()
         labels = self._label(table, index, shard)
@@ -50,7 +50,7 @@ class Labeller:
             "boxes": pc.sum(pc.list_value_length(labels["boxes"])).as_py() or 0,
             "pixels": pixels or 0,
             "km2": pc.sum(seen["km2"]).as_py() or 0.0,
-            "read_s": table["read_s"][0].as_py(),
+            "read_s": read["read_s"][0].as_py(),
             "busy_s": busy_s,
             "begin": first,
             "end": time.time(),

@@ -1,4 +1,6 @@
-"""Tiles of one shard to pixels, in one Arrow table: uint8 in one buffer, which no process on the way copies.
+"""Tiles of one shard to pixels, in one row of Arrow: uint8 in one buffer, which no process on the way copies.
+
+A row, since Ray Data may put together several blocks, and cut blocks in two, but never a row.
 
 A tile that cannot be read carries its reason instead, and so does one that killed its process before.
 """
@@ -36,7 +38,8 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         read: One tile row to uint8 (H, W, 3); raises SceneError.
 
     Returns:
-        A row per tile: its id, height, width, pixels, km2, reason (null where it was read) and retryable.
+        One row: job, shard, read_s (seconds that reading took), and for `tiles_of` lists with a value per tile: its id,
+        height, width, pixels, km2, reason (null where it was read) and retryable.
     """
     started = time.monotonic()
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
@@ -52,11 +55,8 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
             reasons.append(reason)
             retryable.append(retry)
     seconds = time.monotonic() - started
-    return pa.table(
+    tiles = pa.table(
         {
-            "job": pa.array([index] * len(rows), pa.int32()),
-            "shard": pa.array([shard] * len(rows), pa.int32()),
-            "read_s": pa.array([seconds] * len(rows), pa.float64()),
             "tile_id": pa.array([row["tile_id"] for row in rows], pa.string()),
             "height": pa.array([image.shape[0] for image in images], pa.int32()),
             "width": pa.array([image.shape[1] for image in images], pa.int32()),
@@ -66,10 +66,22 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
             "retryable": pa.array(retryable, pa.bool_()),
         }
     )
+    lists = {name: _as_list(tiles[name].chunk(0)) for name in tiles.column_names}
+    return pa.table({"job": [index], "shard": [shard], "read_s": [seconds], **lists})
+
+
+def tiles_of(row: pa.Table) -> pa.Table:
+    """A row per tile, of the one row that ``read_shard`` made; nothing is copied."""
+    lists = (name for name in row.column_names if name not in ("job", "shard", "read_s"))
+    return pa.table({name: row[name].chunk(0).flatten() for name in lists})
+
+
+def _as_list(column: pa.Array) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array([0, len(column)], pa.int64()), column)
 
 
 def images_of(table: pa.Table) -> list[Image]:
-    """The pixels of a table that ``read_shard`` made, uint8 (H, W, 3) each, not copied."""
+    """The pixels of a table that ``tiles_of`` gave, uint8 (H, W, 3) each, not copied."""
     sizes = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
     return [
         np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)

@@ -38,7 +38,6 @@ from softlabel.labelling.speed import Speed
 from softlabel.records import LABELLED, REJECTED
 from softlabel.store import (
     DONE,
-    SHARD_TILES,
     commit,
     finish,
     is_done,
@@ -191,7 +190,7 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
     # After the first use of ray.data, which sets it. What it calls an error is raised too, and said in one line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False  # ours counts tiles, not blocks
-    context.target_max_block_size = None  # a block is a shard: the model must see it whole to commit it whole
+    context.target_max_block_size = None  # a block is a shard, whatever its size
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
     context.execution_no_progress_timeout_s = room.execution.stall_minutes * 60
     items = [{"job": i, "shard": shard} for i, shard in work]
@@ -207,7 +206,7 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
         )
         .map_batches(
             _Labeller,
-            batch_size=SHARD_TILES,  # a block whole; with GPUs Ray Data wants a number
+            batch_size=1,  # row: a shard
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=room.least_actors, max_size=room.most_actors),
             num_cpus=room.cpus_per_actor,
@@ -250,8 +249,8 @@ class _Labeller(Labeller):
         }
         self._rate = Gauge("softlabel_tiles_per_s", "tiles per second of model time", ("job",))
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        result = super().__call__(table)
+    def __call__(self, read: pa.Table) -> pa.Table:
+        result = super().__call__(read)
         (row,) = result.to_pylist()
         tags = {"job": self._names[row["job"]]}
         for key, counter in self._counters.items():

@@ -96,7 +96,7 @@ def test_a_rerun_finds_everything_done(finished, monkeypatch):
     def never(*_args, **_kwargs):
         raise AssertionError("finished work was done again")
 
-    monkeypatch.setattr(labelling, "_run", never)
+    monkeypatch.setattr(labelling, "_results", never)
     monkeypatch.setattr(training, "TorchTrainer", never)
     monkeypatch.setattr(chain, "tile", lambda recipe, run_dir: next(run_dir.glob("tiles-*")))
     again = experiment(recipe, run_dir)
