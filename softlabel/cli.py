@@ -104,8 +104,7 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _label(recipe: Recipe, run_dir: Path, retry_rejected: bool = False) -> None:
-    from softlabel.labelling.job import recipe_label_job
-    from softlabel.labelling.run import label
+    from softlabel.labelling.run import label, recipe_label_job
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
     with _ray_session():
@@ -225,8 +224,7 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
-    from softlabel.labelling.job import recipe_label_job
-    from softlabel.labelling.run import finished_store
+    from softlabel.labelling.run import finished_store, recipe_label_job
 
     return finished_store(recipe_label_job(recipe, tiles), run_dir)
 

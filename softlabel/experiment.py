@@ -23,8 +23,8 @@ from softlabel.evaluation.quality import drop, loss_difference_percent
 from softlabel.evaluation.run import curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.job import LabelJob, label_job
-from softlabel.labelling.run import label
+from softlabel.labelling.job import LabelJob
+from softlabel.labelling.run import label, label_job
 from softlabel.records import LABELLED, Truth, detections_from_row
 from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report

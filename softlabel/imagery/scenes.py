@@ -190,6 +190,14 @@ class TileReader:
             )
 
 
+_process_reader = TileReader()
+
+
+def read_tile(row: dict) -> NDArray[np.uint8]:
+    """`TileReader.read` by the reader of this process, which keeps its scene open between calls; for one thread."""
+    return _process_reader.read(row)
+
+
 def _has_scheme(spec: str) -> bool:
     return "://" in spec
 

@@ -1,4 +1,7 @@
-"""What a labelling job is: one teacher over some splits of one tile set, and which rows it is asked for."""
+"""What a labelling job is: one teacher over some splits of one tile set, and which rows it is asked for.
+
+Reading tasks get one: nothing here may import torch, which would cost each of them seconds and half a gigabyte.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +9,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from softlabel.config import Label, Recipe
-from softlabel.errors import RecipeError
-from softlabel.labelling.engines import resolve
-from softlabel.labelling.weights import read_header
-from softlabel.labelling.yolo import fingerprint
 from softlabel.records import Nms
 from softlabel.store import num_tile_shards, read_tile_shard, step_dir
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """One teacher over some splits (null: every tile) of one tile set."""
+    """One teacher over some splits (null: every tile) of one tile set. ``teacher`` is its fingerprint."""
 
     name: str
     weights: Path
+    teacher: dict
     tiles: Path
     splits: tuple[str, ...] | None
     num_classes: int
@@ -33,7 +32,7 @@ class LabelJob:
     def identity(self) -> dict:
         """All that determines the store."""
         return {
-            "teacher": fingerprint(self.weights, self.imgsz, self.nms, self.engine, self.precision),
+            "teacher": self.teacher,
             "tiles": self.tiles.name,
             "splits": list(self.splits) if self.splits is not None else None,
             "with_losses": self.with_losses,
@@ -51,45 +50,3 @@ class LabelJob:
     def tile_rows(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """The rows of a shard's tiles that are asked for, in their order."""
         return read_tile_shard(self.tiles, shard, columns, self.splits)
-
-
-def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
-              *, with_losses: bool = False) -> LabelJob:  # fmt: skip
-    """The job of a teacher under a recipe's settings.
-
-    Raises:
-        WeightsError: The weights cannot be read.
-        RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
-    """
-    header = read_header(weights)
-    if header.classes != recipe.classes:
-        raise RecipeError(
-            f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
-            "give `classes` as the weights have them, in their order"
-        )
-    settings: Label = recipe.label
-    cuda = recipe.execution.gpus_per_actor > 0
-    engine, precision = resolve(settings.engine, settings.precision, cuda=cuda, with_losses=with_losses)
-    return LabelJob(
-        name,
-        Path(weights),
-        tiles,
-        None if splits is None else tuple(splits),
-        len(header.classes),
-        settings.imgsz or header.imgsz,
-        settings.nms(header.yaml),
-        engine,
-        precision,
-        with_losses,
-    )
-
-
-def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
-    """The job that a recipe's own ``label`` section describes.
-
-    Raises:
-        RecipeError: It names no weights.
-    """
-    if recipe.label.weights is None:
-        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
-    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)

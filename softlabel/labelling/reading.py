@@ -6,7 +6,7 @@ A tile that cannot be read carries its reason instead, and so does one that kill
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,14 @@ Image = NDArray[np.uint8]
 
 _COLUMNS = ("tile_id", "scene_uri", "scene_stamp", "window", "bands", "stretch", "crs", "transform")
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
+
+
+def read_item(
+    jobs: Sequence[LabelJob], stores: Sequence[Path], read: Callable[[dict], Image], item: pa.Table
+) -> pa.Table:
+    """``read_shard`` of the (job, shard) in the one row of ``item``."""
+    index, shard = item["job"][0].as_py(), item["shard"][0].as_py()
+    return read_shard(index, jobs[index], stores[index], shard, read)
 
 
 def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callable[[dict], Image]) -> pa.Table:

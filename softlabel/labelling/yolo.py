@@ -103,7 +103,7 @@ class YoloDetector:
         device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
         engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
         precision: Of the convolutions; boxes and scores are always decoded in float32.
-        threads: CPU threads of the model, None: as many as its library thinks best.
+        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.labelling.engines.build).
         batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).
     """
 

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
-from softlabel.labelling.job import label_job
-from softlabel.labelling.run import label
+from softlabel.labelling.run import label, label_job
 from softlabel.labelling.weights import read_header
 from softlabel.store import read_tiles, summary
 from softlabel.training.run import train, train_job, validation_split

@@ -1,6 +1,8 @@
 """Who may import whom (DESIGN, layout): read from the sources, so that no import is missed."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,10 @@ def test_imports_go_down(name):
 
 def test_the_rooms_above_exist():
     assert files().keys() >= RAY | ULTRALYTICS
+
+
+def test_reading_tasks_start_without_torch():
+    """They would pay seconds and half a gigabyte each for a model that they never see."""
+    modules = "softlabel.labelling.reading, softlabel.imagery.scenes"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'ultralytics', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
