@@ -34,7 +34,7 @@ def pin(name):
 def commands(path):
     """Every `python jobs/X.py ...` of a file, shell continuations joined, as words."""
     text = load(path)["spec"]["entrypoint"] if path == RAYJOB else path.read_text().replace("\\\n", " ")
-    return [shlex.split(found) for found in re.findall(r"python (jobs/\w+\.py --[^`\n]*)", text)]
+    return [shlex.split(found) for found in re.findall(r"python (jobs/\w+\.py (?:--|/)[^`\n]*)", text)]
 
 
 def pods():
@@ -107,9 +107,18 @@ def test_commands_name_files_that_exist_and_flags_that_parse(path, monkeypatch):
     for script, *flags in commands(path):
         assert Path(script).is_file()
         arguments = _parser().parse_args([Path(script).stem, *flags])
-        assert load_recipe(arguments.config, arguments.set).name
         # A job's own folder is a copy on one node that Ray deletes: results belong where all nodes see them.
-        assert arguments.run_dir.is_absolute()
+        assert all(folder.is_absolute() for folder in folders(arguments))
+
+
+def folders(arguments):
+    """Where a command writes: the run folder of its recipe, which must load, or the stores that it works on."""
+    if "config" in arguments:
+        assert load_recipe(arguments.config, arguments.set).name
+        return [arguments.run_dir]
+    stores = arguments.stores if "stores" in arguments else [arguments.store]
+    assert stores
+    return stores
 
 
 def test_ray_is_the_same_version_everywhere():
