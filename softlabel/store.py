@@ -24,6 +24,8 @@ FORMAT_VERSION = 3
 """Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term; 3: tiles know their
 scene's stamp, teachers their engine."""
 DONE = "done.json"
+STORE = "store.json"
+"""What a store of soft labels was made from."""
 TILES_FILE = "tiles.parquet"
 SHARD_TILES = 64
 """Tiles per row group of the tiles file: what labelling takes, and commits, at once."""

@@ -41,6 +41,7 @@ from softlabel.labelling.yolo import fingerprint
 from softlabel.records import LABELLED, REJECTED
 from softlabel.store import (
     DONE,
+    STORE,
     commit,
     finish,
     is_done,
@@ -52,7 +53,6 @@ from softlabel.store import (
     write_text,
 )
 
-STORE = "store.json"
 # The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever

@@ -27,9 +27,10 @@ from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard
 from softlabel.results.merge import Method
 from softlabel.results.names import teacher_name
 from softlabel.results.scenes import read_scenes
-from softlabel.results.stores import STORE, LabelledTile, Store, num_shards, open_store, read_all, read_shard
+from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all, read_shard
 from softlabel.store import (
     DONE,
+    STORE,
     finish,
     is_done,
     read_json,

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from softlabel.errors import StoreError
 from softlabel.records import REJECTED, TILES, Detections
 from softlabel.store import (
+    STORE,
     TILES_FILE,
     is_done,
     num_tile_shards,
@@ -20,8 +21,6 @@ from softlabel.store import (
     shard_file,
     summary,
 )
-
-STORE = "store.json"
 
 
 @dataclass(frozen=True)
