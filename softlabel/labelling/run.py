@@ -299,6 +299,8 @@ class _Labeller(Labeller):
 def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
     """Raise what another try would meet again; return if Ray lost a process, an actor, a node or an object."""
     for cause in _causes(error):
+        if isinstance(cause, RayTaskError):  # may be of its cause's class too, with a traceback for a message
+            continue
         if isinstance(cause, SoftlabelError):
             raise cause from None
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -306,7 +308,7 @@ def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
             raise StoreError(
                 f"no space left on the disk of {folders[0]}, or on Ray's for spilling: free some and run the same again"
             ) from None
-    if isinstance(error, RayTaskError):
+    if isinstance(error, RayTaskError) and any(not isinstance(cause, RayError) for cause in _causes(error)):
         raise error
 
 

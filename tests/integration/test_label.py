@@ -29,11 +29,20 @@ def run_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("labels")
 
 
+FLOOR = 0.1
+
+
 @pytest.fixture(scope="module")
-def undisturbed(recipe, tiles, weights, run_dir):
+def stores(recipe, tiles, weights, run_dir):
+    """Two stores of all tiles: as the recipe has it, and above a higher floor."""
+    jobs = [label_job(one, "teacher", weights, tiles, None) for one in (recipe, tiny_recipe(label={"floor": FLOOR}))]
+    return label(recipe, jobs, run_dir)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stores):
     """A store of all tiles."""
-    (folder,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], run_dir)
-    return folder
+    return stores[0]
 
 
 def test_every_tile_is_one_row_with_class_vectors(undisturbed, tiles):
@@ -73,17 +82,15 @@ def test_a_rerun_does_only_what_is_missing(recipe, tiles, weights, tmp_path, und
     assert_same(by_tile(folder), by_tile(undisturbed))
 
 
-def test_filtering_a_store_equals_labelling_at_the_threshold(recipe, tiles, weights, tmp_path, undisturbed):
-    threshold = 0.1
-    high = tiny_recipe(label={"floor": threshold})
-    (folder,) = label(high, [label_job(high, "teacher", weights, tiles, None)], tmp_path)
-    low, total = by_tile(undisturbed), 0
-    for tile_id, row in by_tile(folder).items():
-        filtered, labelled = detections_from_row(low[tile_id]).above(threshold), detections_from_row(row)
+def test_filtering_a_store_equals_labelling_at_the_threshold(stores):
+    low, high = map(by_tile, stores)
+    total = 0
+    for tile_id, row in high.items():
+        filtered, labelled = detections_from_row(low[tile_id]).above(FLOOR), detections_from_row(row)
         np.testing.assert_allclose(filtered.boxes, labelled.boxes, atol=1e-3)
         np.testing.assert_allclose(filtered.best, labelled.best, atol=1e-5)
         total += len(labelled.boxes)
-    assert 0 < total < summary(undisturbed)["boxes"]
+    assert high.keys() == low.keys() and 0 < total < summary(stores[0])["boxes"]
 
 
 def test_several_teachers_and_splits_in_one_run(recipe, tiles, weights, anchor_weights, tmp_path, undisturbed):
@@ -116,23 +123,26 @@ def test_bad_scenes_are_rows_with_reasons_and_cost_nothing_else(weights, tmp_pat
     tiles = tile(recipe, tmp_path)
     (before,) = label(recipe, [label_job(recipe, "before", weights, tiles, None)], tmp_path)
     uris = list(dict.fromkeys(row["scene_uri"] for row in read_tiles(tiles)))
-    missing, empty, truncated, garbage = (Path(uri) for uri in uris[:4])
+    missing, empty, truncated, garbage, replaced = (Path(uri) for uri in uris[:5])
     missing.unlink()
     empty.write_bytes(b"")
     truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 3])
     garbage.write_bytes(b"II*\x00" + bytes(range(256)) * 40)
+    shutil.copy(uris[5], replaced)
+    assert tile(recipe, tmp_path) == tiles
     (after,) = label(recipe, [label_job(recipe, "after", weights, tiles, None)], tmp_path)
     found, expected = by_tile(after), by_tile(before)
-    bad = {row["tile_id"]: row["scene_uri"] for row in read_tiles(tiles) if row["scene_uri"] in uris[:4]}
+    bad = {row["tile_id"]: row["scene_uri"] for row in read_tiles(tiles) if row["scene_uri"] in uris[:5]}
     assert {tile_id for tile_id, row in found.items() if row["status"] == "rejected"} == set(bad)
     for tile_id, uri in bad.items():
-        assert Path(uri).name in found[tile_id]["reason"]
+        assert Path(uri).name in found[tile_id]["reason"] and not found[tile_id]["retryable"]
+        assert ("was replaced after it was tiled" in found[tile_id]["reason"]) == (uri == str(replaced))
     healthy = found.keys() - bad.keys()
     assert_same({i: found[i] for i in healthy}, {i: expected[i] for i in healthy})
     counts = summary(after)
     assert counts["rejected"] == len(bad) and counts["requested"] == counts["labelled"] + counts["rejected"]
-    rejected = pq.read_table(after / "rejected" / "rejected.parquet")
-    assert set(rejected["tile_id"].to_pylist()) == set(bad)
+    rejected = pq.read_table(after / "rejected" / "rejected.parquet").to_pylist()
+    assert {row["tile_id"]: row["scene_uri"] for row in rejected} == bad
     strict = tiny_recipe()
     with pytest.raises(StoreError, match=r"tiles were rejected .*max_rejected_fraction"):
         label(strict, [label_job(strict, "after", weights, tiles, None)], tmp_path)
@@ -161,12 +171,15 @@ def test_more_actors_than_cpus_are_refused_at_once(tiles, weights, tmp_path):
         label(greedy, [label_job(greedy, "teacher", weights, tiles, None)], tmp_path)
 
 
-def test_a_store_that_another_run_writes_is_left_alone(recipe, tiles, weights, tmp_path):
-    job = label_job(recipe, "teacher", weights, tiles, ["test"])
-    with Lease(job.folder(tmp_path)), pytest.raises(StoreError, match="is being written by process"):
+def test_a_store_that_another_run_writes_is_left_alone(recipe, tiles, weights, tmp_path, undisturbed):
+    job = label_job(recipe, "teacher", weights, tiles, None)
+    folder = job.folder(tmp_path)
+    shutil.copytree(undisturbed, folder)
+    (folder / DONE).unlink()
+    with Lease(folder), pytest.raises(StoreError, match="is being written by process"):
         label(recipe, [job], tmp_path)
-    (folder,) = label(recipe, [job], tmp_path)
-    assert not list(folder.glob("*lease*"))
+    label(recipe, [job], tmp_path)
+    assert (folder / DONE).exists() and not list(folder.glob("*lease*"))
 
 
 def test_sigterm_ends_a_run_in_order_and_the_same_command_finishes_it(tiles, weights, tmp_path, undisturbed):
@@ -243,18 +256,6 @@ def test_what_failed_for_a_while_is_taken_up_again(weights, tiles, tmp_path, und
     expected = by_tile(undisturbed)
     assert_same(by_tile(folder), {tile_id: expected[tile_id] for tile_id in by_tile(folder)})
     assert not len(pq.read_table(folder / "rejected" / "rejected.parquet"))
-
-
-def test_a_scene_replaced_between_runs_is_rejected_and_the_rest_stays(weights, tmp_path):
-    recipe = tiny_recipe(label={"max_rejected_fraction": 1.0})
-    tiles = tile(recipe, tmp_path)
-    uris = list(dict.fromkeys(row["scene_uri"] for row in read_tiles(tiles)))
-    shutil.copy(uris[1], uris[0])
-    assert tile(recipe, tmp_path) == tiles
-    (folder,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], tmp_path)
-    rejected = pq.read_table(folder / "rejected" / "rejected.parquet").to_pylist()
-    assert {row["scene_uri"] for row in rejected} == {uris[0]} and len(rejected) == summary(folder)["rejected"] == 4
-    assert all("was replaced after it was tiled" in row["reason"] and not row["retryable"] for row in rejected)
 
 
 def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
