@@ -24,6 +24,8 @@ def ray_session():
     """One local Ray for the whole test run, since starting it takes 10 s."""
     import ray
 
+    import softlabel.labelling.run  # noqa: F401  sets what a Ray is started with
+
     # Ray Train asks the State API, which comes with the dashboard. A spare CPU lets a reader run beside two workers.
     # The GPUs are numbers that Ray hands out, no devices.
     ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=True, log_to_driver=False)

@@ -8,6 +8,7 @@ what is left, as long as each gets further than the last.
 
 import errno
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,9 @@ from softlabel.store import (
     write_text,
 )
 
+# A Ray started from here lets a reader wait for the model. Of more idle processes than CPUs, as on a laptop, Ray
+# ends those that wait for a second, and the next shard pays seconds for another. (On a cluster see docs/cluster.md.)
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 # The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
