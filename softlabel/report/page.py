@@ -15,8 +15,9 @@ import jinja2
 from markupsafe import Markup
 
 from softlabel import store
-from softlabel.report import figures, words
-from softlabel.report.figures import Line, Overlay, Style
+from softlabel.report import figures, plots, words
+from softlabel.report.figures import Overlay
+from softlabel.report.plots import Line, Style
 
 SETTINGS = (
     "model", "optimizer", "lr0", "epochs", "epochs_with_mosaic", "best_epoch",
@@ -101,7 +102,7 @@ def _row(model: dict, style: Style) -> dict[str, Any]:
     paper_drops = words.paper_drop(model["train_set"], model["threshold"])
     return {
         "model": model,
-        "swatch": Markup(figures.line_swatch(style)),
+        "swatch": Markup(plots.line_swatch(style)),
         "labels": words.labels_of(model),
         "drops": {metric: _drop_cell(words.drop_of(model, metric)) for metric, _ in words.METRICS},
         "paper": dict(zip(("map50", "map50_95"), paper, strict=True)) if paper else None,
@@ -132,10 +133,10 @@ def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None
     panels = []
     for key, title, form in (("absolute", "change of AP50", "+.3f"), ("relative_percent", "change of AP50, %", "+.1f")):
         values = [[_class_drop(model, name).get(key) for model in students] for name in classes]
-        svg = figures.bar_panel(classes, values, bars, form=form, key=f"drop-{key}")
+        svg = plots.bar_panel(classes, values, bars, form=form, key=f"drop-{key}")
         panels.append({"title": title, "svg": Markup(svg)})
     pairs = zip(bars, students, strict=True)
-    legend = [{"swatch": Markup(figures.bar_swatch(bar)), "text": words.student_words(model)} for bar, model in pairs]
+    legend = [{"swatch": Markup(plots.bar_swatch(bar)), "text": words.student_words(model)} for bar, model in pairs]
     return {"panels": panels, "legend": legend, "largest": _largest_drop(students, classes)}
 
 
@@ -179,7 +180,7 @@ def _panels(
             if curve.get(axes[0]) and curve.get(axes[1]):
                 lines.append(Line(curve[axes[0]], curve[axes[1]], style, dots))
         if lines:
-            svg = figures.line_panel(lines, x_label=labels[axes[0]], y_label=labels[axes[1]], key=f"{axes[1]}-{i}")
+            svg = plots.line_panel(lines, x_label=labels[axes[0]], y_label=labels[axes[1]], key=f"{axes[1]}-{i}")
             panels.append({"title": "all classes" if name == "all" else name, "svg": Markup(svg)})
     return panels
 
@@ -212,7 +213,7 @@ def _quality_view(results: dict) -> dict[str, Any] | None:
     return {
         "panels": panels,
         "legend": [
-            {"swatch": Markup(figures.line_swatch(style)), "text": "all classes" if name == "all" else name}
+            {"swatch": Markup(plots.line_swatch(style)), "text": "all classes" if name == "all" else name}
             for name, style in styles.items()
         ],
         "used": ", ".join(f"{threshold:g}" for threshold in used),
@@ -235,7 +236,7 @@ def _quality_panel(
         rows.sort(key=lambda row: row["threshold"])
         if rows:
             lines.append(Line([row["threshold"] for row in rows], [row[measure] for row in rows], style, used))
-    return figures.line_panel(lines, x_label="threshold of the soft labels", y_label=measure, key=key)
+    return plots.line_panel(lines, x_label="threshold of the soft labels", y_label=measure, key=key)
 
 
 def _overlays_view(overlays: list[Overlay]) -> list[dict[str, Any]]:
