@@ -9,48 +9,38 @@ counted.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
-import rasterio
 import torch
 import yaml
+from common import TILE_PX, Image, machine, synthetic_piece, write_scene  # what the benchmarks share
 from numpy.typing import NDArray
-from rasterio.transform import from_origin
-from rasterio.windows import Window
 
 from softlabel.boxes import iou_matrix
-from softlabel.config import Recipe, Synthetic, load_recipe
-from softlabel.imagery.layouts import lay_out
+from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader, list_scenes
-from softlabel.imagery.synthetic import CRS, GSD_M, render
 from softlabel.labelling.weights import load_model, read_header
 from softlabel.records import detections_from_row
 from softlabel.store import commit, digest, read_soft_labels, read_table, read_tiles, shard_file
 
-Image = NDArray[np.uint8]
 T = TypeVar("T")
 
-TILE_PX = 512
 _COLUMNS = 40  # tiles side by side in a scene
 _CLASSES = ("plane", "ship", "car")
 _ENGINES = (("pytorch", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
@@ -206,37 +196,6 @@ def _scenes(folder: Path, num_tiles: int, images: Path | None) -> Path:
     return scenes
 
 
-def write_scene(path: Path, size_wh: tuple[int, int], piece: Callable[[int], Image]) -> None:
-    """A compressed, tiled GeoTIFF put together from 512 px pieces, row by row, unless it is there already."""
-    if not path.exists():
-        print(f"writing {path}, {size_wh[0]} x {size_wh[1]} px", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        commit(path, lambda temporary: _write_mosaic(temporary, size_wh, piece))
-
-
-def _write_mosaic(path: Path, size_wh: tuple[int, int], piece: Callable[[int], Image]) -> None:
-    width, height = size_wh
-    columns = -(-width // TILE_PX)
-    size = {"width": width, "height": height, "count": 3, "dtype": "uint8", "photometric": "rgb"}
-    layout = {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate"}
-    place = {"crs": CRS, "transform": from_origin(400_000, 5_400_000, GSD_M, GSD_M)}
-    with (
-        rasterio.open(path, "w", driver="GTiff", num_threads="all_cpus", **size, **layout, **place) as file,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        for top in range(0, height, TILE_PX):
-            first = top // TILE_PX * columns
-            strip = np.concatenate(list(pool.map(piece, range(first, first + columns))), axis=1)
-            strip = strip[: height - top, :width]
-            file.write(strip.transpose(2, 0, 1), window=Window(0, top, *strip.shape[1::-1]))
-
-
-def synthetic_piece(index: int) -> Image:
-    """Made-up scene number ``index`` of the project's generator, (512, 512, 3)."""
-    settings = Synthetic(num_scenes=1, scene_size_px=TILE_PX, difficulty=0.2)
-    return render(lay_out(settings, 0, index), settings, 0, index)
-
-
 def _real_piece(images: Sequence[str], index: int) -> Image:
     """A piece of one image after the other; one that is too small is enlarged."""
     bgr: NDArray = np.asarray(cv2.imread(images[index % len(images)], cv2.IMREAD_COLOR))
@@ -250,7 +209,8 @@ def _train(folder: Path) -> Path:
     """A teacher that finds something, by softlabel's own trainer; trained before, it is not trained again."""
     import ray
 
-    from softlabel.training.run import train, train_job, validation_split
+    from softlabel.training.job import train_job, validation_split
+    from softlabel.training.run import train
     from softlabel.training.targets import WEIGHTS
 
     cores = len(os.sched_getaffinity(0))
@@ -475,21 +435,6 @@ def results(timings: dict[str, Timing], num_tiles: int) -> dict:
 def _ratios(rates: dict[str, float], engine: str) -> dict[str, float]:
     ours = rates[f"pipeline_{engine}"]
     return {"vs_bare_engine": ours / rates[f"bare_{engine}"], **{f"vs_{peer}": ours / rates[peer] for peer in _PEERS}}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with what."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    commit_id = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    libraries = ("torch", "openvino", "ray", "ultralytics", "sahi")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit_id,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in libraries},
-    }
 
 
 def _table(found: dict) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from labelling import TILE_PX, machine, synthetic_piece, write_scene  # the benchmark beside this one
+from common import TILE_PX, machine, synthetic_piece, write_scene  # what the benchmarks share
 
 from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile

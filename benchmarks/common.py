@@ -1,0 +1,71 @@
+"""What several benchmarks need: large scenes out of small pieces, and words on the machine."""
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.transform import from_origin
+from rasterio.windows import Window
+
+from softlabel.config import Synthetic
+from softlabel.imagery.layouts import lay_out
+from softlabel.imagery.synthetic import CRS, GSD_M, render
+from softlabel.store import commit
+
+Image = NDArray[np.uint8]
+TILE_PX = 512
+
+
+def write_scene(path: Path, size_wh: tuple[int, int], piece: Callable[[int], Image]) -> None:
+    """A compressed, tiled GeoTIFF put together from 512 px pieces, row by row, unless it is there already."""
+    if not path.exists():
+        print(f"writing {path}, {size_wh[0]} x {size_wh[1]} px", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit(path, lambda temporary: _write_mosaic(temporary, size_wh, piece))
+
+
+def _write_mosaic(path: Path, size_wh: tuple[int, int], piece: Callable[[int], Image]) -> None:
+    width, height = size_wh
+    columns = -(-width // TILE_PX)
+    size = {"width": width, "height": height, "count": 3, "dtype": "uint8", "photometric": "rgb"}
+    layout = {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate"}
+    place = {"crs": CRS, "transform": from_origin(400_000, 5_400_000, GSD_M, GSD_M)}
+    with (
+        rasterio.open(path, "w", driver="GTiff", num_threads="all_cpus", **size, **layout, **place) as file,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for top in range(0, height, TILE_PX):
+            first = top // TILE_PX * columns
+            strip = np.concatenate(list(pool.map(piece, range(first, first + columns))), axis=1)
+            strip = strip[: height - top, :width]
+            file.write(strip.transpose(2, 0, 1), window=Window(0, top, *strip.shape[1::-1]))
+
+
+def synthetic_piece(index: int) -> Image:
+    """Made-up scene number ``index`` of the project's generator, (512, 512, 3)."""
+    settings = Synthetic(num_scenes=1, scene_size_px=TILE_PX, difficulty=0.2)
+    return render(lay_out(settings, 0, index), settings, 0, index)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, and with what."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    commit_id = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    libraries = ("torch", "openvino", "ray", "ultralytics", "sahi")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit_id,
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        **{name: version(name) for name in libraries},
+    }
