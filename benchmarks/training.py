@@ -24,7 +24,8 @@ from softlabel.config import Model, Recipe, load_recipe
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.store import summary
-from softlabel.training.run import train, train_job, validation_split
+from softlabel.training.job import train_job, validation_split
+from softlabel.training.run import train
 from softlabel.training.targets import Target, truth_targets
 
 

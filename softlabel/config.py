@@ -4,6 +4,7 @@ Everything here determines a result and enters the hash of the step that reads i
 workers for labelling never redo work. (Training does depend on the world size; it is recorded with the numbers.)
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from softlabel.errors import RecipeError
 from softlabel.records import Nms
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Threshold = Fraction | dict[str, Fraction]
+"""One for all classes, or one for each by its name."""
 Pixels = Annotated[int, Field(gt=0)]
 
 
@@ -134,7 +137,9 @@ class Train(_Section):
     thresholds: tuple[Fraction, ...] = Field((0.3, 0.5), description="students of the experiment, one per threshold")
     split: str = Field("train_2", description="for `softlabel train` alone: the training set")
     labels: Literal["truth", "soft"] = Field("soft", description="for `softlabel train` alone")
-    threshold: Fraction = Field(0.3, description="for `softlabel train` alone: labels above it, strictly")
+    threshold: Threshold = Field(
+        0.3, description="for `softlabel train` alone: labels above it, strictly; one number, or one for each class"
+    )
 
 
 class Evaluate(_Section):
@@ -142,6 +147,58 @@ class Evaluate(_Section):
 
     split: str = Field("test", description="for `softlabel evaluate` alone")
     bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples, by group of test images, 0 is none")
+
+
+class Dimension(_Section):
+    """What the search may set one recipe key to: a range, or choices."""
+
+    min: int | float | None = Field(None, description="with max: a range, of whole numbers if both are")
+    max: int | float | None = None
+    choices: tuple[bool | int | float | str, ...] | None = Field(None, description="these values")
+
+    @model_validator(mode="after")
+    def _is_range_or_choices(self) -> "Dimension":
+        if (self.choices is None) == (self.min is None) or (self.min is None) != (self.max is None):
+            raise ValueError("give min and max, or choices")
+        if self.choices is not None and not self.choices:
+            raise ValueError("choices is empty")
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f"min={self.min:g} must be below max={self.max:g}")
+        return self
+
+
+class Search(_Section):
+    """Which values make the best student, by its mAP50 on the validation split."""
+
+    space: dict[str, Dimension] = Field(
+        {"train.threshold": Dimension(min=0.05, max=0.95)},
+        description="recipe keys under train (train.threshold.CLASS is one class's) to what they may be",
+    )
+    sampler: Literal["tpe", "gp", "random", "grid"] = Field("tpe", description="of Optuna: what is tried next")
+    grid_points: Annotated[int, Field(ge=2)] = Field(9, description="values of a range under the grid sampler")
+    trials: Annotated[int, Field(gt=0)] = Field(
+        30, description="students to train at most, repeats with other seeds too"
+    )
+    explore: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.6, description="share of the trials and of the time after which the leaders are repeated with other seeds"
+    )
+    stop_early: bool = Field(True, description="ASHA: students that fall behind others of their age are stopped")
+    grace_epochs: Annotated[int, Field(gt=0)] = Field(3, description="epochs that every student may train")
+    reduction_factor: Annotated[float, Field(gt=1)] = Field(3, description="of ASHA: one in so many goes on")
+    subset: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the training tiles, the same ones each time, on which values are tried first"
+    )
+    seeds: Annotated[int, Field(gt=0)] = Field(3, description="students with other seeds per leading value, at least")
+    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="restarts of a student before it is given up")
+
+    @model_validator(mode="after")
+    def _is_about_training(self) -> "Search":
+        if not self.space:
+            raise ValueError("space is empty: name a recipe key, such as train.threshold")
+        for key in self.space:
+            if not key.startswith(("train.threshold", "train.student.")):
+                raise ValueError(f"space names {key}: it may vary train.threshold and keys below train.student")
+        return self
 
 
 class Execution(_Section):
@@ -179,6 +236,7 @@ class Recipe(_Section):
     label: Label = Label()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    search: Search = Search()
     execution: Execution = Execution()
 
     @model_validator(mode="after")
@@ -187,6 +245,9 @@ class Recipe(_Section):
             raise ValueError(f"classes named twice: {', '.join(self.classes)}")
         if "all" in self.classes:
             raise ValueError("a class cannot be named `all`: results use that word for all classes together")
+        threshold = self.train.threshold
+        if isinstance(threshold, dict) and set(threshold) != set(self.classes):
+            raise ValueError(f"train.threshold names {', '.join(threshold)}: give each of `classes` one, or one number")
         mapping = self.tiles.truth.mapping if self.tiles.truth else {}
         unknown = sorted(set(mapping.values()) - set(self.classes))
         if unknown:
@@ -223,6 +284,24 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: {_first_problem(error)}") from None
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values for some keys; ``train.threshold.CLASS`` splits one threshold by class.
+
+    Raises:
+        RecipeError: A key is unknown or a value does not fit.
+    """
+    data = recipe.model_dump(mode="json")
+    train = data["train"]
+    if any(key.startswith("train.threshold.") for key in values) and not isinstance(train["threshold"], dict):
+        train["threshold"] = dict.fromkeys(recipe.classes, train["threshold"])
+    for key, value in values.items():
+        _set(data, key, value, key)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_first_problem(error)) from None
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, as it is saved beside every output."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -239,6 +318,14 @@ def _apply(data: dict, override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set {override!r}: write key=value, for instance --set train.student.args.epochs=10")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML: {_one_line(error)}") from None
+    _set(data, key, parsed, f"--set {override!r}")
+
+
+def _set(data: dict, key: str, value: Any, who: str) -> None:
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
@@ -246,11 +333,8 @@ def _apply(data: dict, override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {_one_line(error)}") from None
+            raise RecipeError(f"{who}: {parent} is a value, not a section")
+    node[last] = value
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -105,9 +105,13 @@ class Detections:
         """(N,) best class."""
         return self.scores.argmax(axis=1) if len(self.scores) else np.zeros(0, np.int64)
 
-    def above(self, threshold: float) -> "Detections":
-        """Those whose best score is strictly above ``threshold``: the same as labelling at it (DESIGN, promise 1)."""
-        keep = self.best > np.float32(threshold)
+    def above(self, threshold: float | NDArray[np.float32]) -> "Detections":
+        """Those whose best score is strictly above ``threshold``: the same as labelling at it (DESIGN, promise 1).
+
+        One threshold for all, or (K,) one per class; the best class's counts.
+        """
+        limits = np.asarray(threshold, np.float32)
+        keep = self.best > (limits[self.class_ids] if limits.ndim else limits)
         objectness = None if self.objectness is None else self.objectness[keep]
         return Detections(self.boxes[keep], self.scores[keep], self.saturated, objectness)
 

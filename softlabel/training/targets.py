@@ -1,5 +1,6 @@
 """What a model learns from: tiles with boxes, from truth or from soft labels above a threshold."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.config import Threshold
 from softlabel.errors import TrainingError
 from softlabel.records import LABELLED, Nms, Truth, detections_from_row
-from softlabel.store import read_soft_labels, read_tiles
+from softlabel.store import digest, read_soft_labels, read_tiles
 
 WEIGHTS = "weights.safetensors"
 """What a finished training step leaves in its folder, beside done.json."""
+STATE = "state.pt"
+"""What it has there while it trains: all that is needed to go on after the last epoch."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class TrainJob:
     split: str
     val_split: str
     soft_labels: Path | None
-    threshold: float | None
+    threshold: Threshold | None
+    subset: float
     seed: int
     nms: Nms
 
@@ -49,8 +54,15 @@ class TrainJob:
             TrainingError: It has no box.
         """
         if self.soft_labels is None:
-            return truth_targets(self.tiles, self.split)
-        return soft_targets(self.tiles, self.split, self.soft_labels, self.threshold or 0.0)
+            targets = truth_targets(self.tiles, self.split)
+        else:
+            targets = soft_targets(self.tiles, self.split, self.soft_labels, self._thresholds())
+        return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
+
+    def _thresholds(self) -> float | NDArray[np.float32]:
+        if isinstance(self.threshold, dict):
+            return np.array([self.threshold[name] for name in self.classes], np.float32)
+        return self.threshold or 0.0
 
 
 def truth_targets(tiles: Path, split: str) -> list[Target]:
@@ -67,8 +79,8 @@ def truth_targets(tiles: Path, split: str) -> list[Target]:
     return _checked(targets, f"split {split} of {tiles} has no truth")
 
 
-def soft_targets(tiles: Path, split: str, store: Path, threshold: float) -> list[Target]:
-    """The tiles of a split with a teacher's boxes whose best score is strictly above ``threshold``.
+def soft_targets(tiles: Path, split: str, store: Path, threshold: float | NDArray[np.float32]) -> list[Target]:
+    """The tiles of a split with a teacher's boxes whose best score is strictly above ``threshold``, or its class's.
 
     A tile that was rejected in labelling is left out: it is not known to be background.
 
@@ -81,7 +93,15 @@ def soft_targets(tiles: Path, split: str, store: Path, threshold: float) -> list
         if label["tile_id"] in rows and label["status"] == LABELLED:
             kept = detections_from_row(label).above(threshold)
             targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids))
-    return _checked(targets, f"no soft label of {store} is above {threshold:g}")
+    return _checked(targets, f"no soft label of {store} is above {threshold}")
+
+
+def _subset(targets: list[Target], share: float) -> list[Target]:
+    """A share of the tiles, in their order: those whose ids hash lowest, so that a larger share holds a smaller one."""
+    if share >= 1:
+        return targets
+    order = sorted(range(len(targets)), key=lambda i: digest(targets[i].tile["tile_id"]))
+    return [targets[i] for i in sorted(order[: math.ceil(share * len(targets))])]
 
 
 def _checked(targets: list[Target], problem: str) -> list[Target]:

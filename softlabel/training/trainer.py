@@ -10,10 +10,10 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -40,10 +40,18 @@ from softlabel.records import Truth
 from softlabel.store import commit, finish, is_done
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset
-from softlabel.training.targets import WEIGHTS, Target, TrainJob, truth_targets
+from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, truth_targets
 
-_STATE = "state.pt"
 _BATCH = 16  # tiles per forward pass when validating
+
+
+GoesOn = Callable[[list[dict], float], bool]
+"""Given a row per epoch so far and the seconds they took, whether to train another."""
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """A student was told to stop between two epochs; its state is in its folder, and it can go on from there."""
 
 
 def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
@@ -51,59 +59,84 @@ def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
 
     ``cpu_threads`` is what torch may use on a CPU.
 
-    Every epoch reports metrics and a checkpoint to Ray Train; after a failure Ray calls this again and the model in
-    flight goes on from there.
+    After a failure Ray calls this again, and the model in flight goes on from its last epoch.
+    """
+    set_up()
+    for job in jobs:
+        if not is_done(job.folder):
+            trainer = train_model(job, cpu_threads, lambda history, seconds: True)
+            losses = _training_losses(job, job.targets())
+            finish_model(job, {**trainer.summary(), "losses": losses})
+
+
+def set_up() -> None:
+    """What every training function does first.
+
+    Raises:
+        TrainingError: ultralytics was imported too early.
     """
     context = ray.train.get_context()
     # A process alone is rank -1 to ultralytics: no distributed sampler, no broadcasts.
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
     if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
-    _quiet_ray_train()
-    with tempfile.TemporaryDirectory() as scratch:
-        state = _restore(Path(scratch))
-        for job in jobs:
-            if not is_done(job.folder):
-                mine = state if state and state["job"] == job.folder.name else None
-                _train(job, Path(scratch) / job.name, mine, cpu_threads)
-
-
-def _quiet_ray_train() -> None:
-    """Two lines per epoch that say less than ours. Ray Train names some of its loggers by module, some by file."""
+    # Two lines per epoch that say less than ours. Ray Train names some of its loggers by module, some by file.
     for name in logging.root.manager.loggerDict:
         if name.startswith("ray.train") or "/ray/train/" in name:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _restore(scratch: Path) -> dict | None:
-    """The state in the last checkpoint that was reported, and its best weights laid where its trainer will look."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelTrainer":
+    """Train one model, from the state in its folder if there is one, and leave its best weights there.
+
+    After every epoch its state is committed to that folder, and then ``goes_on`` is asked, by the first rank alone.
+    ``finish_model`` ends it.
+
+    Raises:
+        Stopped: ``goes_on`` said no.
+        TrainingError: There is nothing to train on, or the loss is no number.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        state = _restore(job, Path(scratch))
+        trainer = SoftLabelTrainer(job, job.targets(), Path(scratch), state, goes_on)
+        # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the
+        # machine but one, whatever share of them this worker has.
+        torch.set_num_threads(cpu_threads)
+        if state is None or not state["ended"]:
+            trainer.train()
+            if not trainer.is_complete():
+                raise Stopped
+        if is_first():  # only the first rank has them in its scratch folder
+            commit(job.folder / WEIGHTS, lambda path: shutil.copyfile(Path(scratch) / WEIGHTS, path))
+        _gather(None)  # wait for it
+    return trainer
+
+
+def finish_model(job: TrainJob, summary: dict) -> None:
+    """Mark a trained model as done."""
+    if is_first():
+        finish(job.folder, summary)
+        (job.folder / STATE).unlink(missing_ok=True)
+
+
+def _restore(job: TrainJob, scratch: Path) -> dict | None:
+    """The state after the last epoch, with the best weights so far laid where the trainer will look for them."""
+    path = job.folder / STATE
+    if not path.exists():
         return None
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)
-        best = scratch / state["name"] / WEIGHTS
-        best.parent.mkdir(parents=True)
-        best.write_bytes((Path(folder) / WEIGHTS).read_bytes())
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    (scratch / WEIGHTS).write_bytes(state.pop("best_weights").numpy().tobytes())
     return state
 
 
-def _train(job: TrainJob, scratch: Path, state: dict | None, cpu_threads: int) -> None:
-    started = time.monotonic()
-    targets = job.targets()
-    trainer = SoftLabelTrainer(job, targets, scratch, state)
-    # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the machine
-    # but one, whatever share of them this worker has.
-    torch.set_num_threads(cpu_threads)
-    if state is None or not state["ended"]:
-        trainer.train()
-    lead = ray.train.get_context().get_world_rank() == 0
-    if lead:  # only the first rank has them in its scratch folder
-        commit(job.folder / WEIGHTS, lambda path: shutil.copyfile(scratch / WEIGHTS, path))
-    _gather(None)  # wait for it
-    losses = _training_losses(job, targets)
-    if lead:
-        finish(job.folder, {**trainer.summary(), "losses": losses, "seconds": time.monotonic() - started})
+def is_first() -> bool:
+    """Whether this is the rank that writes and speaks."""
+    return ray.train.get_context().get_world_rank() == 0
+
+
+def from_first(ask: Callable[[], T]) -> T:
+    """What the first rank alone asked for, on every rank."""
+    return _gather(ask() if is_first() else None)[0]
 
 
 class SoftLabelTrainer(DetectionTrainer):
@@ -111,12 +144,23 @@ class SoftLabelTrainer(DetectionTrainer):
 
     Its augmentation, EMA, warm-up, schedule and optimizer are untouched. Ours are: where the pixels and boxes come
     from, the process group (Ray's), the validation (the project's own metric, on the validation split's truth) and
-    the checkpoint (tensors and plain values only, in full precision, reported to Ray Train).
+    the checkpoint (tensors and plain values only, in full precision, one file in the model's folder).
     """
 
-    def __init__(self, job: TrainJob, targets: list[Target], scratch: Path, state: dict | None) -> None:
+    stop: bool  # ultralytics': the epoch in hand is the last
+
+    def __init__(
+        self,
+        job: TrainJob,
+        targets: list[Target],
+        scratch: Path,
+        state: dict | None,
+        goes_on: GoesOn,
+    ) -> None:
         context = ray.train.get_context()
-        self._job, self._targets, self._state = job, targets, state
+        self._job, self._targets, self._state, self._goes_on = job, targets, state, goes_on
+        self._ended = bool(state and state["ended"])
+        self._started, self._seconds_before = time.monotonic(), state["seconds"] if state else 0.0
         self._val = truth_targets(job.tiles, job.val_split)
         self._history: list[dict] = list(state["history"]) if state else []
         device = ray.train.torch.get_device()
@@ -209,6 +253,10 @@ class SoftLabelTrainer(DetectionTrainer):
     def final_eval(self) -> None:
         """Nothing: the evaluation step does this on the test split, which a trainer never sees."""
 
+    def is_complete(self) -> bool:
+        """Whether all epochs are over, or patience is; not if it was told to stop."""
+        return self._ended
+
     def summary(self) -> dict:
         """What happened, for the results table."""
         args, epochs = self.args, len(self._history)
@@ -230,7 +278,11 @@ class SoftLabelTrainer(DetectionTrainer):
             "train_boxes": sum(len(target.boxes) for target in self._targets),
             "rank_digests": last["rank_digests"],
             "history": self._history,
+            "seconds": self._seconds(),
         }
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
 
     def _setup_ddp(self) -> None:
         """Ray Train has set up the process group already."""
@@ -259,9 +311,11 @@ class SoftLabelTrainer(DetectionTrainer):
             "seconds": self.epoch_time,
             "rank_digests": self._rank_digests(),
         }
-        if ray.train.get_context().get_world_rank() != 0:
+        self._ended = bool(self.stop)
+        if not is_first():
             self._history.append({**epoch, "map50": 0.0})
             ray.train.report({"job": self._job.name})
+            self._share_end()
             return
         metrics = {"map50": float(self.fitness), "map50_95": float(self.metrics["map50_95"])}
         self._history.append({**epoch, **metrics})
@@ -270,11 +324,14 @@ class SoftLabelTrainer(DetectionTrainer):
             + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
             + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
         )
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(self._state_now(), Path(folder) / _STATE)
-            (Path(folder) / WEIGHTS).write_bytes((self.save_dir / WEIGHTS).read_bytes())
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"job": self._job.name, **epoch, **metrics}, checkpoint=checkpoint)
+        commit(self._job.folder / STATE, lambda path: torch.save(self._state_now(), path))
+        ray.train.report({"job": self._job.name, **epoch, **metrics})
+        self.stop = not self._goes_on(self._history, self._seconds()) or self.stop
+        self._share_end()
+
+    def _share_end(self) -> None:
+        """Only the first rank knows whether patience is over."""
+        self._ended = _gather(self._ended)[0]
 
     def _rank_digests(self) -> list[float]:
         """A number per rank that differs where their parameters differ, which DDP must not let happen."""
@@ -286,10 +343,8 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def _state_now(self) -> dict:
         return {
-            "job": self._job.folder.name,
-            "name": self._job.name,
             "epoch": self.epoch,
-            "ended": bool(self.stop),
+            "ended": self._ended,
             "model": unwrap_model(self.model).state_dict(),
             "ema": self.ema.ema.state_dict(),
             "updates": self.ema.updates,
@@ -298,10 +353,12 @@ class SoftLabelTrainer(DetectionTrainer):
             "best_fitness": float(self.best_fitness or 0),
             "stopper": (float(self.stopper.best_fitness), int(self.stopper.best_epoch)),
             "history": self._history,
+            "seconds": self._seconds(),
+            "best_weights": torch.frombuffer(bytearray((self.save_dir / WEIGHTS).read_bytes()), dtype=torch.uint8),
         }
 
     def _say(self, text: str) -> None:
-        if ray.train.get_context().get_world_rank() == 0:
+        if is_first():
             print(f"{self._job.name}: {text}", flush=True)
 
 

@@ -15,7 +15,8 @@ from softlabel.imagery.run import tile
 from softlabel.labelling.run import label, label_job
 from softlabel.labelling.weights import read_header
 from softlabel.store import read_tiles, summary
-from softlabel.training.run import train, train_job, validation_split
+from softlabel.training.job import train_job, validation_split
+from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -88,28 +89,29 @@ def test_a_model_that_is_done_is_not_trained_again(trained):
     assert [(job.folder / WEIGHTS).stat().st_mtime_ns for job in jobs] == before
 
 
-def test_a_killed_worker_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_killed_worker_goes_on_from_its_last_epoch(tmp_path):
+    """Of two equal models in one launch, the worker is killed in the second."""
     recipe = tiny_recipe(execution={"cpus_per_worker": 2})
     tiles = tile(recipe, tmp_path)
-    undisturbed, disturbed = (job_of(recipe, tmp_path / name, tiles) for name in ("undisturbed", "disturbed"))
-    train(recipe, [undisturbed], tmp_path / "undisturbed")
+    undisturbed, disturbed = (job_of(recipe, tmp_path / name, tiles, name) for name in ("undisturbed", "disturbed"))
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_worker_after_a_checkpoint, args=(tmp_path / "disturbed", killed))
+    killer = threading.Thread(target=_kill_worker_after_an_epoch, args=(disturbed.folder, killed))
     killer.start()
-    train(recipe, [disturbed], tmp_path / "disturbed")
+    train(recipe, [undisturbed, disturbed], tmp_path)
     killer.join()
     assert killed
     assert [row["epoch"] for row in summary(disturbed.folder)["history"]] == [1, 2, 3]
+    assert not list(tmp_path.rglob("state.pt"))
     one, other = (load_file(job.folder / WEIGHTS) for job in (undisturbed, disturbed))
     for key, value in one.items():
         np.testing.assert_allclose(other[key], value, atol=1e-4, err_msg=key)
 
 
-def _kill_worker_after_a_checkpoint(run_dir, killed):
-    """Kill -9 the training worker once its first checkpoint lies in the run folder."""
+def _kill_worker_after_an_epoch(folder, killed):
+    """Kill -9 the training worker once the state after its first epoch lies in the model's folder."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if list(run_dir.glob("ray/*/checkpoint_*/state.pt")):
+        if (folder / "state.pt").exists():
             for process in psutil.Process().children(recursive=True):
                 if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
                     process.kill()

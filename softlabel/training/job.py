@@ -1,0 +1,108 @@
+"""Which model to train on what: from a recipe to the TrainJob that fixes it, and the folder that is named by it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from softlabel.config import Execution, Model, Recipe, Threshold
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.store import file_digest, step_dir, summary
+from softlabel.training.targets import TrainJob
+
+
+def train_job(
+    recipe: Recipe,
+    run_dir: Path,
+    name: str,
+    model: Model,
+    *,
+    tiles: Path,
+    split: str,
+    val_split: str,
+    soft_labels: Path | None = None,
+    threshold: Threshold | None = None,
+    subset: float = 1.0,
+) -> TrainJob:
+    """One model to train on a split's truth, or on its soft labels above a threshold; on a share of them (``subset``).
+
+    Raises:
+        WeightsError: The weights to start from do not exist.
+    """
+    weights = Path(model.weights).resolve() if model.weights else None
+    if weights and not weights.is_file():
+        raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
+    nms = recipe.label.nms(model.model)
+    inputs = {
+        "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
+        "model": model.model,
+        "weights": file_digest(weights) if weights else None,
+        "args": model.args,
+        "tiles": tiles.name,
+        "split": split,
+        "val_split": val_split,
+        "soft_labels": soft_labels.name if soft_labels else None,
+        "threshold": threshold,
+        **({} if subset == 1 else {"subset": subset}),
+        "seed": recipe.seed,
+    }
+    return TrainJob(
+        name=name,
+        folder=step_dir(run_dir, f"train-{name}", inputs),
+        classes=recipe.classes,
+        model=model.model,
+        weights=weights,
+        args=dict(model.args),
+        tiles=tiles,
+        split=split,
+        val_split=val_split,
+        soft_labels=soft_labels,
+        threshold=threshold,
+        subset=subset,
+        seed=recipe.seed,
+        nms=nms,
+    )
+
+
+def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None) -> TrainJob:
+    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth."""
+    settings = recipe.train
+    return train_job(
+        recipe,
+        run_dir,
+        "student",
+        settings.student,
+        tiles=tiles,
+        split=settings.split,
+        val_split=validation_split(tiles, settings.split, settings.labels),
+        soft_labels=store,
+        threshold=settings.threshold if store else None,
+    )
+
+
+def validation_split(tiles: Path, split: str, labels: str) -> str:
+    """The split on whose truth a model's choices are made.
+
+    A student of soft labels learns from a set whose truth its user does not have, so it chooses on the validation
+    split carved from the other set, the one its teacher learned from. Truth that brings its own ``val`` uses that.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    there = set(summary(tiles)["splits"])
+    own, other = ("val_1", "val_2") if split.endswith("_1") else ("val_2", "val_1")
+    for candidate in ((own, other) if labels == "truth" else (other, own)) + ("val",):
+        if candidate in there:
+            return candidate
+    raise RecipeError(f"{tiles} has no validation split for {split}: set tiles.split.validation above 0")
+
+
+def scaling(execution: Execution) -> dict[str, Any]:
+    """A worker group in the words of Ray Train's ScalingConfig."""
+    resources = {"CPU": execution.cpus_per_worker}
+    if execution.gpus_per_worker:
+        resources["GPU"] = execution.gpus_per_worker
+    return {
+        "num_workers": execution.workers,
+        "use_gpu": bool(execution.gpus_per_worker),
+        "resources_per_worker": resources,
+    }
