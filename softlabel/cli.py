@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
     else:
-        options = {"retry_rejected": arguments.retry_rejected} if arguments.verb == "label" else {}
+        options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
         _VERBS[arguments.verb][0](recipe, run_dir, **options)
 
 
@@ -113,7 +114,8 @@ def _label(recipe: Recipe, run_dir: Path, retry_rejected: bool = False) -> None:
 
 
 def _train(recipe: Recipe, run_dir: Path) -> None:
-    from softlabel.training.run import recipe_train_job, train
+    from softlabel.training.job import recipe_train_job
+    from softlabel.training.run import train
 
     tiles = _tiles(recipe, run_dir)
     job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
@@ -140,16 +142,25 @@ def _experiment(recipe: Recipe, run_dir: Path) -> None:
         experiment(recipe, run_dir)
 
 
+def _search(recipe: Recipe, run_dir: Path, budget: float | None = None, resume: bool = False) -> None:
+    from softlabel.search_experiment import search_experiment
+
+    with _ray_session():
+        search_experiment(recipe, run_dir, budget, resume=resume)
+
+
 _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "tile": (_tile, "cut scenes and truth into tiles"),
     "label": (_label, "label tiles with label.weights, keeping every box above the floor"),
     "train": (_train, "train train.student on a split's truth or on its soft labels"),
     "evaluate": (_evaluate, "judge the labels of `softlabel label` against a split's truth"),
     "experiment": (_experiment, "all of it: teachers, soft labels, students, numbers, report"),
+    "search": (_search, "find the threshold that makes the best student, and how sure that is"),
     "demo": (_experiment, "the experiment on made-up scenes, minutes on a laptop"),
 }
 
 
+_OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume")}
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
 
 
@@ -167,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "label":
             purpose = "read again the tiles whose failure may have been transient"
             verb.add_argument("--retry-rejected", action="store_true", help=purpose)
+        if name == "search":
+            purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
+            verb.add_argument("--budget", type=_seconds, metavar="TIME", help=purpose)
+            verb.add_argument("--resume", action="store_true", help="go on with a search that is there")
     purpose = "turn an original YOLOv5 checkpoint (.pt) into safetensors, running nothing of it"
     importer = verbs.add_parser("import-weights", help=purpose, description=purpose)
     importer.add_argument("checkpoint", type=Path, help="a .pt file of YOLOv5 v6 or v7")
@@ -204,6 +219,14 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
     verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not any(match.groups()):
+        raise argparse.ArgumentTypeError(f"{text} is no time such as 8h, 1h30m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 def _share(text: str) -> float:

@@ -30,7 +30,8 @@ from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report
 from softlabel.report.words import format_table
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
-from softlabel.training.run import train, train_job, validation_split
+from softlabel.training.job import train_job, validation_split
+from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
 
 _QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
@@ -53,7 +54,7 @@ class _Student:
 
 def experiment(recipe: Recipe, run_dir: Path) -> dict:
     """Run all that is not done, write results.json and report.html into ``run_dir``, and return the results."""
-    steps = _Steps(run_dir, total=7)
+    steps = Steps(run_dir, total=7)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     with steps.next("tiles"):
         tiles = tile(recipe, run_dir)
@@ -235,7 +236,7 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-class _Steps:
+class Steps:
     """Says which step runs, and remembers how long each took.
 
     A rerun that finds a step done keeps the time of the run that did it; a step taken up again after a kill counts from

@@ -1,4 +1,4 @@
-"""Labelling in a process of its own, as a user starts it, for tests that kill it or what it started."""
+"""Jobs in a process of their own, as a user starts them, for tests that kill them or what they started."""
 
 import os
 import subprocess
@@ -11,18 +11,19 @@ import numpy as np
 from softlabel.config import dump_recipe
 from softlabel.store import read_soft_labels
 
-LABEL = Path(__file__).parents[1] / "jobs" / "label.py"
+JOBS = Path(__file__).parents[1] / "jobs"
+LABEL, SEARCH = JOBS / "label.py", JOBS / "search.py"
 
 
 class Driver:
-    """`python jobs/label.py` on a recipe."""
+    """`python jobs/label.py`, or another job, on a recipe."""
 
-    def __init__(self, recipe, run_dir, *flags, env=None, wrapper=()):
+    def __init__(self, recipe, run_dir, *flags, job=LABEL, env=None, wrapper=()):
         run_dir.mkdir(parents=True, exist_ok=True)
         config = run_dir.with_name(f"{run_dir.name}.yaml")
         config.write_text(dump_recipe(recipe))
         self.run_dir, self._log = run_dir, config.with_suffix(".log")
-        command = [*wrapper, sys.executable, str(LABEL), "--config", str(config), "--run-dir", str(run_dir), *flags]
+        command = [*wrapper, sys.executable, str(job), "--config", str(config), "--run-dir", str(run_dir), *flags]
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
 

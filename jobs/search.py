@@ -1,0 +1,13 @@
+"""Search the threshold that makes the best student: labels once, trains many students, says how sure the answer is.
+
+ray job submit --working-dir . -- python jobs/search.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+
+Add --budget 8h for a night; a driver that died goes on with --resume.
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["search", *sys.argv[1:]]))

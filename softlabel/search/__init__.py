@@ -1,0 +1,1 @@
+"""Threshold to student mAP: which confidence threshold makes the best student."""

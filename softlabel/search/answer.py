@@ -1,0 +1,96 @@
+"""What the search found, and how sure that is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.config import Dimension, Search
+from softlabel.search.curve import Curve
+from softlabel.search.plan import curve_of
+from softlabel.search.space import Values, grid, to_unit
+from softlabel.search.trials import Trial
+
+CONFIDENCE = 0.9
+_SAMPLES = 4000
+_LINE_POINTS = 91
+
+
+def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]) -> dict[str, Any]:
+    """The best of the values whose students trained to the end, and what is known of it.
+
+    Returns:
+        ``values``; ``map50`` (what a student of these values is expected to reach on the validation split, with a 90 %
+        interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
+        seeds); ``flat_probability`` and ``flat`` (more likely than not, mAP depends on nothing that was varied);
+        ``lines``: per varied key the values of a line through the best, with mean, low, high and the 90 % interval of
+        where the peak is (ranges only); ``against``: per reference the probability that the best beats it, the gain and
+        its 90 % interval.
+
+    Raises:
+        ValueError: No student trained to the end.
+    """
+    complete = [trial.values for trial in trials if trial.is_full]
+    points = [values for i, values in enumerate(complete) if values not in complete[:i]]
+    if not points:
+        raise ValueError("no student trained to the end")
+    curve = curve_of(search, trials)
+    means, sds = curve.mean_and_sd(to_unit(search.space, points))
+    best = points[int(np.argmax(means))]
+    rng = np.random.default_rng(0)
+    return {
+        "values": best,
+        "map50": _spread(rng.normal(means.max(), sds[int(np.argmax(means))], _SAMPLES)),
+        "students": complete.count(best),
+        "noise": curve.noise,
+        "flat_probability": curve.flat_probability,
+        "flat": bool(curve.flat_probability > 0.5),
+        "lines": {key: _line(search, curve, best, key, rng) for key in search.space},
+        "against": [_against(search, curve, best, values, complete, rng) for values in references if values != best],
+    }
+
+
+def _line(search: Search, curve: Curve, best: Values, key: str, rng: np.random.Generator) -> dict[str, Any]:
+    axis = _axis(key, search.space[key])
+    x = to_unit(search.space, [{**best, key: value} for value in axis])
+    means, _ = curve.mean_and_sd(x)
+    line: dict[str, Any] = {"at": axis, "mean": means.tolist()}
+    samples = curve.sample(x, _SAMPLES, rng)
+    line["low"], line["high"] = np.percentile(samples, _percentiles(), axis=0).tolist()
+    if search.space[key].choices is None:
+        peaks = np.array(axis)[_peaks(samples, rng)]
+        line["peak_low"], line["peak_high"] = (float(value) for value in np.percentile(peaks, _percentiles()))
+    return line
+
+
+def _axis(key: str, dimension: Dimension) -> list[Any]:
+    return [next(iter(point.values())) for point in grid({key: dimension}, _LINE_POINTS)]
+
+
+def _peaks(samples: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """(S,) where each curve is highest; one that is level may have its peak anywhere."""
+    level = samples.max(axis=1) - samples.min(axis=1) < 1e-9
+    return np.where(level, rng.integers(0, samples.shape[1], len(samples)), samples.argmax(axis=1))
+
+
+def _against(
+    search: Search, curve: Curve, best: Values, reference: Values, complete: list[Values], rng: np.random.Generator
+) -> dict[str, Any]:
+    samples = curve.sample(to_unit(search.space, [best, reference]), _SAMPLES, rng)
+    gains = samples[:, 0] - samples[:, 1]
+    return {
+        "values": reference,
+        "students": complete.count(reference),
+        "probability": float((gains > 1e-9).mean()),
+        "gain": _spread(gains),
+    }
+
+
+def _spread(samples: NDArray[np.float64]) -> dict[str, float]:
+    low, high = np.percentile(samples, _percentiles())
+    return {"mean": float(samples.mean()), "low": float(low), "high": float(high)}
+
+
+def _percentiles() -> tuple[float, float]:
+    return 50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)

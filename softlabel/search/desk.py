@@ -1,0 +1,160 @@
+"""Between trials, which want students trained, and worker groups, which live as long as the search and train them.
+
+A class of plain asyncio; run.py makes a Ray actor of it.
+"""
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class _Student:
+    job: Any
+    status: str = "waiting"  # training, stopped, finished, failed
+    reason: str = ""
+    failures: int = 0
+    history: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class _Group:
+    """What a worker group has in hand, and where its first worker runs."""
+
+    student: str | None = None
+    node: str = ""
+
+
+class Desk:
+    """Students by name, and who trains them.
+
+    Args:
+        max_failures: How often a student may be begun again after its workers died.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._students: dict[str, _Student] = {}
+        self._groups: dict[int, _Group] = {}
+        self._queue: deque[str] = deque()
+        self._closed = False
+        self._changed = asyncio.Condition()
+        self._began, self._ready_after = time.monotonic(), dict[int, float]()
+
+    async def submit(self, name: str, job: Any) -> None:
+        """Ask for a student; one that was stopped goes on, one that is being trained already is left to it."""
+        async with self._changed:
+            student = self._students.setdefault(name, _Student(job))
+            if student.status == "stopped":
+                student.status = "training" if self._in_hand(name) else "waiting"
+            if student.status == "waiting" and name not in self._queue:
+                self._queue.append(name)
+            self._changed.notify_all()
+
+    async def take(self, group: int, node: str, timeout_s: float) -> Any:
+        """The next student for a worker group; ``wait`` if there is none for so long, ``close`` if there will be none.
+
+        A group that comes back with a student in hand has lost its workers: it gets the same again, to go on with.
+        """
+        async with self._changed:
+            hand = self._groups.setdefault(group, _Group())
+            hand.node = node
+            self._ready_after.setdefault(group, time.monotonic() - self._began)
+            if hand.student and self._try_again(hand.student):
+                return self._students[hand.student].job
+            hand.student = None
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._queue or self._closed), timeout_s)
+            except TimeoutError:
+                return "wait"
+            if self._closed:
+                return "close"
+            hand.student = self._queue.popleft()
+            student = self._students[hand.student]
+            student.status = "training"
+            return student.job
+
+    async def report(self, group: int, history: list[dict], seconds: float) -> bool:
+        """A group says what its student has done so far, and hears whether it is to go on."""
+        async with self._changed:
+            student = self._student_of(group)
+            if student is None:
+                return False
+            student.history, student.seconds = history, seconds
+            self._changed.notify_all()
+            return student.status == "training" and not self._closed
+
+    async def end(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
+        """A group puts its student down: finished, stopped or failed."""
+        async with self._changed:
+            if student := self._student_of(group):
+                student.status, student.reason = status, reason
+                student.history, student.seconds = history or student.history, seconds or student.seconds
+            self._groups[group].student = None
+            self._changed.notify_all()
+
+    async def wait(self, name: str, epochs_seen: int) -> dict:
+        """What there is of a student once it has done another epoch, or has ended."""
+        async with self._changed:
+            student = self._students[name]
+            await self._changed.wait_for(
+                lambda: len(student.history) > epochs_seen or student.status not in ("waiting", "training")
+            )
+            return self.look(name)
+
+    def look(self, name: str) -> dict:
+        """What there is of a student now: status, reason, history and seconds."""
+        student = self._students[name]
+        return {key: getattr(student, key) for key in ("status", "reason", "history", "seconds")}
+
+    async def stop(self, name: str) -> None:
+        """A student is not wanted any more, or not now; its group puts it down after the epoch it is in."""
+        async with self._changed:
+            student = self._students[name]
+            if student.status in ("waiting", "training"):
+                student.status = "stopped"
+            if name in self._queue:
+                self._queue.remove(name)
+            self._changed.notify_all()
+
+    async def lose(self, nodes: list[str]) -> None:
+        """Nodes are gone: what their groups had in hand goes to whoever is free next."""
+        async with self._changed:
+            for hand in self._groups.values():
+                if hand.node in nodes and hand.student:
+                    if self._students[hand.student].status == "training" and self._try_again(hand.student):
+                        self._students[hand.student].status = "waiting"
+                        self._queue.appendleft(hand.student)
+                    hand.student, hand.node = None, ""
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """No more students: groups go home after the epoch they are in."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def ready_after(self) -> dict[int, float]:
+        """Seconds from the start to a group's first call, by group."""
+        return dict(self._ready_after)
+
+    def _in_hand(self, name: str) -> bool:
+        return any(hand.student == name for hand in self._groups.values())
+
+    def _student_of(self, group: int) -> _Student | None:
+        hand = self._groups.get(group)
+        return self._students[hand.student] if hand and hand.student else None
+
+    def _try_again(self, name: str) -> bool:
+        student = self._students[name]
+        if student.status != "training":
+            return False
+        student.failures += 1
+        if student.failures <= self._max_failures:
+            return True
+        student.status, student.reason = "failed", f"its workers died {student.failures} times"
+        self._changed.notify_all()
+        return False

@@ -1,0 +1,324 @@
+"""The search on Ray: Tune decides which students train and for how long, a few Ray Train launches train them all.
+
+A launch takes half a minute and more, so worker groups are started once and take student after student from a desk
+(desk.py). A trial of Tune's only waits at that desk: it holds no CPU, and stopping it frees its group at the end of the
+epoch. What a student left in its folder is enough to go on, so a search that died is taken up from the disk alone.
+"""
+
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import tune
+from ray.exceptions import RayError
+
+from softlabel.config import Execution, Recipe, dump_recipe, with_values
+from softlabel.errors import RecipeError, StoreError, TrainingError
+from softlabel.labelling.lease import Lease
+from softlabel.search.answer import answer
+from softlabel.search.desk import Desk
+from softlabel.search.groups import launch, words
+from softlabel.search.plan import Plan
+from softlabel.search.trainable import Student
+from softlabel.search.trials import Trial
+from softlabel.search.tuning import Asker, Stopper, Watch
+from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
+from softlabel.training.job import train_job
+from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
+
+# Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+
+_KEPT = 5  # states of stopped students, and weights of finished ones
+_LEAVE_S = 60.0  # for worker groups to go home by themselves
+_MAX_ENDED = 5  # worker groups that Ray Train gave up, in all
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a search works on.
+
+    ``split`` is labelled in ``store``; values are judged on ``val_split``'s truth; ``f1_confidence`` is where the
+    teacher's own F1 is best on it, null if unknown.
+    """
+
+    recipe: Recipe
+    run_dir: Path
+    tiles: Path
+    store: Path
+    val_split: str
+    f1_confidence: float | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the search: budget and number of trials may grow in it, and nothing else changes."""
+        recipe = self.recipe
+        hashed = {
+            "student": recipe.train.student.model_dump(mode="json"),
+            "threshold": recipe.train.threshold,
+            "search": recipe.search.model_dump(mode="json", exclude={"trials", "explore", "seeds", "max_failures"}),
+            "seed": recipe.seed,
+            "split": recipe.train.split,
+            "val_split": self.val_split,
+            "tiles": self.tiles.name,
+            "soft_labels": self.store.name,
+        }
+        return step_dir(self.run_dir, "search", hashed)
+
+    def job(self, trial: Trial) -> TrainJob:
+        """The student of a trial."""
+        recipe = with_values(self.recipe, trial.values).model_copy(update={"seed": trial.seed})
+        return train_job(
+            recipe,
+            self.folder / "students",
+            trial.name,
+            recipe.train.student,
+            tiles=self.tiles,
+            split=recipe.train.split,
+            val_split=self.val_split,
+            soft_labels=self.store,
+            threshold=recipe.train.threshold,
+            subset=trial.subset,
+        )
+
+
+def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
+    """Train students until the budget or the number of trials is used up; their folder holds what came of it.
+
+    Args:
+        inputs: What to search on.
+        budget_s: Seconds that the search may take, those of earlier runs that it goes on from included.
+        resume: Go on from an earlier run, one that died or one that had a smaller budget.
+
+    Returns:
+        The folder: ``search.json`` (trials, answer, costs), ``trials/``, ``students/``, ``tune/`` (TensorBoard).
+
+    Raises:
+        RecipeError: The cluster cannot hold one worker group.
+        StoreError: There is an earlier run and ``resume`` is not set, or another driver is at it.
+        TrainingError: There is no truth to judge by, or no student trained to the end.
+    """
+    folder = inputs.folder
+    if (folder / "recipe.yaml").exists() and not resume:
+        state = "finished" if is_done(folder) else "unfinished"
+        raise StoreError(
+            f"there is a search in {folder}, {state}: add --resume to go on with it, or use another --run-dir"
+        )
+    _check(inputs)
+    groups = num_groups(inputs.recipe.execution)
+    write_text(folder / "recipe.yaml", dump_recipe(inputs.recipe))
+    with Lease(folder) as lease:
+        run = _Search(inputs, budget_s, lease)
+        run.train(groups)
+        return run.finish()
+
+
+def num_groups(execution: Execution) -> int:
+    """How many worker groups fit into the cluster at once.
+
+    Raises:
+        RecipeError: Not one.
+    """
+    workers = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = node["Resources"]
+            fits = there.get("CPU", 0.0) / execution.cpus_per_worker
+            if execution.gpus_per_worker:
+                fits = min(fits, there.get("GPU", 0.0) / execution.gpus_per_worker)
+            workers += int(fits + 1e-6)
+    if workers < execution.workers:
+        needed = f"{execution.workers} workers of {execution.cpus_per_worker:g} CPU, {execution.gpus_per_worker:g} GPU"
+        raise RecipeError(f"a student needs {needed}, and {workers} fit: lower execution.workers or cpus_per_worker")
+    return workers // execution.workers
+
+
+def _check(inputs: Inputs) -> None:
+    truth = truth_targets(inputs.tiles, inputs.val_split)
+    if not any(len(target.boxes) for target in truth):
+        raise TrainingError(f"no box in the truth of {inputs.val_split}: nothing can be judged by it")
+    for key, dimension in inputs.recipe.search.space.items():
+        for value in dimension.choices or (dimension.min, dimension.max):
+            with_values(inputs.recipe, {key: value})
+
+
+class _Search:
+    """One run of a search: its plan, its clock, and what it writes."""
+
+    def __init__(self, inputs: Inputs, budget_s: float | None, lease: Lease) -> None:
+        self.inputs, self.folder, self._lease = inputs, inputs.folder, lease
+        self.budget_s, self._began = budget_s, time.monotonic()
+        self._before = read_json(self._clock) if self._clock.exists() else {"seconds": 0.0, "capacity_s": 0.0}
+        trials = [Trial(**read_json(path)) for path in sorted((self.folder / "trials").glob("*.json"))]
+        self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
+        self.desk = ray.remote(num_cpus=0)(Desk).remote(inputs.recipe.search.max_failures)
+        self.num_groups = 0
+        self._groups: dict[ray.ObjectRef, int] = {}
+        self._ended = 0
+
+    @property
+    def _clock(self) -> Path:
+        return self.folder / "clock.json"
+
+    def elapsed_s(self) -> float:
+        """Of this run and of those before."""
+        return self._before["seconds"] + time.monotonic() - self._began
+
+    def train(self, num_groups: int) -> None:
+        """Run Tune over worker groups until there is nothing more to do, or no time."""
+        left = None if self.budget_s is None else self.budget_s - self.elapsed_s()
+        if (left is not None and left <= 0) or not self._has_work():
+            return
+        self.num_groups = num_groups
+        print(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
+        self._groups = {self._launch(i): i for i in range(num_groups)}
+        trainable = tune.with_parameters(Student, desk=self.desk)
+        tuner = tune.Tuner(
+            # A byte of memory and no CPU: a trial waits, and CPUs that it held would be lacking to the students.
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),
+            tune_config=tune.TuneConfig(
+                metric="map50",
+                mode="max",
+                search_alg=Asker(self),
+                scheduler=Stopper(self.plan),
+                num_samples=-1,
+                max_concurrent_trials=num_groups,
+                time_budget_s=left,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"student-{trial.config['number']:03d}",
+                trial_dirname_creator=lambda trial: f"student-{trial.config['number']:03d}-{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{uuid.uuid4().hex[:6]}",
+                storage_path=str(self.folder / "tune"),
+                callbacks=[Watch(self)],
+                failure_config=tune.FailureConfig(max_failures=self.inputs.recipe.search.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the students' folders have it all
+                verbose=1,
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            self._close()
+
+    def _has_work(self) -> bool:
+        plan = self.plan
+        running = any(trial.status == "running" for trial in plan.trials)
+        return running or (len(plan.trials) < plan.search.trials and not plan.has_failed())
+
+    def begin(self, trial: Trial) -> None:
+        """Hand a student to the desk."""
+        job = self.inputs.job(trial)
+        trial.folder = job.folder.name
+        self.save(trial)
+        ray.get(self.desk.submit.remote(trial.name, job))
+
+    def end(self, trial: Trial, reason: str = "") -> None:
+        """Take a student from the desk, whatever became of it."""
+        ray.get(self.desk.stop.remote(trial.name))
+        self.look(trial)
+        if trial.status == "running":
+            trial.status, trial.reason = "stopped", reason
+        self.plan.ended(trial)
+        self.save(trial)
+        self._clean()
+
+    def look(self, trial: Trial) -> None:
+        """What the desk knows of a student."""
+        found = ray.get(self.desk.look.remote(trial.name))
+        if found["status"] in ("stopped", "finished", "failed"):
+            trial.status, trial.reason = found["status"], found["reason"]
+        if len(found["history"]) >= trial.epoch:
+            trial.history, trial.seconds = found["history"], found["seconds"]
+
+    def save(self, trial: Trial) -> None:
+        """Commit what is known of a student, and the time it is."""
+        write_json(self.folder / "trials" / f"{trial.name}.json", trial.to_dict())
+        self.save_clock()
+
+    def save_clock(self) -> None:
+        """Commit how long the search has taken."""
+        seconds = time.monotonic() - self._began
+        capacity = self._before["capacity_s"] + seconds * self.num_groups
+        write_json(self._clock, {"seconds": self._before["seconds"] + seconds, "capacity_s": capacity})
+
+    def _clean(self) -> None:
+        """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
+        plan = self.plan
+        leaders = plan.leaders()
+        wanted = [*plan.references, *leaders[:_KEPT]]
+        for trial in plan.trials:
+            folder = self.folder / "students" / trial.folder
+            if trial.status == "finished" and trial.values not in wanted:
+                (folder / WEIGHTS).unlink(missing_ok=True)
+            if trial.status == "failed" or (trial.status == "stopped" and trial.values not in wanted):
+                (folder / STATE).unlink(missing_ok=True)
+
+    def _launch(self, group: int) -> ray.ObjectRef:
+        return launch.remote(self.desk, group, self.inputs.recipe.execution, str(self.folder))
+
+    def tend(self, lost_nodes: list[str]) -> None:
+        """See to lease, clock, lost nodes, and groups that came to an end, as when what leads them is lost."""
+        self._lease.check()
+        self.save_clock()
+        if lost_nodes:
+            self.desk.lose.remote(lost_nodes)
+        ended, _ = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=0)
+        for reference in ended:
+            group = self._groups.pop(reference)
+            self._ended += 1
+            if self._ended > _MAX_ENDED:
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    raise TrainingError(f"worker groups come to an end by themselves: {words(error)}") from None
+            self._groups[self._launch(group)] = group
+
+    def _close(self) -> None:
+        for trial in self.plan.trials:
+            if trial.status == "running":
+                self.end(trial, "out of time")
+        self.desk.close.remote()
+        _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
+        for group in staying:
+            ray.cancel(group, force=True)
+        ray.kill(self.desk)  # Tune keeps a handle
+        self.save_clock()
+        shutil.rmtree(self.folder / "ray", ignore_errors=True)
+
+    def finish(self) -> Path:
+        """Write search.json."""
+        trials = self.plan.trials
+        if not any(trial.is_full for trial in trials):
+            reasons = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+            raise TrainingError(
+                f"no student trained to the end ({len(trials)} begun; {'; '.join(reasons[:3]) or 'the budget ended'}): "
+                "give it a larger --budget with --resume, or correct what failed"
+            )
+        clock = read_json(self._clock)
+        trained = sum(sum(row["seconds"] for row in trial.history) for trial in trials)
+        results = {
+            "answer": answer(self.plan.search, trials, self.plan.references),
+            "trials": [trial.to_dict() for trial in trials],
+            "space": {key: one.model_dump(mode="json") for key, one in self.plan.search.space.items()},
+            "classes": list(self.inputs.recipe.classes),
+            "references": self.plan.references,
+            "f1_confidence": self.inputs.f1_confidence,
+            "seconds": clock["seconds"],
+            "epochs": sum(trial.epoch for trial in trials),
+            "start_up_share": max(0.0, 1 - trained / max(clock["capacity_s"], 1e-9)),
+            **_hours(self.inputs.recipe.execution, clock["capacity_s"]),
+        }
+        write_json(self.folder / "search.json", results)
+        finish(self.folder, {"name": "search", "trials": len(trials), "seconds": clock["seconds"]})
+        return self.folder
+
+
+def _hours(execution: Execution, capacity_s: float) -> dict[str, float]:
+    hours = capacity_s / 3600 * execution.workers
+    return {"cpu_hours": hours * execution.cpus_per_worker, "gpu_hours": hours * execution.gpus_per_worker}

@@ -1,0 +1,94 @@
+"""What the search may vary: recipe keys and their values, as Optuna, a grid and a Gaussian process see them."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna import distributions as optuna
+
+from softlabel.config import Dimension, Recipe
+
+THRESHOLD = "train.threshold"
+PAPER_THRESHOLDS = (0.3, 0.5)
+
+Values = dict[str, Any]
+"""Recipe key to value: one point of the space."""
+
+
+def distributions(space: Mapping[str, Dimension]) -> dict[str, optuna.BaseDistribution]:
+    """The space in Optuna's terms."""
+    return {key: _distribution(key, dimension) for key, dimension in space.items()}
+
+
+def _distribution(key: str, dimension: Dimension) -> optuna.BaseDistribution:
+    if dimension.min is None or dimension.max is None:
+        return optuna.CategoricalDistribution(dimension.choices or ())
+    if _is_whole(key, dimension):
+        return optuna.IntDistribution(int(dimension.min), int(dimension.max))
+    return optuna.FloatDistribution(dimension.min, dimension.max)
+
+
+def _is_whole(key: str, dimension: Dimension) -> bool:
+    return isinstance(dimension.min, int) and isinstance(dimension.max, int) and not key.startswith(THRESHOLD)
+
+
+def grid(space: Mapping[str, Dimension], num_points: int) -> list[Values]:
+    """Every combination of ``num_points`` equally spaced values of each range and of all choices."""
+    axes = [_axis(key, dimension, num_points) for key, dimension in space.items()]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def _axis(key: str, dimension: Dimension, num_points: int) -> list[Any]:
+    if dimension.min is None or dimension.max is None:
+        return list(dimension.choices or ())
+    points = np.linspace(dimension.min, dimension.max, num_points)
+    if _is_whole(key, dimension):
+        return sorted({round(point) for point in points})
+    return [round(float(point), 6) for point in points]
+
+
+def first_points(recipe: Recipe, f1_confidence: float | None) -> list[Values]:
+    """What people would try: the paper's thresholds and the one at which the teacher's own F1 is best.
+
+    Everything else in them is as the recipe has it; thresholds outside the space are left out.
+    """
+    keys = [key for key in recipe.search.space if key.startswith(THRESHOLD)]
+    others = {key: value_of(recipe, key) for key in recipe.search.space if key not in keys}
+    asked = [*PAPER_THRESHOLDS, *([] if f1_confidence is None else [round(f1_confidence, 3)])]
+    points = [{**dict.fromkeys(keys, threshold), **others} for threshold in dict.fromkeys(asked)]
+    return [point for point in points if keys and contains(recipe.search.space, point)]
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """What the recipe has under a key; None if nothing."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else value
+    return value
+
+
+def contains(space: Mapping[str, Dimension], values: Values) -> bool:
+    """Whether a point lies in the space."""
+    for key, dimension in space.items():
+        value = values[key]
+        if dimension.min is None or dimension.max is None:
+            if value not in (dimension.choices or ()):
+                return False
+        elif value is None or not dimension.min <= value <= dimension.max:
+            return False
+    return True
+
+
+def to_unit(space: Mapping[str, Dimension], points: list[Values]) -> NDArray[np.float64]:
+    """(N, D) in 0..1: ranges scaled to it, a column per choice that is 1 where it is taken (0.5 of it: all choices are
+    equally far from each other, and no farther than the ends of a range)."""
+    columns: list[list[float]] = []
+    for key, dimension in space.items():
+        if dimension.min is None or dimension.max is None:
+            columns += [[0.5 * (point[key] == choice) for point in points] for choice in dimension.choices or ()]
+        else:
+            width = dimension.max - dimension.min
+            columns.append([(point[key] - dimension.min) / width for point in points])
+    return np.array(columns, np.float64).T.reshape(len(points), -1)

@@ -1,0 +1,132 @@
+"""How Ray Tune asks the plan, and what looks after a search while Tune runs."""
+
+import time
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from softlabel.search.plan import Plan
+from softlabel.search.trials import Trial
+
+_LOOK_S = 5.0  # between looks at the nodes and the clock
+
+
+class Running(Protocol):
+    """What a search in hand does for Tune (run.py)."""
+
+    plan: Plan
+
+    def elapsed_s(self) -> float:
+        """Of the budget."""
+
+    def begin(self, trial: Trial) -> None:
+        """Hand a student to the desk."""
+
+    def look(self, trial: Trial) -> None:
+        """What the desk knows of a student."""
+
+    def end(self, trial: Trial) -> None:
+        """Take a student from the desk."""
+
+    def save(self, trial: Trial) -> None:
+        """Commit what is known of a student."""
+
+    def tend(self, lost_nodes: list[str]) -> None:
+        """See to clock, lease and worker groups."""
+
+
+class Asker(Searcher):
+    """Tune's questions, answered by the plan."""
+
+    def __init__(self, run: Running) -> None:
+        super().__init__(metric="map50", mode="max")
+        self._run = run
+        self._by_id: dict[str, Trial] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next student as a Tune config; None while one that runs must end first, FINISHED if there is none."""
+        trial = self._run.plan.next(self._run.elapsed_s())
+        if trial is None:
+            return None if self._by_id else Searcher.FINISHED
+        self._by_id[trial_id] = trial
+        self._run.begin(trial)
+        return {"number": trial.number, "seed": trial.seed, "subset": trial.subset, **trial.values}
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Keep what is known of a student on disk."""
+        trial = self._by_id[trial_id]
+        self._run.look(trial)
+        if trial.status != "running":
+            trial.status = "running"  # until Tune knows it too
+        self._run.save(trial)
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """A trial is over: at its end, or stopped, or failed."""
+        trial = self._by_id.pop(trial_id, None)
+        if trial is not None:
+            self._run.end(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' own files are what a resumed search reads."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing either."""
+
+    def __getstate__(self) -> dict:
+        return {}
+
+
+class Stopper(ASHAScheduler):
+    """ASHA (Li et al., arXiv:1810.05934) that lets some students be, and remembers those of earlier runs."""
+
+    def __init__(self, plan: Plan) -> None:
+        search = plan.search
+        super().__init__(
+            time_attr="epoch",
+            max_t=100_000,
+            grace_period=search.grace_epochs,
+            reduction_factor=search.reduction_factor,
+            stop_last_trials=False,
+        )
+        self._plan = plan
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Learn what is compared, and compare it with what was before."""
+        done = super().set_search_properties(metric, mode, **spec)
+        for trial in self._plan.trials:
+            known = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={"number": trial.number})
+            self.on_trial_add(None, known)
+            for epoch in range(1, trial.epoch + 1):
+                super().on_trial_result(None, known, {"epoch": epoch, "map50": trial.best(epoch)})
+        return done
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        """Stop a student that is behind, unless it is to be complete or is about to be."""
+        found = super().on_trial_result(tune_controller, trial, result)
+        student = self._plan.trials[trial.config["number"]]
+        ends = result.get("epoch", 0) >= student.epochs
+        return TrialScheduler.CONTINUE if ends or self._plan.is_exempt(student) else found
+
+
+class Watch(tune.Callback):
+    """Looks after the clock and the nodes while Tune runs."""
+
+    def __init__(self, run: Running) -> None:
+        self._run, self._looked = run, 0.0
+        self._nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called after every event of Tune's."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost, self._nodes = self._nodes - alive, alive
+        self._run.tend(sorted(lost))
+
+    def __getstate__(self) -> dict:
+        return {}

@@ -1,0 +1,149 @@
+"""The search as a chain of steps: a teacher and its labels if they are missing, then students, one look at the test
+split, and the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from softlabel.config import Recipe, dump_recipe, with_values
+from softlabel.errors import RecipeError
+from softlabel.evaluation.run import evaluate_store, numbers, quality
+from softlabel.experiment import Steps
+from softlabel.imagery.run import tile
+from softlabel.labelling.run import label, label_job, recipe_label_job
+from softlabel.records import LABELLED, detections_from_row
+from softlabel.report.search import format_answer, write_search_report
+from softlabel.search.run import Inputs, search
+from softlabel.search.space import Values
+from softlabel.store import commit, read_json, read_soft_labels, read_tiles, summary, write_json, write_text
+from softlabel.training.job import train_job, validation_split
+from softlabel.training.run import train
+from softlabel.training.targets import WEIGHTS
+
+_QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
+
+
+def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, resume: bool) -> dict:
+    """Find the values whose student is best, and write search.json, search.html, best.yaml and best.safetensors.
+
+    Args:
+        recipe: Its ``search`` section says what is tried; ``train.split`` is labelled and learned from. Without
+            ``label.weights`` a teacher is trained on the other training set's truth first.
+        run_dir: Where the results go.
+        budget_s: Seconds for the search; what comes before it is not counted.
+        resume: Go on with an earlier search.
+    """
+    steps = Steps(run_dir, total=7)
+    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    with steps.next("tiles"):
+        tiles = tile(recipe, run_dir)
+    split, val_split = recipe.train.split, validation_split(tiles, recipe.train.split, "soft")
+    with steps.next("train the teacher"):
+        weights = _teacher(recipe, run_dir, tiles)
+    taught = recipe.model_copy(
+        update={"label": recipe.label.model_copy(update={"weights": str(weights), "splits": (split, val_split)})}
+    )
+    with steps.next(f"label {split} and {val_split}"):
+        (store,) = label(taught, [recipe_label_job(taught, tiles)], run_dir)
+    judged = numbers(evaluate_store(taught, "teacher", tiles, val_split, store, run_dir))
+    inputs = Inputs(taught, run_dir, tiles, store, val_split, judged["f1_conf"])
+    with steps.next("search"):
+        folder = search(inputs, budget_s, resume=resume)
+    results = read_json(folder / "search.json")
+    chosen = _complete(results, [results["answer"]["values"], *results["references"]])
+    examined = chosen if "test" in summary(tiles)["splits"] else []
+    with steps.next("label the test split with the best students, once"):
+        jobs = [label_job(taught, trial["folder"], _weights(folder, trial), tiles, ["test"]) for trial in examined]
+        stores = label(taught, jobs, run_dir) if jobs else []
+    with steps.next("evaluate"):
+        for trial, found in zip(examined, stores, strict=True):
+            evaluated = evaluate_store(taught, trial["folder"], tiles, "test", found, run_dir)
+            trial["test_map50"] = numbers(evaluated)["map50"]
+        results |= {"name": recipe.name, "test": _test(examined), "teacher": judged, "times_s": steps.times()}
+        results["label_quality"] = _label_quality(taught, tiles, split, store)
+        results["labels_kept"] = _labels_kept(taught, tiles, split, store)
+    with steps.next("report"):
+        winner = _write_best(taught, run_dir, folder, results["answer"]["values"], chosen)
+        write_json(run_dir / "search.json", {**results, "winner": winner["number"]})
+        write_search_report(run_dir / "search.html", results)
+    print(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
+    print(f"train the final student: softlabel train --config {run_dir / 'best.yaml'} --run-dir {run_dir}")
+    return results
+
+
+def _teacher(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
+    """The recipe's weights, or those of a teacher that learned from the truth of the other training set."""
+    if recipe.label.weights is not None:
+        return Path(recipe.label.weights).resolve()
+    other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
+    if other not in summary(tiles)["splits"]:
+        raise RecipeError(
+            f"nobody can teach: set label.weights, or label train_1 or train_2 (train.split is {recipe.train.split})"
+        )
+    val_split = validation_split(tiles, str(other), "truth")
+    name = f"teacher_{str(other)[-1]}"
+    job = train_job(recipe, run_dir, name, recipe.train.teacher, tiles=tiles, split=str(other), val_split=val_split)
+    train(recipe, [job], run_dir)
+    return job.folder / WEIGHTS
+
+
+def _complete(results: dict, wanted: Sequence[Values]) -> list[dict]:
+    """The students that trained to the end, of these values."""
+    full = [trial for trial in results["trials"] if trial["status"] == "finished" and trial["subset"] == 1]
+    return [trial for trial in full if trial["values"] in wanted]
+
+
+def _weights(folder: Path, trial: dict) -> Path:
+    return folder / "students" / trial["folder"] / WEIGHTS
+
+
+def _test(chosen: Sequence[dict]) -> list[dict[str, Any]]:
+    """Per values: mAP50 on the test split, mean and standard deviation over seeds."""
+    rows: list[dict[str, Any]] = []
+    for trial in chosen:
+        if trial["values"] not in [row["values"] for row in rows]:
+            found = [other["test_map50"] for other in chosen if other["values"] == trial["values"]]
+            sd = stdev(found) if len(found) > 1 else None
+            rows.append({"values": trial["values"], "students": len(found), "map50": mean(found), "sd": sd})
+    return rows
+
+
+def _label_quality(recipe: Recipe, tiles: Path, split: str, store: Path) -> list[dict]:
+    """The labels against truth, where somebody has drawn it; else nothing."""
+    if not any(summary(tiles)["boxes_by_split"].get(split, {}).values()):
+        return []
+    return quality(recipe, tiles, split, store, _QUALITY_THRESHOLDS)
+
+
+def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[str, dict[str, int]]:
+    """Boxes above each threshold, per best class and in all."""
+    counts = {threshold: np.zeros(len(recipe.classes), np.int64) for threshold in _QUALITY_THRESHOLDS}
+    asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id"])}
+    for row in read_soft_labels(store):
+        if row["status"] == LABELLED and row["tile_id"] in asked:
+            found = detections_from_row(row)
+            for threshold, total in counts.items():
+                total += np.bincount(found.above(threshold).class_ids, minlength=len(recipe.classes))
+    return {
+        f"{threshold:g}": {**dict(zip(recipe.classes, total.tolist(), strict=True)), "all": int(total.sum())}
+        for threshold, total in counts.items()
+    }
+
+
+def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, chosen: Sequence[dict]) -> dict:
+    """The recipe of the final student, and the weights of the best there is."""
+    best = max(
+        (trial for trial in chosen if trial["values"] == values),
+        key=lambda trial: max(row["map50"] for row in trial["history"]),
+    )
+    final = with_values(recipe, values)
+    train = final.train.model_copy(update={"labels": "soft"})
+    final = final.model_copy(update={"name": f"{recipe.name}-best", "seed": best["seed"], "train": train})
+    header = f"# The final student of the search over {', '.join(values)}: softlabel train --config best.yaml\n"
+    write_text(run_dir / "best.yaml", header + dump_recipe(final))
+    weights = _weights(folder, best).read_bytes()
+    commit(run_dir / "best.safetensors", lambda path: path.write_bytes(weights))
+    return best

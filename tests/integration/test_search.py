@@ -1,0 +1,214 @@
+"""The search on a real Ray: students stopped early, failing, killed, and a driver that dies and is taken up again."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from unittest import mock
+
+import psutil
+import pytest
+import ray
+from conftest import tiny_recipe
+from drivers import SEARCH, Driver
+from ray.util.placement_group import placement_group
+from ray.util.state import list_placement_groups
+
+from softlabel.config import Execution
+from softlabel.errors import RecipeError, StoreError, TrainingError
+from softlabel.labelling.run import label, recipe_label_job
+from softlabel.search.desk import Desk
+from softlabel.search.run import Inputs, num_groups, search
+from softlabel.store import is_done, read_json
+from softlabel.training.job import scaling
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+KEY = "train.threshold"
+LOW = {"min": 0.01, "max": 0.3}  # the teacher is untrained, and sure of nothing
+
+
+def searched(weights, trials, **search):
+    return tiny_recipe(
+        label={"weights": str(weights), "splits": ["train_2", "val_1"], "engine": "pytorch"},
+        search={"trials": trials, "space": {KEY: LOW}, "grace_epochs": 1, "reduction_factor": 2, **search},
+        execution={"workers": 1, "cpus_per_worker": 1.5},
+    )
+
+
+@pytest.fixture(scope="module")
+def store(weights, tiles):
+    """Soft labels of what the students learn from."""
+    recipe = searched(weights, 1)
+    (folder,) = label(recipe, [recipe_label_job(recipe, tiles)], tiles.parent)
+    return folder
+
+
+def inputs(recipe, tmp_path, tiles, store):
+    return Inputs(recipe, tmp_path, tiles, store, "val_1", 0.1)
+
+
+def groups_left():
+    return [group for group in list_placement_groups() if group["state"] != "REMOVED"]
+
+
+def wait_for_no_groups():
+    deadline = time.monotonic() + 60
+    while groups_left():
+        assert time.monotonic() < deadline, groups_left()
+        time.sleep(0.2)
+
+
+def kill_a_worker_after_an_epoch(folder, killed):
+    """Kill -9 one training worker once the first state of a student lies there."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not killed:
+        if list(folder.glob("students/*/state.pt")):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "RayTrainWorker" in " ".join([process.name(), *process.cmdline()]) and not killed:
+                        process.send_signal(signal.SIGKILL)
+                        killed.append(process.pid)
+        time.sleep(0.02)
+
+
+def eventful(weights, trials):
+    """Students of which one in three asks for an optimizer that does not exist, which only its worker finds out."""
+    space = {KEY: LOW, "train.student.args.optimizer": {"choices": ["SGD", "SGD", "NoSuchOptimizer"]}}
+    return searched(weights, trials, space=space, sampler="random", explore=0.7)
+
+
+def judging_desk():
+    """A desk that makes up what students reach, the later ones less: small as they are they learn nothing at all."""
+
+    class JudgingDesk(Desk):
+        async def report(self, group, history, seconds):
+            return await super().report(group, self._judged(group, history), seconds)
+
+        async def end(self, group, status, reason, history, seconds):
+            await super().end(group, status, reason, self._judged(group, history), seconds)
+
+        def _judged(self, group, history):
+            quality = 0.9 * 0.9 ** int(self._groups[group].student)
+            return [{**row, "map50": quality * row["epoch"] / 3} for row in history]
+
+    return JudgingDesk
+
+
+@pytest.fixture(scope="module", params=[8, pytest.param(24, marks=pytest.mark.long)])
+def eventful_search(request, weights, tiles, store, tmp_path_factory):
+    """A search whose students are stopped early, fail, and lose a worker by kill -9."""
+    asked = inputs(eventful(weights, request.param), tmp_path_factory.mktemp("eventful"), tiles, store)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after_an_epoch, args=(asked.folder, killed))
+    killer.start()
+    with mock.patch("softlabel.search.run.Desk", judging_desk()):
+        folder = search(asked, None, resume=False)
+    killer.join()
+    assert killed
+    return asked, folder, read_json(folder / "search.json")
+
+
+def ended(found, status):
+    return [trial for trial in found["trials"] if trial["status"] == status]
+
+
+def test_students_are_stopped_and_the_next_ones_start(eventful_search):
+    asked, folder, found = eventful_search
+    assert len(found["trials"]) == asked.recipe.search.trials
+    assert ended(found, "stopped") and ended(found, "finished")
+    for trial in found["trials"]:
+        student = folder / "students" / trial["folder"]
+        assert [row["epoch"] for row in trial["history"]] == list(range(1, len(trial["history"]) + 1))
+        assert is_done(student) == (trial["status"] == "finished")
+        assert len(trial["history"]) == 3 or trial["status"] != "finished"
+    finished = ended(found, "finished")
+    assert found["answer"]["values"] in [trial["values"] for trial in finished]
+    assert 0 < found["start_up_share"] < 1 and found["cpu_hours"] > 0
+    assert list((folder / "tune").rglob("events.out.tfevents.*"))
+
+
+def test_a_student_that_fails_is_recorded_with_its_reason(eventful_search):
+    _, _, found = eventful_search
+    failed = ended(found, "failed")
+    assert failed and all("NoSuchOptimizer" in trial["reason"] and not trial["history"] for trial in failed)
+    assert {trial["values"]["train.student.args.optimizer"] for trial in ended(found, "finished")} == {"SGD"}
+
+
+def test_nothing_is_held_after_a_search(eventful_search):
+    wait_for_no_groups()
+    names = ("RayTrainWorker", "Desk", "TrainController", "Student")
+    assert not [
+        process for process in psutil.Process().children(recursive=True) if any(n in process.name() for n in names)
+    ]
+
+
+def test_a_search_that_is_there_is_not_begun_again(eventful_search):
+    asked, folder, found = eventful_search
+    with pytest.raises(StoreError, match=r"finished: add --resume"):
+        search(asked, None, resume=False)
+    assert search(asked, None, resume=True) == folder
+    assert read_json(folder / "search.json")["trials"] == found["trials"]
+
+
+@pytest.mark.long
+def test_nothing_but_failures_is_an_error_that_says_why(weights, tiles, store, tmp_path):
+    recipe = searched(weights, 8, space={KEY: {"min": 0.999, "max": 0.9999}})
+    with pytest.raises(TrainingError, match=r"no student trained to the end .*no soft label of .* is above"):
+        search(inputs(recipe, tmp_path, tiles, store), None, resume=False)
+
+
+@pytest.mark.long
+def test_a_driver_killed_in_mid_trial_is_taken_up_again(weights, tiles, tmp_path):
+    """With a Ray of its own, which dies with it; one student at a time, so that the order is the same every time."""
+    recipe = searched(weights, 4, stop_early=False, sampler="random", explore=1.0)
+    recipe = recipe.model_copy(update={"execution": Execution(workers=1, cpus_per_worker=2)})
+    run_dir = tmp_path / "run"
+    driver = Driver(recipe, run_dir, job=SEARCH)
+    assert driver.wait_until(lambda: len(list(run_dir.glob("search-*/students/*/done.json"))) == 1), driver.said
+    assert driver.wait_until(lambda: list(run_dir.glob("search-*/students/*/state.pt"))), driver.said
+    driver.process.kill()
+    driver.wait()
+    (done,) = run_dir.glob("search-*/students/*/done.json")
+    before = done.stat().st_mtime_ns
+    again = Driver(recipe, run_dir, "--resume", job=SEARCH)
+    assert again.wait(500) == 0, again.said
+    assert done.stat().st_mtime_ns == before
+    found = json.loads((run_dir / "search.json").read_text())
+    assert [(trial["status"], len(trial["history"]), trial["seed"]) for trial in found["trials"]] == [
+        ("finished", 3, 0)
+    ] * 4
+    assert [trial["values"][KEY] for trial in found["trials"]][1] != found["trials"][0]["values"][KEY]
+    for name in ("search.html", "best.yaml", "best.safetensors"):
+        assert (run_dir / name).stat().st_size > 0
+
+
+@pytest.mark.long
+def test_a_budget_ends_the_search(weights, tiles, store, tmp_path):
+    asked = inputs(searched(weights, 500), tmp_path, tiles, store)
+    started = time.monotonic()
+    found = read_json(search(asked, 75.0, resume=False) / "search.json")
+    assert time.monotonic() - started < 75 + 75
+    assert len(found["trials"]) < 500 and found["seconds"] == pytest.approx(75, abs=60)
+    assert all(trial["status"] != "running" for trial in found["trials"])
+
+
+def test_what_does_not_fit_is_refused_at_once():
+    with pytest.raises(RecipeError, match=r"a student needs 1 workers of 9 CPU, 0 GPU, and 0 fit"):
+        num_groups(Execution(cpus_per_worker=9))
+
+
+def test_small_students_share_a_gpu():
+    """With GPUs that Ray only counts: the session's Ray has two, and three CPUs."""
+    half = Execution(gpus_per_worker=0.5, cpus_per_worker=0.25)
+    assert num_groups(half) == 4
+    assert num_groups(Execution(gpus_per_worker=0.5, cpus_per_worker=0.25, workers=2)) == 2
+    assert num_groups(Execution(gpus_per_worker=0.5, cpus_per_worker=1)) == 3
+    bundle = scaling(half)["resources_per_worker"]
+    groups = [placement_group([bundle]) for _ in range(5)]
+    try:
+        ready, waiting = ray.wait([group.ready() for group in groups], num_returns=5, timeout=10)
+        assert (len(ready), len(waiting)) == (4, 1)
+    finally:
+        for group in groups:
+            ray.util.remove_placement_group(group)

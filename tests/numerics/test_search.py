@@ -1,0 +1,137 @@
+"""The curve against scikit-learn, and whole searches on simulated students: is the interval as good as its word?"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import tiny_recipe
+from scipy.stats import multivariate_normal
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern
+
+from softlabel.search.answer import answer
+from softlabel.search.curve import _MEAN_SD, Curve, _Model
+from softlabel.search.plan import Plan
+from softlabel.search.tuning import Stopper
+
+KEY = "train.threshold"
+NOISE = 0.015  # between seeds of the demo's students
+EPOCHS = 12
+
+
+def data(num=12, noise=NOISE, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(0, 1, (num, 1))
+    return x, 0.5 + 0.2 * np.sin(3 * x[:, 0]) + rng.normal(0, noise, num), rng.uniform(0, 0.02, num) ** 2
+
+
+def test_one_model_is_scikit_learns():
+    x, y, extra = data()
+    model, at = _Model(0.4, 0.08, 0.02, 1.0), np.linspace(0, 1, 30)[:, None]
+    curve = Curve(x, y, extra)
+    kernel = ConstantKernel(_MEAN_SD**2) + ConstantKernel(model.height**2) * Matern(model.length, nu=2.5)
+    reference = GaussianProcessRegressor(kernel, alpha=model.noise**2 + extra, optimizer=None).fit(x, y - y.mean())
+    mean, covariance = reference.predict(at, return_cov=True)
+    ours, our_covariance = curve._posterior(model, at)
+    np.testing.assert_allclose(ours, mean, atol=1e-8)
+    np.testing.assert_allclose(our_covariance, covariance, atol=1e-8)
+
+
+def test_weights_are_marginal_likelihoods():
+    x, y, extra = data(6)
+    curve = Curve(x, y, extra)
+    for a, b in zip(curve._models, curve._models[1:], strict=False):
+        if a.length and b.length:
+            logs = []
+            for model in (a, b):
+                kernel = ConstantKernel(_MEAN_SD**2) + ConstantKernel(model.height**2) * Matern(model.length, nu=2.5)
+                covariance = kernel(x) + np.diag(model.noise**2 + extra)
+                logs.append(multivariate_normal(np.zeros(6), covariance).logpdf(y - y.mean()))
+            assert np.log(a.weight / b.weight) == pytest.approx(logs[0] - logs[1], abs=1e-6)
+
+
+def test_samples_have_the_curve_s_mean_and_spread():
+    curve, at = Curve(*data()), np.linspace(0, 1, 20)[:, None]
+    mean, sd = curve.mean_and_sd(at)
+    samples = curve.sample(at, 20_000, np.random.default_rng(0))
+    np.testing.assert_allclose(samples.mean(axis=0), mean, atol=0.002)
+    np.testing.assert_allclose(samples.std(axis=0), sd, rtol=0.1, atol=0.001)
+
+
+def bump(t, at, width):
+    return np.exp(-(((t - at) / width) ** 2))
+
+
+CURVES = {
+    "low peak": lambda t: 0.6 - 0.5 * (t - 0.25) ** 2,
+    "steep fall": lambda t: 0.55 + 0.1 * t - 0.9 * np.maximum(t - 0.55, 0) ** 1.5,
+    "two peaks": lambda t: 0.5 + 0.06 * bump(t, 0.2, 0.1) + 0.1 * bump(t, 0.7, 0.12),
+}
+GRID = np.linspace(0.05, 0.95, 1801)
+
+
+def simulated_search(curve, seed, *, trials=24, stop_early=True):
+    """A search whose students grow like real ones, reach ``curve`` and differ by seed; returns its answer."""
+    search = {"trials": trials, "stop_early": stop_early, "grace_epochs": 3}
+    recipe = tiny_recipe(seed=seed, search=search)
+    args = {**recipe.train.student.args, "epochs": EPOCHS}
+    student = recipe.train.student.model_copy(update={"args": args})
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"student": student})})
+    plan, rng = Plan(recipe, [], 0.4, None), np.random.default_rng(seed)
+    stopper = Stopper(plan)
+    stopper.set_search_properties("map50", "max")
+    finals: dict[int, float] = {}
+    while trial := plan.next(0.0):
+        tune_trial = SimpleNamespace(trial_id=f"{trial.number}-{trial.epoch}", config={"number": trial.number})
+        stopper.on_trial_add(None, tune_trial)
+        final = finals.setdefault(trial.number, float(curve(trial.values[KEY]) + rng.normal(0, NOISE)))
+        trial.status = "finished"
+        for epoch in range(trial.epoch + 1, EPOCHS + 1):
+            grown = final * (1 - np.exp(-epoch / 4)) / (1 - np.exp(-EPOCHS / 4)) + rng.normal(0, NOISE / 3)
+            trial.history.append({"epoch": epoch, "map50": float(grown if epoch < EPOCHS else final), "seconds": 1.0})
+            if stopper.on_trial_result(None, tune_trial, {"epoch": epoch, "map50": trial.best()}) == "STOP":
+                trial.status = "stopped"
+                break
+        trial.seconds = float(trial.epoch)
+        plan.ended(trial)
+    return answer(plan.search, plan.trials, plan.references), plan
+
+
+SEEDS = [pytest.param(range(12), id="12 searches"), pytest.param(range(120), id="120 searches", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_interval_covers_the_peak_as_often_as_it_says(seeds):
+    covered = []
+    for seed in seeds:
+        curve = list(CURVES.values())[seed % len(CURVES)]
+        found, _ = simulated_search(curve, seed)
+        line, peak = found["lines"][KEY], GRID[np.argmax(curve(GRID))]
+        covered.append(line["peak_low"] <= peak <= line["peak_high"])
+    assert np.mean(covered) >= 0.85, covered
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_the_choice_is_nearly_as_good_as_the_peak(seeds):
+    lost = []
+    for seed in seeds:
+        curve = list(CURVES.values())[seed % len(CURVES)]
+        found, _ = simulated_search(curve, seed)
+        lost.append(curve(GRID).max() - curve(found["values"][KEY]))
+    assert np.mean(lost) < 0.01, lost
+
+
+@pytest.mark.parametrize("num", [20, pytest.param(120, marks=pytest.mark.long)])
+def test_a_flat_curve_is_called_flat(num):
+    flat = [simulated_search(lambda t: 0.5 + 0 * t, seed)[0]["flat"] for seed in range(num)]
+    assert np.mean(flat) >= 0.85
+
+
+def test_a_curve_with_a_peak_is_not_called_flat():
+    assert not any(simulated_search(CURVES["low peak"], seed)[0]["flat"] for seed in range(6))
+
+
+def test_stopping_early_saves_epochs():
+    _, plan = simulated_search(CURVES["low peak"], 0)
+    assert sum(trial.epoch for trial in plan.trials) < 0.8 * len(plan.trials) * EPOCHS
+    assert all(trial.epoch == EPOCHS for trial in plan.trials if plan.is_exempt(trial))

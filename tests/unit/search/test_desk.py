@@ -1,0 +1,117 @@
+"""Students, and the groups that take them: every way a group can come back, or not."""
+
+import asyncio
+
+import pytest
+
+from softlabel.search.desk import Desk
+
+WAIT = 0.01
+
+
+def run(story):
+    asyncio.run(asyncio.wait_for(story, 10))
+
+
+def history(epochs):
+    return [{"epoch": i + 1, "map50": 0.1 * i, "seconds": 1.0} for i in range(epochs)]
+
+
+def test_a_student_goes_through_a_group():
+    async def story():
+        desk = Desk(1)
+        taking = asyncio.create_task(desk.take(0, "node", 5))
+        await desk.submit("a", "job a")
+        assert await taking == "job a"
+        waiting = asyncio.create_task(desk.wait("a", 0))
+        assert await desk.report(0, history(1), 2.0)
+        assert (await waiting)["history"] == history(1)
+        ending = asyncio.create_task(desk.wait("a", 1))
+        await desk.end(0, "finished", "", history(2), 3.0)
+        assert await ending == {"status": "finished", "reason": "", "history": history(2), "seconds": 3.0}
+        assert await desk.take(0, "node", WAIT) == "wait"
+        await desk.close()
+        assert await desk.take(0, "node", 5) == "close"
+
+    run(story())
+
+
+def test_a_stopped_student_is_put_down_and_may_go_on_later():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a")
+        await desk.take(0, "node", WAIT)
+        await desk.stop("a")
+        assert not await desk.report(0, history(1), 1.0)
+        await desk.end(0, "stopped", "", [], 0.0)
+        assert desk.look("a")["history"] == history(1)
+        await desk.submit("a", "job a")
+        assert await desk.take(1, "node", WAIT) == "job a"
+        assert await desk.report(1, history(2), 2.0)
+
+    run(story())
+
+
+def test_a_student_taken_up_again_while_its_group_has_it_stays_there():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a")
+        await desk.take(0, "node", WAIT)
+        await desk.stop("a")
+        await desk.submit("a", "job a")
+        assert await desk.take(1, "node", WAIT) == "wait"
+        assert await desk.report(0, history(1), 1.0)
+
+    run(story())
+
+
+def test_a_student_that_nobody_took_can_be_stopped():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a")
+        await desk.stop("a")
+        assert await desk.take(0, "node", WAIT) == "wait"
+        assert (await desk.wait("a", 0))["status"] == "stopped"
+
+    run(story())
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_group_whose_workers_died_gets_its_student_again_so_often(failures):
+    async def story():
+        desk = Desk(failures)
+        await desk.submit("a", "job a")
+        for _ in range(1 + failures):
+            assert await desk.take(0, "node", WAIT) == "job a"
+        waiting = asyncio.create_task(desk.wait("a", 0))
+        assert await desk.take(0, "node", WAIT) == "wait"
+        assert (await waiting)["reason"] == f"its workers died {failures + 1} times"
+
+    run(story())
+
+
+def test_what_was_on_a_lost_node_goes_to_whoever_is_free():
+    async def story():
+        desk = Desk(2)
+        for name in "ab":
+            await desk.submit(name, f"job {name}")
+        assert await desk.take(0, "lost", WAIT) == "job a"
+        assert await desk.take(1, "kept", WAIT) == "job b"
+        await desk.lose(["lost"])
+        await desk.end(1, "finished", "", history(1), 1.0)
+        assert await desk.take(1, "kept", WAIT) == "job a"
+        assert await desk.take(0, "new", WAIT) == "wait"  # the group that lost it comes back empty-handed
+        assert not await desk.report(0, history(1), 1.0)
+
+    run(story())
+
+
+def test_when_the_desk_closes_students_are_put_down():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a")
+        await desk.take(0, "node", WAIT)
+        await desk.close()
+        assert not await desk.report(0, history(1), 1.0)
+
+    run(story())
