@@ -53,7 +53,11 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     with steps.next("search"):
         folder = search(inputs, budget_s, resume=resume)
     results = read_json(folder / "search.json")
-    chosen = _complete(results, [results["answer"]["values"], *results["references"]])
+    chosen = [
+        trial
+        for trial in _complete(results, [results["answer"]["values"], *results["references"]])
+        if _weights(folder, trial).exists()  # the search keeps those of its leaders
+    ]
     examined = chosen if "test" in summary(tiles)["splits"] else []
     with steps.next("label the test split with the best students, once"):
         jobs = [label_job(taught, trial["folder"], _weights(folder, trial), tiles, ["test"]) for trial in examined]
@@ -66,8 +70,8 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         results["label_quality"] = _label_quality(taught, tiles, split, store)
         results["labels_kept"] = _labels_kept(taught, tiles, split, store)
     with steps.next("report"):
-        winner = _write_best(taught, run_dir, folder, results["answer"]["values"], chosen)
-        write_json(run_dir / "search.json", {**results, "winner": winner["number"]})
+        _write_best(taught, run_dir, folder, results["answer"]["values"], chosen)
+        write_json(run_dir / "search.json", results)
         write_search_report(run_dir / "search.html", results)
     print(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
     print(f"train the final student: softlabel train --config {run_dir / 'best.yaml'} --run-dir {run_dir}")
@@ -133,17 +137,15 @@ def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[s
     }
 
 
-def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, chosen: Sequence[dict]) -> dict:
+def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, chosen: Sequence[dict]) -> None:
     """The recipe of the final student, and the weights of the best there is."""
-    best = max(
-        (trial for trial in chosen if trial["values"] == values),
-        key=lambda trial: max(row["map50"] for row in trial["history"]),
-    )
+    students = [trial for trial in chosen if trial["values"] == values]
+    best = max(students, key=lambda trial: max(row["map50"] for row in trial["history"]), default={"seed": recipe.seed})
     final = with_values(recipe, values)
     train = final.train.model_copy(update={"labels": "soft"})
     final = final.model_copy(update={"name": f"{recipe.name}-best", "seed": best["seed"], "train": train})
     header = f"# The final student of the search over {', '.join(values)}: softlabel train --config best.yaml\n"
     write_text(run_dir / "best.yaml", header + dump_recipe(final))
-    weights = _weights(folder, best).read_bytes()
-    commit(run_dir / "best.safetensors", lambda path: path.write_bytes(weights))
-    return best
+    if students:
+        weights = _weights(folder, best).read_bytes()
+        commit(run_dir / "best.safetensors", lambda path: path.write_bytes(weights))

@@ -16,7 +16,7 @@ from softlabel.training.targets import TrainJob
 _TAKE_S = 60.0  # a group asks again after so long: ranks that wait for the first must not run into a timeout
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its process holds Ray Train's controller for as long as it lives
 def launch(desk: Any, group: int, execution: Execution, folder: str) -> None:
     """One worker group, from the first student to the last; Ray Train begins it again whenever a worker dies."""
     TorchTrainer(

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from softlabel.config import Execution, Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.lease import Lease
+from softlabel.labelling.yolo import check_train_args
 from softlabel.search.answer import answer
 from softlabel.search.desk import Desk
 from softlabel.search.groups import launch, words
@@ -34,6 +35,7 @@ from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 _KEPT = 5  # states of stopped students, and weights of finished ones
+_OUT_OF_TIME = "out of time"
 _LEAVE_S = 60.0  # for worker groups to go home by themselves
 _MAX_ENDED = 5  # worker groups that Ray Train gave up, in all
 
@@ -108,7 +110,7 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
         raise StoreError(
             f"there is a search in {folder}, {state}: add --resume to go on with it, or use another --run-dir"
         )
-    _check(inputs)
+    _check(inputs)  # what would fail in every student fails here, once and at once
     groups = num_groups(inputs.recipe.execution)
     write_text(folder / "recipe.yaml", dump_recipe(inputs.recipe))
     with Lease(folder) as lease:
@@ -141,9 +143,11 @@ def _check(inputs: Inputs) -> None:
     truth = truth_targets(inputs.tiles, inputs.val_split)
     if not any(len(target.boxes) for target in truth):
         raise TrainingError(f"no box in the truth of {inputs.val_split}: nothing can be judged by it")
+    inputs.job(Trial(0, {}, inputs.recipe.seed, 1.0, "first", 0))
     for key, dimension in inputs.recipe.search.space.items():
         for value in dimension.choices or (dimension.min, dimension.max):
-            with_values(inputs.recipe, {key: value})
+            student = with_values(inputs.recipe, {key: value}).train.student
+            check_train_args(student.args, "train.student", student.model)
 
 
 class _Search:
@@ -154,6 +158,9 @@ class _Search:
         self.budget_s, self._began = budget_s, time.monotonic()
         self._before = read_json(self._clock) if self._clock.exists() else {"seconds": 0.0, "capacity_s": 0.0}
         trials = [Trial(**read_json(path)) for path in sorted((self.folder / "trials").glob("*.json"))]
+        for trial in trials if self._has_time() else []:
+            if trial.reason == _OUT_OF_TIME:
+                trial.status, trial.reason = "running", ""
         self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
         self.desk = ray.remote(num_cpus=0)(Desk).remote(inputs.recipe.search.max_failures)
         self.num_groups = 0
@@ -170,8 +177,7 @@ class _Search:
 
     def train(self, num_groups: int) -> None:
         """Run Tune over worker groups until there is nothing more to do, or no time."""
-        left = None if self.budget_s is None else self.budget_s - self.elapsed_s()
-        if (left is not None and left <= 0) or not self._has_work():
+        if not (self._has_time() and self._has_work()):
             return
         self.num_groups = num_groups
         print(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
@@ -187,7 +193,7 @@ class _Search:
                 scheduler=Stopper(self.plan),
                 num_samples=-1,
                 max_concurrent_trials=num_groups,
-                time_budget_s=left,
+                time_budget_s=None if self.budget_s is None else self.budget_s - self.elapsed_s(),
                 reuse_actors=True,
                 trial_name_creator=lambda trial: f"student-{trial.config['number']:03d}",
                 trial_dirname_creator=lambda trial: f"student-{trial.config['number']:03d}-{trial.trial_id}",
@@ -203,8 +209,14 @@ class _Search:
         )
         try:
             tuner.fit()
+            for trial in self.plan.trials:
+                if trial.status == "running":
+                    self.end(trial, _OUT_OF_TIME)
         finally:
             self._close()
+
+    def _has_time(self) -> bool:
+        return self.budget_s is None or self.elapsed_s() < self.budget_s
 
     def _has_work(self) -> bool:
         plan = self.plan
@@ -280,9 +292,6 @@ class _Search:
             self._groups[self._launch(group)] = group
 
     def _close(self) -> None:
-        for trial in self.plan.trials:
-            if trial.status == "running":
-                self.end(trial, "out of time")
         self.desk.close.remote()
         _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
         for group in staying:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,10 +49,13 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
             failure_config=ray.train.FailureConfig(max_failures=recipe.execution.max_failures),
         ),
     )
+    before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"training failed: {_cause(error)}") from error
+    finally:  # Ray Train leaves a handler that would swallow the next Ctrl-C, and holds its controller
+        signal.signal(signal.SIGINT, before)
     shutil.rmtree(storage / name, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """The curve against scikit-learn, and whole searches on simulated students: is the interval as good as its word?"""
 
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,27 +98,26 @@ def simulated_search(curve, seed, *, trials=24, stop_early=True):
     return answer(plan.search, plan.trials, plan.references), plan
 
 
-SEEDS = [pytest.param(range(12), id="12 searches"), pytest.param(range(120), id="120 searches", marks=pytest.mark.long)]
+@cache
+def searches(num):
+    """Curve and answer of so many searches, on one curve after the other."""
+    curves = [list(CURVES.values())[seed % len(CURVES)] for seed in range(num)]
+    return [(curve, simulated_search(curve, seed)[0]) for seed, curve in enumerate(curves)]
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_the_interval_covers_the_peak_as_often_as_it_says(seeds):
-    covered = []
-    for seed in seeds:
-        curve = list(CURVES.values())[seed % len(CURVES)]
-        found, _ = simulated_search(curve, seed)
-        line, peak = found["lines"][KEY], GRID[np.argmax(curve(GRID))]
-        covered.append(line["peak_low"] <= peak <= line["peak_high"])
+NUM = pytest.mark.parametrize("num", [24, pytest.param(120, marks=pytest.mark.long)])
+
+
+@NUM
+def test_the_interval_covers_the_peak_as_often_as_it_says(num):
+    lines = [(found["lines"][KEY], GRID[np.argmax(curve(GRID))]) for curve, found in searches(num)]
+    covered = [line["peak_low"] <= peak <= line["peak_high"] for line, peak in lines]
     assert np.mean(covered) >= 0.85, covered
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
-def test_the_choice_is_nearly_as_good_as_the_peak(seeds):
-    lost = []
-    for seed in seeds:
-        curve = list(CURVES.values())[seed % len(CURVES)]
-        found, _ = simulated_search(curve, seed)
-        lost.append(curve(GRID).max() - curve(found["values"][KEY]))
+@NUM
+def test_the_choice_is_nearly_as_good_as_the_peak(num):
+    lost = [curve(GRID).max() - curve(found["values"][KEY]) for curve, found in searches(num)]
     assert np.mean(lost) < 0.01, lost
 
 
