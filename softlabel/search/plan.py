@@ -135,7 +135,8 @@ class Plan:
         return self._begin(values, "repeat")
 
     def _begun_in_full(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.subset == 1 and trial.status in ("running", "finished")]
+        """Those that failed too, or values that cannot train would be tried for ever."""
+        return [trial for trial in self.trials if trial.subset == 1 and trial.status != "stopped"]
 
     def _draw(self, points: list[Values]) -> Values:
         rng = np.random.default_rng([self._recipe.seed, len(self.trials)])

@@ -132,3 +132,14 @@ def test_the_first_tries_on_a_subset_are_repeated_on_everything():
     assert {trial.subset for trial in trials if trial.role != "repeat"} == {0.25}
     assert {trial.subset for trial in trials if trial.role == "repeat"} == {1.0}
     assert [trial.seed for trial in trials if trial.role == "repeat" and trial.values[KEY] == 0.3][:2] == [0, 1]
+
+
+def test_a_first_point_that_fails_is_not_tried_for_ever():
+    """As where no label scores above 0.5."""
+    plan = Plan(made(20, explore=0.4), [], None, None)
+    while trial := plan.next(0.0):
+        trial.status = "failed" if trial.values[KEY] >= 0.5 else "finished"
+        trial.history = [{"epoch": 3, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
+        plan.ended(trial)
+    assert sum(trial.values[KEY] == 0.5 for trial in plan.trials) <= 3
+    assert len(plan.trials) == 20
