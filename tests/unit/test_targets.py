@@ -1,0 +1,39 @@
+"""What a student learns from: thresholds per class, and subsets of tiles."""
+
+from pathlib import Path
+
+import pytest
+from made_stores import CLASSES, detections, made_store, made_tile
+
+from softlabel.errors import TrainingError
+from softlabel.records import Nms
+from softlabel.training.targets import TrainJob
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Makes a job on forty tiles, each with a car, a plane and a ship at 0.4."""
+    found = detections((1, 1, 9, 9, 0, 0.4), (11, 1, 19, 9, 1, 0.4), (21, 1, 29, 9, 2, 0.4))
+    made = [made_tile("scene", (64 * i, 0, 64, 64), found, split="train_2") for i in range(40)]
+    store = made_store(tmp_path, made)
+
+    def make(threshold, subset=1.0):
+        tiles, model = tmp_path / "tiles-made", "yolov5n.yaml"
+        splits = ("train_2", "val_1", store)
+        return TrainJob("s", Path("s"), tuple(CLASSES), model, None, {}, tiles, *splits, threshold, subset, 0, Nms())
+
+    return make
+
+
+def test_each_class_has_its_own_threshold(job):
+    for target in job({"car": 0.3, "plane": 0.5, "ship": 0.39}).targets():
+        assert target.class_ids.tolist() == [0, 2]
+    with pytest.raises(TrainingError, match="no soft label of"):
+        job(dict.fromkeys(CLASSES, 0.4)).targets()  # strictly above
+
+
+def test_a_subset_is_the_same_each_time_and_part_of_a_larger_one(job):
+    ids = {share: [t.tile["tile_id"] for t in job(0.3, share).targets()] for share in (0.25, 0.5, 1.0)}
+    assert [len(found) for found in ids.values()] == [10, 20, 40]
+    assert set(ids[0.25]) < set(ids[0.5]) < set(ids[1.0])
+    assert ids[0.25] == [t.tile["tile_id"] for t in job(0.6 - 0.3, 0.25).targets()]
