@@ -237,7 +237,7 @@ def _write_checkpoint(work: Work) -> None:
 
 def _bare(work: Work, engine: str, precision: str) -> Timing:
     """Prepare, forward, NMS, and nothing else."""
-    from softlabel.labelling.run import label_job
+    from softlabel.labelling.teachers import label_job
     from softlabel.labelling.yolo import YoloDetector
 
     job = label_job(_with_engine(work.recipe, engine, precision), "bare", work.weights, work.tiles, None)
@@ -257,7 +257,8 @@ def _pipeline(work: Work, engine: str, precision: str) -> Timing:
     """`softlabel label` on a Ray of its own; a tile is finished when its shard is committed."""
     import ray
 
-    from softlabel.labelling.run import label, label_job
+    from softlabel.labelling.run import label
+    from softlabel.labelling.teachers import label_job
 
     recipe = _with_engine(work.recipe, engine, precision)
     job = label_job(recipe, f"{engine}_{precision}", work.weights, work.tiles, None)

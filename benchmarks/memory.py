@@ -116,7 +116,8 @@ def _peak(recipe: Recipe, weights: Path, tiles: Path, folder: Path, object_store
 def _label(recipe: Recipe, weights: Path, tiles: Path, folder: Path, object_store_mb: int) -> None:
     import ray
 
-    from softlabel.labelling.run import label, label_job
+    from softlabel.labelling.run import label
+    from softlabel.labelling.teachers import label_job
 
     job = label_job(recipe, recipe.name, weights, tiles, None)
     shutil.rmtree(job.folder(folder), ignore_errors=True)

@@ -105,7 +105,8 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _label(recipe: Recipe, run_dir: Path, retry_rejected: bool = False) -> None:
-    from softlabel.labelling.run import label, recipe_label_job
+    from softlabel.labelling.run import label
+    from softlabel.labelling.teachers import recipe_label_job
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
     with _ray_session():
@@ -135,6 +136,16 @@ def _evaluate(recipe: Recipe, run_dir: Path) -> None:
     print(folder)
 
 
+def _calibrate(recipe: Recipe, run_dir: Path) -> None:
+    from softlabel.evaluation.run import CALIBRATION, calibrate_store, numbers
+    from softlabel.report.words import format_calibration
+
+    tiles = _tiles(recipe, run_dir)
+    folder = calibrate_store(recipe, tiles, _store(recipe, run_dir, tiles), run_dir)
+    print(format_calibration(numbers(folder)["rows"]))
+    print(folder / CALIBRATION)
+
+
 def _experiment(recipe: Recipe, run_dir: Path) -> None:
     from softlabel.experiment import experiment
 
@@ -149,18 +160,27 @@ def _search(recipe: Recipe, run_dir: Path, budget: float | None = None, resume: 
         search_experiment(recipe, run_dir, budget, resume=resume)
 
 
+def _categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float = 0.1) -> None:
+    from softlabel.categorize import categorize
+
+    with _ray_session():
+        categorize(recipe, run_dir, vocabulary, threshold)
+
+
 _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "tile": (_tile, "cut scenes and truth into tiles"),
     "label": (_label, "label tiles with label.weights, keeping every box above the floor"),
     "train": (_train, "train train.student on a split's truth or on its soft labels"),
     "evaluate": (_evaluate, "judge the labels of `softlabel label` against a split's truth"),
+    "calibrate": (_calibrate, "fit what the labels' scores are worth, on a split with truth"),
     "experiment": (_experiment, "all of it: teachers, soft labels, students, numbers, report"),
     "search": (_search, "find the threshold that makes the best student, and how sure that is"),
+    "categorize": (_categorize, "look for every class of a vocabulary, and report what is in the imagery"),
     "demo": (_experiment, "the experiment on made-up scenes, minutes on a laptop"),
 }
 
 
-_OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume")}
+_OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
 
 
@@ -178,6 +198,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "label":
             purpose = "read again the tiles whose failure may have been transient"
             verb.add_argument("--retry-rejected", action="store_true", help=purpose)
+        if name == "categorize":
+            purpose = "text file: a class name per line, or `name: phrasing, phrasing`"
+            verb.add_argument("--vocabulary", type=Path, required=True, metavar="FILE", help=purpose)
+            verb.add_argument("--threshold", type=_share, default=0.1, help="boxes scoring above it (default: 0.1)")
         if name == "search":
             purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
             verb.add_argument("--budget", type=_seconds, metavar="TIME", help=purpose)
@@ -247,7 +271,8 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
-    from softlabel.labelling.run import finished_store, recipe_label_job
+    from softlabel.labelling.run import finished_store
+    from softlabel.labelling.teachers import recipe_label_job
 
     return finished_store(recipe_label_job(recipe, tiles), run_dir)
 

@@ -93,16 +93,30 @@ def is_anchor_based(model: str | dict) -> bool:
     return "anchors" in model if isinstance(model, dict) else model.startswith("yolov5") and "-anchor" in model
 
 
+class OwlVit(_Section):
+    """An open-vocabulary teacher, and what it looks for: words or example images for each class."""
+
+    model: str = Field(description="a folder with an OWL-ViT or OWLv2 of transformers, or its name on the hub")
+    prompts: dict[str, tuple[str, ...]] = Field({}, description="per class one phrasing or several")
+    examples: dict[str, tuple[str, ...]] = Field({}, description="per class, instead: image files of one object each")
+    combine: Literal["mean", "max"] = Field(
+        "mean", description="several phrasings or examples of a class: mean of their embeddings, or max of their scores"
+    )
+    background: tuple[str, ...] = Field((), description="prompts for what is no object: a box that suits one best goes")
+
+
 class Label(_Section):
     """A teacher over tiles. One low floor; thresholds are filters on what is kept (DESIGN, promise 1)."""
 
     weights: str | None = Field(None, description="the teacher's .safetensors, for `softlabel label` alone")
+    owlvit: OwlVit | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
     floor: Fraction = 0.01
     iou: Fraction | None = Field(
         None,
-        description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45",
+        description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45, "
+        "OWL-ViT 0.5",
     )
     max_det: Annotated[int, Field(gt=0)] = 1000
     engine: Literal["auto", "pytorch", "pytorch_compile", "openvino", "tensorrt"] = Field(
@@ -116,8 +130,9 @@ class Label(_Section):
     def nms(self, model: str | dict) -> Nms:
         """What is kept of a model's boxes. Without ``iou`` it is what ultralytics predicts with, and for a model with
         anchors what YOLOv5's detect.py does: several anchors and cells answer for one object there, and more doubles
-        must go."""
-        iou = self.iou if self.iou is not None else (0.45 if is_anchor_based(model) else 0.7)
+        must go. So they do of ``owlvit``, where every patch of an object answers."""
+        default = 0.5 if model == "owlvit" else 0.45 if is_anchor_based(model) else 0.7
+        iou = default if self.iou is None else self.iou
         return Nms(self.floor, iou, self.max_det)
 
 
@@ -140,6 +155,16 @@ class Train(_Section):
     threshold: Threshold = Field(
         0.3, description="for `softlabel train` alone: labels above it, strictly; one number, or one for each class"
     )
+    calibration: str | None = Field(
+        None, description="what `softlabel calibrate` wrote: soft labels' scores are mapped by it before the threshold"
+    )
+
+
+class Calibrate(_Section):
+    """What the teacher's scores are worth, for `softlabel calibrate`."""
+
+    split: str = Field("val_1", description="labelled tiles whose truth it is fitted to")
+    method: Literal["isotonic", "temperature"] = Field("isotonic", description="what is fitted, per class")
 
 
 class Evaluate(_Section):
@@ -174,7 +199,7 @@ class Search(_Section):
         {"train.threshold": Dimension(min=0.05, max=0.95)},
         description="recipe keys under train (train.threshold.CLASS is one class's) to what they may be",
     )
-    sampler: Literal["tpe", "gp", "random", "grid"] = Field("tpe", description="of Optuna: what is tried next")
+    sampler: Literal["tpe", "gp", "random", "grid"] = Field("gp", description="of Optuna: what is tried next")
     grid_points: Annotated[int, Field(ge=2)] = Field(9, description="values of a range under the grid sampler")
     trials: Annotated[int, Field(gt=0)] = Field(
         30, description="students to train at most, repeats with other seeds too"
@@ -235,6 +260,7 @@ class Recipe(_Section):
     tiles: Tiles
     label: Label = Label()
     train: Train = Train()
+    calibrate: Calibrate = Calibrate()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
     execution: Execution = Execution()

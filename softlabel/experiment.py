@@ -5,6 +5,7 @@ the truth of one training set and labels the other, a student learns from those 
 """
 
 import datetime
+import itertools
 import os
 import platform
 import time
@@ -24,11 +25,13 @@ from softlabel.evaluation.run import curves, difference, evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.job import LabelJob
-from softlabel.labelling.run import label, label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import label_job, owlvit_job
 from softlabel.records import LABELLED, Truth, detections_from_row
+from softlabel.report import words
 from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report
-from softlabel.report.words import format_table
+from softlabel.results.run import fuse
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
@@ -37,6 +40,7 @@ from softlabel.training.targets import WEIGHTS, TrainJob
 _QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 _OVERLAYS = 8
 _OTHER = {1: 2, 2: 1}
+_FUSE_ABOVE, _FUSE_IOU = 0.05, 0.55  # as `softlabel fuse` has them
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _Student:
     job: TrainJob
     train_set: int
     teacher: str | None = None
+    source: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -61,10 +66,10 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
     truths, teachers = truth_models(recipe, run_dir, tiles)
     with steps.next(f"train {_names([*teachers.values(), *truths.values()])} on truth"):
         train(recipe, _distinct(teachers, truths), run_dir)
-    stores = _label_jobs(recipe, tiles, teachers)
-    with steps.next("label each training set with the other's teacher"):
-        folders = dict(zip(stores, label(recipe, list(stores.values()), run_dir), strict=True))
-    students = soft_models(recipe, run_dir, tiles, teachers, folders)
+    also = ", and with words" if _has_words(recipe) else ""
+    with steps.next(f"label each training set with the other's teacher{also}"):
+        stores = _label(recipe, run_dir, tiles, teachers)
+    students = soft_models(recipe, run_dir, tiles, stores)
     with steps.next(f"train {_names(students)} on soft labels"):
         train(recipe, [student.job for student in students], run_dir)
     models = [*truths.values(), *students, *(t for i, t in teachers.items() if t.job != truths[i].job)]
@@ -72,12 +77,14 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
         jobs = [label_job(recipe, model.job.name, model.weights, tiles, ["test"], with_losses=True) for model in models]
         found = dict(zip([model.job.name for model in models], label(recipe, jobs, run_dir), strict=True))
     with steps.next("evaluate"):
-        results, all_curves = _results(recipe, run_dir, tiles, models, found, folders)
+        results, all_curves = _results(recipe, run_dir, tiles, models, found, stores)
     with steps.next("report"):
         results["times_s"] = {name: seconds for name, seconds in steps.times().items() if name != "report"}
         write_json(run_dir / "results.json", results)
-        write_report(run_dir / "report.html", results, all_curves, _overlays(recipe, tiles, folders))
-    print(f"\n{format_table(results)}\n\nresults: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}")
+        overlays = _overlays(recipe, tiles, next(iter(stores.values())))
+        write_report(run_dir / "report.html", results, all_curves, overlays)
+    files = f"results: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}"
+    print(f"\n{words.format_table(results)}\n\n{files}")
     return results
 
 
@@ -96,26 +103,24 @@ def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, 
     return truths, {number: on_truth(f"teacher_{number}", number, "teacher") for number in _OTHER}
 
 
-def soft_models(
-    recipe: Recipe, run_dir: Path, tiles: Path, teachers: dict[int, _Student], folders: dict[int, Path]
-) -> list[_Student]:
-    """A student per threshold and training set, on the labels of the other set's teacher only."""
+def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, dict[int, Path]]) -> list[_Student]:
+    """A student per source of labels, threshold and training set, on these labels only."""
     students = []
-    for threshold in recipe.train.thresholds:
-        for number, other in _OTHER.items():
-            split = f"train_{number}"
-            job = train_job(
-                recipe,
-                run_dir,
-                f"soft_{number}_at_{threshold:g}",
-                recipe.train.student,
-                tiles=tiles,
-                split=split,
-                val_split=validation_split(tiles, split, "soft"),
-                soft_labels=folders[number],
-                threshold=threshold,
-            )
-            students.append(_Student(job, number, teachers[other].job.name))
+    for source, threshold, number in itertools.product(stores, recipe.train.thresholds, _OTHER):
+        split, store = f"train_{number}", stores[source][number]
+        name = "soft" if source == words.TEACHER else source
+        job = train_job(
+            recipe,
+            run_dir,
+            f"{name}_{number}_at_{threshold:g}",
+            recipe.train.student,
+            tiles=tiles,
+            split=split,
+            val_split=validation_split(tiles, split, "soft"),
+            soft_labels=store,
+            threshold=threshold,
+        )
+        students.append(_Student(job, number, summary(store)["name"], source))
     return students
 
 
@@ -125,6 +130,26 @@ def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> d
         number: label_job(recipe, teachers[other].job.name, teachers[other].weights, tiles, [f"train_{number}"])
         for number, other in _OTHER.items()
     }
+
+
+def _has_words(recipe: Recipe) -> bool:
+    """Whether students learn from an open-vocabulary teacher's labels, alone and fused with the trained teachers'."""
+    return recipe.label.owlvit is not None
+
+
+def _label(recipe: Recipe, run_dir: Path, tiles: Path, teachers: dict[int, _Student]) -> dict[str, dict[int, Path]]:
+    """By source, then by training set, what students learn from."""
+    jobs = _label_jobs(recipe, tiles, teachers)
+    if not _has_words(recipe):
+        return {words.TEACHER: dict(zip(jobs, label(recipe, list(jobs.values()), run_dir), strict=True))}
+    named = [owlvit_job(recipe, words.OWLVIT, tiles, [f"train_{number}"]) for number in jobs]
+    stores = label(recipe, [*jobs.values(), *named], run_dir)
+    by_teacher, by_words = (dict(zip(jobs, half, strict=True)) for half in (stores[: len(jobs)], stores[len(jobs) :]))
+    fused = {
+        number: fuse([by_words[number], by_teacher[number]], (1.0, 1.0), _FUSE_ABOVE, _FUSE_IOU, run_dir)
+        for number in jobs
+    }
+    return {words.OWLVIT: by_words, words.FUSED: fused}
 
 
 def _distinct(*models: dict[int, _Student]) -> list[TrainJob]:
@@ -137,7 +162,12 @@ def _names(models: list[_Student]) -> str:
 
 
 def _results(
-    recipe: Recipe, run_dir: Path, tiles: Path, models: list[_Student], found: dict[str, Path], stores: dict[int, Path]
+    recipe: Recipe,
+    run_dir: Path,
+    tiles: Path,
+    models: list[_Student],
+    found: dict[str, Path],
+    stores: dict[str, dict[int, Path]],
 ) -> tuple[dict, dict]:
     evaluated = {name: evaluate_store(recipe, name, tiles, "test", store, run_dir) for name, store in found.items()}
     rows = [_model_row(recipe, model, numbers(evaluated[model.job.name])) for model in models]
@@ -150,7 +180,8 @@ def _results(
     thresholds = sorted({*_QUALITY_THRESHOLDS, *recipe.train.thresholds})
     label_quality = [
         {"train_set": f"train_{number}", "teacher": summary(store)["name"], **row}
-        for number, store in stores.items()
+        for by_set in stores.values()
+        for number, store in by_set.items()
         for row in quality(recipe, tiles, f"train_{number}", store, thresholds)
     ]
     results = {
@@ -179,6 +210,7 @@ def _model_row(recipe: Recipe, model: _Student, test: dict) -> dict[str, Any]:
         "train_set": model.job.split,
         "labels": "soft" if model.teacher else "truth",
         "teacher": model.teacher,
+        "source": model.source,
         "threshold": model.job.threshold,
         "model": model.job.model,
         **{key: test[key] for key in ("map50", "map50_95", "precision", "recall", "f1", "f1_conf")},

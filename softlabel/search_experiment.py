@@ -13,7 +13,8 @@ from softlabel.errors import RecipeError
 from softlabel.evaluation.run import evaluate_store, numbers, quality
 from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
-from softlabel.labelling.run import label, label_job, recipe_label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import label_job, recipe_label_job
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
 from softlabel.search.run import Inputs, search
@@ -31,7 +32,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
 
     Args:
         recipe: Its ``search`` section says what is tried; ``train.split`` is labelled and learned from. Without
-            ``label.weights`` a teacher is trained on the other training set's truth first.
+            ``label.weights`` or ``label.owlvit`` a teacher is trained on the other training set's truth first.
         run_dir: Where the results go.
         budget_s: Seconds for the search; what comes before it is not counted.
         resume: Go on with an earlier search.
@@ -42,9 +43,9 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         tiles = tile(recipe, run_dir)
     split, val_split = recipe.train.split, validation_split(tiles, recipe.train.split, "soft")
     with steps.next("train the teacher"):
-        weights = _teacher(recipe, run_dir, tiles)
+        teacher = _teacher(recipe, run_dir, tiles)
     taught = recipe.model_copy(
-        update={"label": recipe.label.model_copy(update={"weights": str(weights), "splits": (split, val_split)})}
+        update={"label": recipe.label.model_copy(update={**teacher, "splits": (split, val_split)})}
     )
     with steps.next(f"label {split} and {val_split}"):
         (store,) = label(taught, [recipe_label_job(taught, tiles)], run_dir)
@@ -78,20 +79,22 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     return results
 
 
-def _teacher(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
-    """The recipe's weights, or those of a teacher that learned from the truth of the other training set."""
-    if recipe.label.weights is not None:
-        return Path(recipe.label.weights).resolve()
+def _teacher(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
+    """What makes the recipe's label section name a teacher: nothing if it does, else the weights of one that learned
+    from the truth of the other training set."""
+    if recipe.label.owlvit is not None or recipe.label.weights is not None:
+        return {}
     other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
     if other not in summary(tiles)["splits"]:
         raise RecipeError(
-            f"nobody can teach: set label.weights, or label train_1 or train_2 (train.split is {recipe.train.split})"
+            "nobody can teach: set label.weights or label.owlvit, or label train_1 or train_2 "
+            f"(train.split is {recipe.train.split})"
         )
     val_split = validation_split(tiles, str(other), "truth")
     name = f"teacher_{str(other)[-1]}"
     job = train_job(recipe, run_dir, name, recipe.train.teacher, tiles=tiles, split=str(other), val_split=val_split)
     train(recipe, [job], run_dir)
-    return job.folder / WEIGHTS
+    return {"weights": str(job.folder / WEIGHTS)}
 
 
 def _complete(results: dict, wanted: Sequence[Values]) -> list[dict]:

@@ -7,14 +7,26 @@ import pyarrow.parquet as pq
 
 from softlabel.config import Recipe
 from softlabel.errors import StoreError
+from softlabel.evaluation.calibrate import calibrate
 from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.evaluation.quality import bootstrap_difference, label_quality
 from softlabel.labelling.losses import mean_losses
 from softlabel.records import LABELLED, LOSS_NAMES, Truth, detections_from_row
-from softlabel.store import finish, is_done, read_json, read_soft_labels, read_tiles, step_dir, summary, write_json
+from softlabel.store import (
+    finish,
+    is_done,
+    read_json,
+    read_soft_labels,
+    read_tiles,
+    step_dir,
+    summary,
+    write_json,
+    write_text,
+)
 
 CURVES = "curves.json"
+CALIBRATION = "calibration.json"
 
 
 def evaluate_store(recipe: Recipe, name: str, tiles: Path, split: str, store: Path, run_dir: Path) -> Path:
@@ -30,6 +42,26 @@ def evaluate_store(recipe: Recipe, name: str, tiles: Path, split: str, store: Pa
         write_json(folder / CURVES, metrics.curves)
         losses = _losses(tiles, split, store)
         finish(folder, {"name": name, "split": split, "tiles": len(results), **metrics.to_dict(), "losses": losses})
+    return folder
+
+
+def calibrate_store(recipe: Recipe, tiles: Path, store: Path, run_dir: Path) -> Path:
+    """Fit what a store's scores are worth on the split that ``calibrate`` names; calibration.json of the folder
+    returned is for ``train.calibration``, done.json has a row per class.
+
+    Raises:
+        StoreError: The store or the tiles are not finished, or the split has no labelled tile with truth.
+    """
+    asked = {"tiles": tiles.name, "store": store.name, **recipe.calibrate.model_dump(mode="json")}
+    folder = step_dir(run_dir, "calibrate", asked)
+    if not is_done(folder):
+        results = tile_results(tiles, recipe.calibrate.split, store)
+        groups = {row["tile_id"]: row["group"] for row in read_tiles(tiles, columns=["tile_id", "group"])}
+        found, rows = calibrate(
+            list(results.values()), recipe.classes, [groups[tile_id] for tile_id in results], recipe.calibrate.method
+        )
+        write_text(folder / CALIBRATION, found.to_json())
+        finish(folder, {"name": "calibrate", **asked, "tiles_used": len(results), "rows": rows})
     return folder
 
 

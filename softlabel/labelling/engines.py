@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softlabel.errors import RecipeError
-from softlabel.labelling.yolov5 import AnchorDetect
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
@@ -91,8 +90,24 @@ class Outputs:
     raw: Any
 
 
+class Network(nn.Module):
+    """A model as engines run it, from pixels to decoded boxes."""
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """``decoded`` and ``raw`` of Outputs, of uint8 tiles (B, H, W, 3) RGB."""
+        raise NotImplementedError
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute in ``dtype`` from now on, but decode in float32."""
+        raise NotImplementedError
+
+    def make_traceable(self) -> None:
+        """Let tracers and compilers follow the tiles' shape."""
+        raise NotImplementedError
+
+
 class Engine(Protocol):
-    """Runs one model over tiles."""
+    """Runs one network over tiles."""
 
     def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
         """Forward passes over any number of images of one shape.
@@ -108,12 +123,12 @@ class Engine(Protocol):
 
 
 def build(
-    model: nn.Module, engine: str, precision: str, device: torch.device, threads: int | None, batch_size: int | None
+    network: Network, engine: str, precision: str, device: torch.device, threads: int | None, batch_size: int | None
 ) -> Engine:
-    """The engine of a model, which it changes: but for pytorch in float32 nothing else can use the model afterwards.
+    """The engine of a network, which it changes: but for pytorch in float32 nothing else can use it afterwards.
 
     Args:
-        model: A fused detection model in evaluation mode on ``device``, float32.
+        network: In evaluation mode on ``device``, float32.
         engine: As ``resolve`` gives it.
         precision: As ``resolve`` gives it.
         device: Where it runs.
@@ -123,13 +138,14 @@ def build(
             on CUDA 64, halved as long as memory does not suffice; on a CPU 4.
     """
     if engine == "openvino":
-        return _OpenVino(_Uint8Model(model, torch.float32), precision, threads)
-    model.to(memory_format=torch.channels_last)
-    module = _Uint8Model(model, _DTYPES[precision])
+        return _OpenVino(network, precision, threads)
+    network.to(memory_format=torch.channels_last)
+    if precision != "float32":
+        network.lower_precision(_DTYPES[precision])
     if engine == "pytorch" and device.type == "cpu" and threads is not None:
-        return _TorchThreads(module, batch_size or _CPU_BATCH, threads)
+        return _TorchThreads(network, batch_size or _CPU_BATCH, threads)
     if engine == "pytorch":
-        return _Torch(module, device, batch_size, whole_batches=False)
+        return _Torch(network, device, batch_size, whole_batches=False)
     if threads is not None:
         torch.set_num_threads(threads)
     backend: str = "inductor"
@@ -139,49 +155,9 @@ def build(
 
         # Explicit typing: the module's own types, float32 in the decoding, and not what TensorRT would choose.
         backend, options = "torch_tensorrt", {"use_explicit_typing": True}
-    _make_traceable(model)
-    compiled = torch.compile(_DecodedOnly(module), dynamic=False, backend=backend, options=options)
+    network.make_traceable()
+    compiled = torch.compile(_DecodedOnly(network), dynamic=False, backend=backend, options=options)
     return _Torch(lambda tiles: (compiled(tiles), None), device, batch_size, whole_batches=True)
-
-
-class _Uint8Model(nn.Module):
-    """From uint8 tiles (B, H, W, 3) to what the model gives, decoded in float32."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-        if dtype != torch.float32:
-            _lower_precision(model, dtype)
-
-    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        return self.model(tiles.permute(0, 3, 1, 2).to(self.dtype) / 255)
-
-
-def _lower_precision(model: Any, dtype: torch.dtype) -> None:
-    """Everything up to the head's last convolutions to ``dtype``; the decoding after them stays in float32."""
-    *layers, head = model.model
-    for module in [*layers, *(child for name, child in head.named_children() if name != "dfl")]:
-        module.to(dtype)
-    if isinstance(head, AnchorDetect):
-        decode_anchors = head._decode
-        head._decode = lambda raw: decode_anchors([out.float() for out in raw])  # type: ignore[method-assign]
-        return
-    decode = head._inference
-
-    def in_float32(raw: dict) -> torch.Tensor:
-        # Of the features only shape and type matter here: the grid takes both from them.
-        features = [level[:, :1].float() for level in raw["feats"]]
-        return decode({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
-
-    head._inference = in_float32
-
-
-def _make_traceable(model: Any) -> None:
-    """Let the grid of an anchor-free head follow the input's shape: it is kept from the last image's else, and made
-    with the strides as tensors, whose values no tracer knows."""
-    head = model.model[-1]
-    if not isinstance(head, AnchorDetect):
-        head.dynamic, head.stride = True, head.stride.tolist()
 
 
 class _Torch:
@@ -235,8 +211,8 @@ class _TorchThreads:
     They share the model: the grid that its head keeps follows the tiles' shape, one and the same for all of a run.
     """
 
-    def __init__(self, module: _Uint8Model, batch_size: int, threads: int) -> None:
-        self._module, self._batch_size, self._threads = module, batch_size, threads
+    def __init__(self, network: Network, batch_size: int, threads: int) -> None:
+        self._network, self._batch_size, self._threads = network, batch_size, threads
         # Each thread has a number of threads of its own, beside that of the process.
         self._pool = ThreadPoolExecutor(threads, "engine", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -256,7 +232,7 @@ class _TorchThreads:
 
     def _outputs(self, tiles: Pixels, first: int) -> Outputs:
         with torch.inference_mode():
-            return Outputs(first, *self._module(torch.from_numpy(tiles)))
+            return Outputs(first, *self._network(torch.from_numpy(tiles)))
 
 
 @contextmanager
@@ -273,13 +249,13 @@ def _one_torch_thread() -> Iterator[None]:
 class _OpenVino:
     """OpenVINO on CPUs: one tile per request, and as many requests as keep every core busy."""
 
-    def __init__(self, module: _Uint8Model, precision: str, threads: int | None) -> None:
+    def __init__(self, network: Network, precision: str, threads: int | None) -> None:
         ov = _import_openvino()
-        _make_traceable(module.model)
+        network.make_traceable()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer, about what it was told to do
             self._model = ov.convert_model(
-                _DecodedOnly(module), example_input=torch.zeros(1, 64, 96, 3, dtype=torch.uint8), input=[-1, -1, -1, 3]
+                _DecodedOnly(network), example_input=torch.zeros(1, 64, 96, 3, dtype=torch.uint8), input=[-1, -1, -1, 3]
             )
         self._settings = {
             "PERFORMANCE_HINT": "THROUGHPUT",
@@ -337,12 +313,12 @@ class _OpenVino:
 
 
 class _DecodedOnly(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.module = module
+        self.network = network
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        return self.module(tiles)[0]
+        return self.network(tiles)[0]
 
 
 def _import_openvino() -> Any:

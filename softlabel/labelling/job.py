@@ -9,25 +9,31 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from softlabel.labelling.queries import Queries
 from softlabel.records import Nms
 from softlabel.store import num_tile_shards, read_tile_shard, step_dir
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """One teacher over some splits (null: every tile) of one tile set. ``teacher`` is its fingerprint."""
+    """One teacher over some splits (null: every tile) of one tile set.
+
+    ``teacher`` is its fingerprint. With ``queries`` it is an OWL-ViT: ``weights`` is a folder, or a hub's
+    ``name@revision``, and its image size is its own.
+    """
 
     name: str
-    weights: Path
+    weights: Path | str
     teacher: dict
     tiles: Path
     splits: tuple[str, ...] | None
     num_classes: int
-    imgsz: int
+    imgsz: int | None
     nms: Nms
     engine: str
     precision: str
     with_losses: bool = False
+    queries: Queries | None = None
 
     def identity(self) -> dict:
         """All that determines the store."""

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from softlabel.errors import RecipeError
+from softlabel.labelling.detector import Detector
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
 from softlabel.labelling.reading import images_of, tiles_of
@@ -30,7 +32,7 @@ class Labeller:
     ) -> None:
         self._jobs, self._stores = jobs, stores
         self._threads, self._batch_size = threads, batch_size
-        self._loaded: tuple[int, YoloDetector] | None = None
+        self._loaded: tuple[int, Detector] | None = None
 
     def __call__(self, read: pa.Table) -> pa.Table:
         """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
@@ -82,7 +84,7 @@ class Labeller:
         labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable)
         if truths is None:
             return labels
-        return labels.replace_schema_metadata({LOSS_NAMES: ",".join(detector.loss_names())})
+        return labels.replace_schema_metadata({LOSS_NAMES: ",".join(cast(YoloDetector, detector).loss_names())})
 
     def _commit(self, labels: pa.Table, index: int, shard: int) -> None:
         """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
@@ -98,21 +100,19 @@ class Labeller:
         write_table(path, labels)
         forget(self._stores[index], shard)
 
-    def _detector(self, index: int) -> YoloDetector:
+    def _detector(self, index: int) -> Detector:
         if self._loaded is None or self._loaded[0] != index:
-            job = self._jobs[index]
             self._loaded = None  # two teachers at once may not fit on a GPU
-            detector = YoloDetector.from_weights(
-                job.weights,
-                job.nms,
-                job.imgsz,
-                engine=job.engine,
-                precision=job.precision,
-                threads=self._threads,
-                batch_size=self._batch_size,
-            )
-            self._loaded = index, detector
+            self._loaded = index, self._load(self._jobs[index])
         return self._loaded[1]
+
+    def _load(self, job: LabelJob) -> Detector:
+        common: dict[str, Any] = {"threads": self._threads, "batch_size": self._batch_size, "precision": job.precision}
+        if job.queries is None:
+            return YoloDetector.from_weights(job.weights, job.nms, job.imgsz, engine=job.engine, **common)
+        from softlabel.labelling.owlvit import OwlVitDetector, local_folder  # transformers takes seconds to import
+
+        return OwlVitDetector(local_folder(str(job.weights)), job.queries, job.nms, **common)
 
 
 def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:
@@ -121,16 +121,16 @@ def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:
 
 
 def _detect(
-    detector: YoloDetector, images: list[np.ndarray], truths: list[Truth] | None
+    detector: Detector, images: list[np.ndarray], truths: list[Truth] | None
 ) -> list[tuple[Detections, list[float] | None]]:
     try:
         if truths is None:
             return [(detections, None) for detections in detector.detect(images)]
-        return list(detector.detect_with_losses(images, truths))
+        return list(cast(YoloDetector, detector).detect_with_losses(images, truths))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RecipeError(f"a batch does not fit in memory ({error}): lower execution.batch_size") from None
 
 
-def _device(detector: YoloDetector) -> str:
+def _device(detector: Detector) -> str:
     # Ray shows each actor its own GPUs alone, by this variable.
     return f"{detector.device.type} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()

@@ -26,19 +26,16 @@ from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge
 from tqdm import tqdm
 
-from softlabel.config import Execution, Label, Recipe, dump_recipe
-from softlabel.errors import RecipeError, SoftlabelError, StoreError
+from softlabel.config import Execution, Recipe, dump_recipe
+from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
-from softlabel.labelling.engines import resolve
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.lease import Lease
 from softlabel.labelling.reading import read_item, retryable_ids
 from softlabel.labelling.room import Room
 from softlabel.labelling.speed import Speed
-from softlabel.labelling.weights import read_header
-from softlabel.labelling.yolo import fingerprint
 from softlabel.records import LABELLED, REJECTED
 from softlabel.store import (
     DONE,
@@ -71,50 +68,6 @@ _REJECTED_SCHEMA = pa.schema(
 
 Work = dict[tuple[int, int], int]
 """(job, shard) to the number of tiles to label in it."""
-
-
-def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
-              *, with_losses: bool = False) -> LabelJob:  # fmt: skip
-    """The job of a teacher under a recipe's settings.
-
-    Raises:
-        WeightsError: The weights cannot be read.
-        RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
-    """
-    header = read_header(weights)
-    if header.classes != recipe.classes:
-        raise RecipeError(
-            f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
-            "give `classes` as the weights have them, in their order"
-        )
-    settings: Label = recipe.label
-    cuda = recipe.execution.gpus_per_actor > 0
-    engine, precision = resolve(settings.engine, settings.precision, cuda=cuda, with_losses=with_losses)
-    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(header.yaml)
-    return LabelJob(
-        name,
-        Path(weights),
-        fingerprint(weights, imgsz, nms, engine, precision),
-        tiles,
-        None if splits is None else tuple(splits),
-        len(header.classes),
-        imgsz,
-        nms,
-        engine,
-        precision,
-        with_losses,
-    )
-
-
-def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
-    """The job that a recipe's own ``label`` section describes.
-
-    Raises:
-        RecipeError: It names no weights.
-    """
-    if recipe.label.weights is None:
-        raise RecipeError("label.weights is not set: name the teacher's .safetensors, --set label.weights=PATH")
-    return label_job(recipe, "labels", Path(recipe.label.weights).resolve(), tiles, recipe.label.splits)
 
 
 def finished_store(job: LabelJob, run_dir: Path) -> Path:

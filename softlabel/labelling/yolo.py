@@ -1,33 +1,29 @@
 """A YOLO detector that keeps the class vector of every box."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
-import torchvision  # noqa: F401 (where it is not loaded, ultralytics' NMS is a loop over boxes in Python)
 from numpy.typing import NDArray
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError
-from softlabel.labelling.engines import LIBRARIES, Outputs, build
+from softlabel.labelling.detector import Detector, Geometry, Image
+from softlabel.labelling.engines import LIBRARIES, Network, Outputs
 from softlabel.labelling.losses import TileLoss, targets_of
 from softlabel.labelling.weights import default_train_args, load_model, read_header
+from softlabel.labelling.yolov5 import AnchorDetect
 from softlabel.records import Detections, Nms, Truth
 from softlabel.store import file_digest
 
-T = TypeVar("T")
-Image = NDArray[np.uint8]
-
 _PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and in inference
-_NEVER_S = 1e9  # non_max_suppression empties the rest of a batch when its time is up; ours never is
 
 
 def check_train_args(args: dict, where: str, model: str) -> None:
@@ -54,11 +50,6 @@ _SET_BY_SOFTLABEL = {"data", "model", "device", "project", "name", "save_dir", "
     "exist_ok", "val", "plots", "save", "task", "mode", "single_cls", "classes", "fraction", "time", "compile", "split"
 }  # fmt: skip
 _SET_BY_SOFTLABEL_HINT = "model, weights and seed have keys of their own, devices follow from `execution`"
-
-
-def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fingerprint(weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32") -> dict:
@@ -90,21 +81,20 @@ def digest_of_yaml(yaml: dict) -> str:
     return f"{yaml.get('yaml_file', 'model')}:{yaml.get('scale', '')}:nc={yaml.get('nc')}"
 
 
-class YoloDetector:
-    """Runs a YOLO model over tiles of any size.
+class YoloDetector(Detector):
+    """A YOLO model over tiles of any size.
 
-    A tile is scaled so that its longer side is ``imgsz`` and padded to a multiple of the stride. The padding depends on
-    the tile alone, never on its batch, so neither do its boxes (but for float rounding).
+    A tile is scaled so that its longer side is ``imgsz`` and padded to a multiple of the stride, by its shape alone.
 
     Args:
         model: Taken over: it is moved, fused and, for another precision than float32, changed.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
-        device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
-        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
-        precision: Of the convolutions; boxes and scores are always decoded in float32.
-        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.labelling.engines.build).
-        batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).
+        device: This and the rest is as for Detector.
+        engine: See there.
+        precision: See there.
+        threads: See there.
+        batch_size: See there.
     """
 
     def __init__(
@@ -119,15 +109,23 @@ class YoloDetector:
         threads: int | None = None,
         batch_size: int | None = 16,
     ) -> None:
-        self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
-        self.imgsz, self.nms = imgsz, nms
         if hasattr(model.model[-1], "end2end"):
             model.model[-1].end2end = False  # v10 and 26: class vectors and NMS need the one-to-many head
-        self._stride, self._num_classes = int(model.stride.max()), int(model.model[-1].nc)
-        self._model = model.to(self.device).eval().float().fuse(verbose=False)
-        self._engine = build(self._model, engine, precision, self.device, threads, batch_size)
+        self.imgsz = imgsz
+        self._stride = int(model.stride.max())
+        self._model = model.eval().float().fuse(verbose=False)
         self._gives_losses = (engine, precision) == ("pytorch", "float32")
         self._loss: TileLoss | None = None
+        super().__init__(
+            _YoloNetwork(self._model),
+            int(model.model[-1].nc),
+            nms,
+            device,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            batch_size=batch_size,
+        )
 
     @classmethod
     def from_weights(
@@ -152,16 +150,9 @@ class YoloDetector:
         model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
         return cls(model, imgsz, nms, engine=engine, precision=precision, threads=threads, batch_size=batch_size)
 
-    def detect(self, images: Sequence[Image]) -> list[Detections]:
-        """Soft labels of any number of tiles, in their order.
-
-        Args:
-            images: uint8 (H, W, 3) RGB; those of one shape share forward passes.
-
-        Returns:
-            Per tile the boxes in tile pixels, clipped to the tile, best first.
-        """
-        return self._run(images, lambda outputs, prepared, _: self._keep(outputs.decoded, prepared))
+    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+        """Letterboxing."""
+        return _Letterbox.of(tile_hw, self.imgsz, self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
         """Per tile the loss terms against its truth (softlabel.labelling.losses): sums, then normalisers."""
@@ -178,11 +169,12 @@ class YoloDetector:
         if not self._gives_losses:
             raise ValueError("losses need engine pytorch in float32")
 
-        def both(outputs: Outputs, prepared: _Prepared, indices: list[int]) -> list[tuple[Detections, list[float]]]:
+        def both(outputs: Outputs, geometry: Geometry, indices: list[int]) -> list[tuple[Detections, list[float]]]:
+            letterbox = cast(_Letterbox, geometry)
             return [
-                (kept, self._tile_loss(outputs.raw, position, prepared, truths[index]))
+                (kept, self._tile_loss(outputs.raw, position, letterbox, truths[index]))
                 for position, (index, kept) in enumerate(
-                    zip(indices, self._keep(outputs.decoded, prepared), strict=True)
+                    zip(indices, self._keep(outputs.decoded, geometry), strict=True)
                 )
             ]
 
@@ -197,71 +189,52 @@ class YoloDetector:
             self._loss = TileLoss(self._model)
         return self._loss
 
-    def _tile_loss(self, raw: dict, position: int, prepared: "_Prepared", truth: Truth) -> list[float]:
+    def _tile_loss(self, raw: dict, position: int, letterbox: "_Letterbox", truth: Truth) -> list[float]:
         boxes, class_ids = targets_of(truth)
-        in_input = boxes * prepared.gain + np.array(prepared.pad_xy * 2, np.float32)
-        return self._tile_loss_of_model()(raw, position, in_input, class_ids, prepared.size_hw)
+        in_input = boxes * letterbox.gain + np.array(letterbox.pad_xy * 2, np.float32)
+        return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
 
-    def _run(self, images: Sequence[Image], use: Callable[[Outputs, "_Prepared", list[int]], list[T]]) -> list[T]:
-        """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            by_shape.setdefault(image.shape, []).append(index)
-        results: dict[int, T] = {}
-        for shape, indices in by_shape.items():
-            results.update(zip(indices, self._run_shape(images, indices, shape, use), strict=True))
-        return [results[index] for index in range(len(images))]
 
-    def _run_shape(
-        self,
-        images: Sequence[Image],
-        indices: list[int],
-        shape: tuple[int, ...],
-        use: Callable[[Outputs, "_Prepared", list[int]], list[T]],
-    ) -> list[T]:
-        prepared = _Prepared.of(shape[:2], self.imgsz, self._stride)
-        return self._engine.run(
-            (prepared.apply(images[index]) for index in indices),
-            lambda outputs: use(outputs, prepared, indices[outputs.first : outputs.first + len(outputs.decoded)]),
-        )
+class _YoloNetwork(Network):
+    """One of ultralytics' detection models, or a YOLOv5."""
 
-    def _keep(self, decoded: torch.Tensor, prepared: "_Prepared") -> list[Detections]:
-        # One more than max_det is asked for, to know whether max_det cut anything.
-        found, kept_indices = non_max_suppression(
-            decoded,
-            conf_thres=self.nms.floor,
-            iou_thres=self.nms.iou,
-            max_det=self.nms.max_det + 1,
-            max_time_img=_NEVER_S,
-            nc=self._num_classes,
-            return_idxs=True,
-        )
-        most = self.nms.max_det
-        vectors = [one[4:, kept.reshape(-1)[:most].long()].T for one, kept in zip(decoded, kept_indices, strict=True)]
-        boxes = torch.cat([rows[:most, :4] for rows in found])
-        together = torch.cat((boxes, torch.cat(vectors)), 1).cpu().numpy()  # one copy from the device per batch
-        ends = np.cumsum([len(one) for one in vectors])
-        return [
-            self._detections(rows, prepared, len(all_rows) > most)
-            for rows, all_rows in zip(np.split(together, ends[:-1]), found, strict=True)
-        ]
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.dtype = model, torch.float32
 
-    def _detections(self, rows: NDArray[np.float32], prepared: "_Prepared", saturated: bool) -> Detections:
-        """Of (N, 4 + K) or (N, 4 + K + 1) boxes in input pixels, class scores and objectness."""
-        boxes = prepared.undo(rows[:, :4])
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
-        kept, end = rows[inside], 4 + self._num_classes
-        return Detections(
-            boxes[inside],
-            np.ascontiguousarray(kept[:, 4:end]),
-            saturated=saturated,
-            objectness=kept[:, end].copy() if kept.shape[1] > end else None,
-        )
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return self.model(tiles.permute(0, 3, 1, 2).to(self.dtype) / 255)
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Everything up to the head's last convolutions; the decoding after them stays in float32."""
+        self.dtype = dtype
+        *layers, head = self.model.model
+        for module in [*layers, *(child for name, child in head.named_children() if name != "dfl")]:
+            module.to(dtype)
+        if isinstance(head, AnchorDetect):
+            decode_anchors = head._decode
+            head._decode = lambda raw: decode_anchors([out.float() for out in raw])  # type: ignore[method-assign]
+            return
+        decode = head._inference
+
+        def in_float32(raw: dict) -> torch.Tensor:
+            # Of the features only shape and type matter here: the grid takes both from them.
+            features = [level[:, :1].float() for level in raw["feats"]]
+            return decode({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
+
+        head._inference = in_float32
+
+    def make_traceable(self) -> None:
+        """Let the grid of an anchor-free head follow the input's shape: it is kept from the last image's else, and made
+        with the strides as tensors, whose values no tracer knows."""
+        head = self.model.model[-1]
+        if not isinstance(head, AnchorDetect):
+            head.dynamic, head.stride = True, head.stride.tolist()
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """How tiles of one shape are brought to the model's input, and boxes back."""
+class _Letterbox:
+    """Tiles of one shape to the model's input, and boxes back."""
 
     tile_hw: tuple[int, int]
     scaled_hw: tuple[int, int]
@@ -270,7 +243,7 @@ class _Prepared:
     pad_xy: tuple[int, int]
 
     @classmethod
-    def of(cls, tile_hw: tuple[int, ...], imgsz: int, stride: int) -> "_Prepared":
+    def of(cls, tile_hw: tuple[int, int], imgsz: int, stride: int) -> "_Letterbox":
         height, width = tile_hw
         gain = imgsz / max(height, width)
         scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
@@ -289,6 +262,4 @@ class _Prepared:
         return canvas
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        boxes = (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / np.float32(self.gain)
-        height, width = self.tile_hw
-        return np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
+        return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / np.float32(self.gain)

@@ -115,6 +115,11 @@ def contact_sheet(pictures: Sequence[Pixels], captions: Sequence[str], side_px: 
     return np.asarray(sheet)
 
 
+def enlarged(image: Pixels, side_px: int) -> Pixels:
+    """A picture whose longer side becomes ``side_px``."""
+    return np.asarray(_resized(image, side_px / max(image.shape[:2])))
+
+
 def png(pixels: Pixels) -> bytes:
     """Pixels (H, W, 3) as PNG."""
     buffer = io.BytesIO()

@@ -83,7 +83,7 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
         "models": models,
         "answers": words.answers(results),
         "paper_answers": words.paper_answers(results),
-        "rows": [_row(model, styles[model["name"]]) for model in models],
+        "rows": [_row(model, styles[model["name"]], words.paper_of(models)) for model in models],
         "metrics": words.METRICS,
         "losses": words.loss_names(models),
         "drops": _drop_view(results, styles),
@@ -97,9 +97,8 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
     }
 
 
-def _row(model: dict, style: Style) -> dict[str, Any]:
-    paper = words.paper_row(model["train_set"], model["labels"], model["threshold"])
-    paper_drops = words.paper_drop(model["train_set"], model["threshold"])
+def _row(model: dict, style: Style, paper_numbers: words.Paper) -> dict[str, Any]:
+    paper, paper_drops = words.paper_row(paper_numbers, model), words.paper_drop(paper_numbers, model)
     return {
         "model": model,
         "swatch": Markup(plots.line_swatch(style)),
@@ -271,17 +270,20 @@ def _machine_view(machine: dict) -> dict[str, Any]:
 
 
 def _model_styles(models: list[dict]) -> dict[str, Style]:
-    """Colour by train set, solid for truth, a dash per threshold."""
+    """Colour by train set, solid for truth, a dash per source of labels and threshold."""
     train_sets = list(dict.fromkeys(model["train_set"] for model in models))
-    thresholds = sorted({words.threshold_of(model) for model in words.students_of(models)})
-    dashes = {None: 0} | {threshold: 1 + i for i, threshold in enumerate(thresholds)}
-    return {model["name"]: Style(train_sets.index(model["train_set"]), dashes[model["threshold"]]) for model in models}
+    students = words.students_of(models)
+    kinds = sorted({words.kind_of(student) for student in students})
+    dashes = {student["name"]: 1 + kinds.index(words.kind_of(student)) for student in students}
+    return {
+        model["name"]: Style(train_sets.index(model["train_set"]), dashes.get(model["name"], 0)) for model in models
+    }
 
 
 def _bar_style(style: Style, model: dict, students: list[dict]) -> Style:
-    """The model's colour, paler for each higher threshold."""
-    thresholds = sorted({words.threshold_of(student) for student in students})
-    rank = thresholds.index(words.threshold_of(model)) / max(len(thresholds) - 1, 1)
+    """The model's colour, paler for each further source of labels and higher threshold."""
+    kinds = sorted({words.kind_of(student) for student in students})
+    rank = kinds.index(words.kind_of(model)) / max(len(kinds) - 1, 1)
     return Style(style.colour, opacity=round(1 - 0.6 * rank, 2))
 
 

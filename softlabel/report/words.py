@@ -11,15 +11,28 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-PAPER: dict[tuple[str, str, float | None], tuple[float, float]] = {
+TEACHER, OWLVIT, FUSED = "teacher", "owlvit", "fused"
+"""Where a student's labels come from: a trained teacher, an OWL-ViT, or both."""
+_LABELS_OF = {TEACHER: "soft labels", OWLVIT: "OWL-ViT's labels", FUSED: "fused labels"}
+
+Paper = dict[tuple[str, str, float | None], tuple[float, float | None]]
+"""(mAP50, mAP50-95) by train set, source of labels and threshold."""
+
+PAPER: Paper = {
     ("train_1", "truth", None): (0.7625, 0.4507),
     ("train_2", "truth", None): (0.7747, 0.4609),
-    ("train_1", "soft", 0.3): (0.7328, 0.4236),
-    ("train_2", "soft", 0.3): (0.7293, 0.4201),
-    ("train_1", "soft", 0.5): (0.7080, 0.4069),
-    ("train_2", "soft", 0.5): (0.7168, 0.4158),
+    ("train_1", TEACHER, 0.3): (0.7328, 0.4236),
+    ("train_2", TEACHER, 0.3): (0.7293, 0.4201),
+    ("train_1", TEACHER, 0.5): (0.7080, 0.4069),
+    ("train_2", TEACHER, 0.5): (0.7168, 0.4158),
 }
-"""(mAP50, mAP50-95) by train set, labels and threshold, from Ciolino, Rosario and Noever."""
+"""From Ciolino, Rosario and Noever, on xView."""
+_PAPER_COCO: Paper = {
+    (train_set, source, threshold): (map50, None)
+    for train_set in ("train_1", "train_2")
+    for source, threshold, map50 in (("truth", None, 0.2225), (OWLVIT, 0.25, 0.1844), (OWLVIT, 0.1, 0.1534))
+}
+"""Theirs on COCO, where one student each learned from truth and from OWL-ViT."""
 
 METRICS = (("map50", "mAP50"), ("map50_95", "mAP50-95"))
 NULL, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -45,48 +58,72 @@ def format_table(results: dict) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 
+def format_calibration(rows: Sequence[dict]) -> str:
+    """What was fitted, class by class, as aligned plain text, and the thresholds as a recipe takes them."""
+    header = ["class", "boxes", "right", "ECE", "ECE calibrated", "threshold"]
+    cells = [header]
+    for row in rows:
+        numbers = [number(row[key], 3) for key in ("ece", "ece_calibrated")]
+        threshold = number(row.get("threshold"), 3) if row.get("mapped", True) else "too few boxes to map"
+        cells.append([row["class"], plain(row["boxes"]), plain(row["right"]), *numbers, threshold])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    thresholds = {row["class"]: round(row["threshold"], 4) for row in rows if "threshold" in row}
+    note = "ECE: distance of scores from the share of boxes that are right, on tiles that were not fitted"
+    wanted = ", ".join(f"{name}: {value:g}" for name, value in thresholds.items())
+    return "\n".join([*lines, note, f"best F1, for train.threshold with train.calibration: {{{wanted}}}"])
+
+
 def headline(results: dict) -> str:
     """The answer in one sentence, for the students of the lowest threshold."""
     return answers(results)[0]
 
 
 def answers(results: dict) -> list[str]:
-    """One sentence per threshold, lowest first, so that no threshold is picked by its test numbers."""
+    """One sentence per source of labels and threshold, lowest first: none is picked by its test numbers."""
     models = [model for model in students_of(results["models"]) if is_known(drop_of(model, "map50").get("absolute"))]
     if not models:
         return ["No student could be compared with a model trained on truth"]
-    by_threshold = itertools.groupby(sorted(models, key=threshold_of), key=threshold_of)
-    return [_answer(threshold, list(students)) for threshold, students in by_threshold]
+    return [_answer(list(students)) for _, students in itertools.groupby(sorted(models, key=kind_of), key=kind_of)]
 
 
 def paper_answers(results: dict) -> list[str]:
-    """The paper's mean loss of mAP50 at each threshold that this run shares with it."""
-    sentences = []
-    for threshold in sorted({threshold_of(model) for model in students_of(results["models"])}):
-        drops = [paper_drop(train_set, threshold)["map50"] for train_set in ("train_1", "train_2")]
+    """The paper's mean loss of mAP50 for each source and threshold that this run shares with it."""
+    sentences, paper = [], paper_of(results["models"])
+    students = sorted(students_of(results["models"]), key=kind_of)
+    for _, alike in itertools.groupby(students, key=kind_of):
+        first = next(alike)
+        drops = [paper_drop(paper, {**first, "train_set": name})["map50"] for name in ("train_1", "train_2")]
         if all(drop["absolute"] is not None for drop in drops):
             absolute, relative = (
                 _mean([drop[key] for drop in drops]) or 0.0 for key in ("absolute", "relative_percent")
             )
-            sentences.append(f"{number(-absolute, 3)} mAP50 ({number(-relative, 1)} %) at {threshold:g}")
+            sentences.append(f"{number(-absolute, 3)} mAP50 ({number(-relative, 1)} %) at {threshold_of(first):g}")
     return sentences
 
 
-def paper_drop(train_set: str, threshold: float | None) -> dict[str, dict[str, float | None]]:
+def paper_of(models: Iterable[dict]) -> Paper:
+    """The paper's experiment that a run is like."""
+    return _PAPER_COCO if any(source_of(model) == OWLVIT for model in models) else PAPER
+
+
+def paper_drop(paper: Paper, model: dict) -> dict[str, dict[str, float | None]]:
     """The paper's drops (soft minus truth) for one student; nulls where it measured none."""
-    soft, truth = paper_row(train_set, "soft", threshold), paper_row(train_set, "truth", None)
+    soft, truth = paper_row(paper, model), paper.get((model["train_set"], "truth", None))
     drops: dict[str, dict[str, float | None]] = {}
     for i, (metric, _) in enumerate(METRICS):
-        absolute = soft[i] - truth[i] if truth and soft else None
-        relative = 100 * absolute / truth[i] if truth and absolute is not None else None
+        ours, theirs = (soft or (None, None))[i], (truth or (None, None))[i]
+        is_student = source_of(model) != "truth" and ours is not None and theirs is not None
+        absolute = ours - theirs if is_student else None  # type: ignore[operator]
+        relative = 100 * absolute / theirs if absolute is not None and theirs else None
         drops[metric] = {"absolute": absolute, "relative_percent": relative}
     return drops
 
 
-def paper_row(train_set: str, labels: str, threshold: float | None) -> tuple[float, float] | None:
+def paper_row(paper: Paper, model: dict) -> tuple[float, float | None] | None:
     """The paper's (mAP50, mAP50-95) of a model, None where it has no such model."""
-    rounded = None if threshold is None else round(threshold, 6)
-    return PAPER.get((train_set, labels, rounded))
+    rounded = None if model["threshold"] is None else round(model["threshold"], 6)
+    return paper.get((model["train_set"], source_of(model), rounded))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -143,7 +180,7 @@ def labels_of(model: dict) -> str:
 
 def student_words(model: dict) -> str:
     """Which student a model is."""
-    return f"{model['train_set']}, soft labels at {threshold_of(model):g}"
+    return f"{model['train_set']}, {_LABELS_OF[source_of(model)]} at {threshold_of(model):g}"
 
 
 def students_of(models: Iterable[dict]) -> list[dict]:
@@ -154,6 +191,16 @@ def students_of(models: Iterable[dict]) -> list[dict]:
 def threshold_of(model: dict) -> float:
     """The threshold of a student."""
     return float(model["threshold"])
+
+
+def source_of(model: dict) -> str:
+    """Where a model's labels come from: truth, or one of those above."""
+    return "truth" if model["labels"] == "truth" else model.get("source") or TEACHER
+
+
+def kind_of(student: dict) -> tuple[int, float]:
+    """Students that differ in nothing but their training set have it in common; sorts by source, then threshold."""
+    return list(_LABELS_OF).index(source_of(student)), threshold_of(student)
 
 
 def drop_of(model: dict, metric: str) -> dict:
@@ -172,14 +219,15 @@ def is_known(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _answer(threshold: float, students: list[dict]) -> str:
+def _answer(students: list[dict]) -> str:
     drops = [drop_of(student, "map50") for student in students]
     absolute = _mean([drop["absolute"] for drop in drops]) or 0.0
     relative = _mean([drop.get("relative_percent") for drop in drops])
     several = len(students) > 1
     subject = "Students" if several else "The student"
     change = _change(absolute, relative, several)
-    return f"{subject} trained on soft labels at {threshold:g} {change} against truth; {_chance(students)}"
+    labels = f"{_LABELS_OF[source_of(students[0])]} at {threshold_of(students[0]):g}"
+    return f"{subject} trained on {labels} {change} against truth; {_chance(students)}"
 
 
 def _change(absolute: float, relative: float | None, several: bool) -> str:

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from softlabel.calibration import read_calibration
 from softlabel.config import Execution, Model, Recipe, Threshold
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.store import file_digest, step_dir, summary
+from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
 
 
@@ -27,11 +28,14 @@ def train_job(
 
     Raises:
         WeightsError: The weights to start from do not exist.
+        StoreError: There is no calibration where the recipe says.
     """
     weights = Path(model.weights).resolve() if model.weights else None
     if weights and not weights.is_file():
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
     nms = recipe.label.nms(model.model)
+    wanted = recipe.train.calibration if soft_labels else None
+    calibration = read_calibration(Path(wanted), recipe.classes) if wanted else None
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,
@@ -43,6 +47,7 @@ def train_job(
         "soft_labels": soft_labels.name if soft_labels else None,
         "threshold": threshold,
         **({} if subset == 1 else {"subset": subset}),
+        **({"calibration": digest(calibration.to_json())} if calibration else {}),
         "seed": recipe.seed,
     }
     return TrainJob(
@@ -57,6 +62,7 @@ def train_job(
         val_split=val_split,
         soft_labels=soft_labels,
         threshold=threshold,
+        calibration=calibration,
         subset=subset,
         seed=recipe.seed,
         nms=nms,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.calibration import Calibration
 from softlabel.config import Threshold
 from softlabel.errors import TrainingError
 from softlabel.records import LABELLED, Nms, Truth, detections_from_row
@@ -43,6 +44,7 @@ class TrainJob:
     val_split: str
     soft_labels: Path | None
     threshold: Threshold | None
+    calibration: Calibration | None
     subset: float
     seed: int
     nms: Nms
@@ -56,7 +58,7 @@ class TrainJob:
         if self.soft_labels is None:
             targets = truth_targets(self.tiles, self.split)
         else:
-            targets = soft_targets(self.tiles, self.split, self.soft_labels, self._thresholds())
+            targets = soft_targets(self.tiles, self.split, self.soft_labels, self._thresholds(), self.calibration)
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
 
     def _thresholds(self) -> float | NDArray[np.float32]:
@@ -79,8 +81,15 @@ def truth_targets(tiles: Path, split: str) -> list[Target]:
     return _checked(targets, f"split {split} of {tiles} has no truth")
 
 
-def soft_targets(tiles: Path, split: str, store: Path, threshold: float | NDArray[np.float32]) -> list[Target]:
-    """The tiles of a split with a teacher's boxes whose best score is strictly above ``threshold``, or its class's.
+def soft_targets(
+    tiles: Path,
+    split: str,
+    store: Path,
+    threshold: float | NDArray[np.float32],
+    calibration: Calibration | None = None,
+) -> list[Target]:
+    """The tiles of a split with a teacher's boxes whose best score, as ``calibration`` maps it, is strictly above
+    ``threshold``, or its class's.
 
     A tile that was rejected in labelling is left out: it is not known to be background.
 
@@ -91,7 +100,8 @@ def soft_targets(tiles: Path, split: str, store: Path, threshold: float | NDArra
     targets = []
     for label in read_soft_labels(store):
         if label["tile_id"] in rows and label["status"] == LABELLED:
-            kept = detections_from_row(label).above(threshold)
+            found = detections_from_row(label)
+            kept = (calibration.apply(found) if calibration else found).above(threshold)
             targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids))
     return _checked(targets, f"no soft label of {store} is above {threshold}")
 

@@ -17,7 +17,8 @@ from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
 from softlabel.labelling.lease import Lease
-from softlabel.labelling.run import label, label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import label_job
 from softlabel.records import detections_from_row
 from softlabel.store import DONE, read_json, read_tiles, summary, write_json
 

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
-from softlabel.labelling.run import label, label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import label_job
 from softlabel.labelling.weights import read_header
 from softlabel.store import read_tiles, summary
 from softlabel.training.job import train_job, validation_split

@@ -16,9 +16,10 @@ GROUND = {
     "softlabel.config",
     "softlabel.records",
     "softlabel.boxes",
+    "softlabel.calibration",
     "softlabel.store",
 }
-TOP = {"softlabel.cli", "softlabel.experiment", "softlabel.search_experiment"}
+TOP = {"softlabel.categorize", "softlabel.cli", "softlabel.experiment", "softlabel.search_experiment"}
 RAY = {
     "cli.py",
     "labelling/run.py",
@@ -30,6 +31,7 @@ RAY = {
     "training/run.py",
     "training/trainer.py",
 }
+TRANSFORMERS = {"labelling/owlvit.py"}
 ULTRALYTICS = {
     "labelling/weights.py",
     "labelling/yolo.py",
@@ -63,6 +65,7 @@ def uses(name, package):
 def test_libraries_stay_in_their_rooms(name):
     assert not uses(name, "ray") or name in RAY
     assert not uses(name, "ultralytics") or name in ULTRALYTICS
+    assert not uses(name, "transformers") or name in TRANSFORMERS
     assert not uses(name, "rasterio") or name.startswith("imagery/")
 
 
@@ -80,7 +83,7 @@ def test_imports_go_down(name):
 
 
 def test_the_rooms_above_exist():
-    assert files().keys() >= RAY | ULTRALYTICS
+    assert files().keys() >= RAY | ULTRALYTICS | TRANSFORMERS
 
 
 def test_reading_tasks_start_without_torch():

@@ -20,7 +20,9 @@ def job(tmp_path):
     def make(threshold, subset=1.0):
         tiles, model = tmp_path / "tiles-made", "yolov5n.yaml"
         splits = ("train_2", "val_1", store)
-        return TrainJob("s", Path("s"), tuple(CLASSES), model, None, {}, tiles, *splits, threshold, subset, 0, Nms())
+        return TrainJob(
+            "s", Path("s"), tuple(CLASSES), model, None, {}, tiles, *splits, threshold, None, subset, 0, Nms()
+        )
 
     return make
 

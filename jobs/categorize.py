@@ -1,0 +1,12 @@
+"""Look for every class of a vocabulary, and report what is in the imagery.
+
+ray job submit --working-dir . -- python jobs/categorize.py --config jobs/recipes/demo.yaml --vocabulary words.txt \\
+    --set label.owlvit.model=google/owlvit-base-patch32 --run-dir /shared/runs/demo
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["categorize", *sys.argv[1:]]))

@@ -1,0 +1,79 @@
+"""What a teacher's scores are worth: per class a rising mapping from score to the share of such boxes that are right.
+
+Stored labels keep their raw scores; a mapping is a filter when a training set is made (DESIGN, promise 1).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.errors import StoreError
+from softlabel.records import Detections
+
+_EDGE = 1e-7  # a score of 0 or 1 has no logit
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Of one class: a temperature, sigmoid(logit(score) / temperature), or knots to interpolate between."""
+
+    temperature: float | None = None
+    scores: tuple[float, ...] = ()
+    chances: tuple[float, ...] = ()
+
+    def __call__(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Any shape, values in [0, 1]."""
+        if self.temperature is None:
+            return np.interp(scores, self.scores, self.chances).astype(np.float32)
+        clipped = np.clip(scores.astype(np.float64), _EDGE, 1 - _EDGE)
+        logits = np.log(clipped) - np.log1p(-clipped)
+        return (1 / (1 + np.exp(-logits / self.temperature))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Class by class a mapping, and the mapped score above which its boxes have the best F1."""
+
+    classes: tuple[str, ...]
+    mappings: tuple[Mapping, ...]
+    thresholds: tuple[float, ...]
+
+    def apply(self, found: Detections) -> Detections:
+        """Mapped class vectors, best first; the best class of a box may become another."""
+        if not len(found.scores):
+            return found
+        columns = [mapping(found.scores[:, k]) for k, mapping in enumerate(self.mappings)]
+        scores = np.stack(columns, axis=1)
+        order = np.argsort(-scores.max(axis=1), kind="stable")
+        objectness = None if found.objectness is None else found.objectness[order]
+        return Detections(found.boxes[order], scores[order], found.saturated, objectness)
+
+    def to_json(self) -> str:
+        """As ``read_calibration`` reads it."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_calibration(path: Path, classes: tuple[str, ...]) -> Calibration:
+    """A calibration file that fits some classes.
+
+    Raises:
+        StoreError: It is not there, is none, or is for other classes.
+    """
+    try:
+        data = json.loads(path.read_text())
+        mappings = tuple(
+            Mapping(one["temperature"], tuple(one["scores"]), tuple(one["chances"])) for one in data["mappings"]
+        )
+        found = Calibration(tuple(data["classes"]), mappings, tuple(data["thresholds"]))
+    except FileNotFoundError:
+        raise StoreError(f"no calibration at {path}: make one with `softlabel calibrate`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is no calibration ({type(error).__name__}): make it anew") from None
+    if found.classes != classes:
+        raise StoreError(
+            f"{path} is for the classes {', '.join(found.classes)}, the recipe has {', '.join(classes)}: make it anew"
+        )
+    return found

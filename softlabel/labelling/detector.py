@@ -1,0 +1,167 @@
+"""What every detector does: tiles of any shape through an engine, NMS, and back to the tile with the class vector."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softlabel.labelling.engines import Network, Outputs, build
+from softlabel.records import Detections, Nms
+
+T = TypeVar("T")
+Image = NDArray[np.uint8]
+
+_MAX_CANDIDATES = 30_000  # of a tile, best first, as ultralytics has it: NMS grows with their square
+_CLASS_APART_PX = 7680.0  # classes are moved so far from each other that their boxes never meet
+
+
+def _load_operators() -> None:
+    """torchvision's NMS without its Python package, which brings torch.compile's machinery: half of what a labelling
+    process takes to start."""
+    spec = importlib.util.find_spec("torchvision")
+    for path in Path(spec.origin).parent.glob("_C*.so") if spec and spec.origin else ():
+        torch.ops.load_library(path)
+    if not hasattr(torch.ops.torchvision, "nms"):
+        import torchvision  # noqa: F401
+
+
+_load_operators()
+
+
+class Geometry(Protocol):
+    """How tiles of one shape are brought to what the network takes, and boxes back."""
+
+    @property
+    def tile_hw(self) -> tuple[int, int]:
+        """Height and width of the tiles in pixels."""
+        ...
+
+    def apply(self, image: Image) -> Image:
+        """A tile as the network takes it."""
+        ...
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes of the network, xyxy, in tile pixels; they may leave the tile."""
+        ...
+
+
+class Detector:
+    """Runs a network over tiles of any shape and keeps the class vector of every box.
+
+    What becomes of a tile depends on it alone, never on its batch, so neither do its boxes (but for float rounding).
+
+    Args:
+        network: Taken over: it is moved and, for another precision than float32, changed.
+        num_classes: Of its score columns.
+        nms: What is kept of a forward pass.
+        device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
+        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
+        precision: Of the convolutions and matrix products; boxes and scores are always decoded in float32.
+        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.labelling.engines.build).
+        batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        num_classes: int,
+        nms: Nms,
+        device: torch.device | None,
+        *,
+        engine: str,
+        precision: str,
+        threads: int | None,
+        batch_size: int | None,
+    ) -> None:
+        self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
+        self.nms, self._num_classes = nms, num_classes
+        self._engine = build(network.to(self.device).eval(), engine, precision, self.device, threads, batch_size)
+
+    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+        """What this detector does with tiles of a height and width in pixels."""
+        raise NotImplementedError
+
+    def detect(self, images: Sequence[Image]) -> list[Detections]:
+        """Soft labels of any number of tiles, in their order.
+
+        Args:
+            images: uint8 (H, W, 3) RGB; those of one shape share forward passes.
+
+        Returns:
+            Per tile the boxes in tile pixels, clipped to the tile, best first.
+        """
+        return self._run(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry))
+
+    def _run(self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]]) -> list[T]:
+        """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(index)
+        results: dict[int, T] = {}
+        for (height, width, _), indices in by_shape.items():
+            found = self._run_shape(images, indices, self.geometry((height, width)), use)
+            results.update(zip(indices, found, strict=True))
+        return [results[index] for index in range(len(images))]
+
+    def _run_shape(
+        self,
+        images: Sequence[Image],
+        indices: list[int],
+        geometry: Geometry,
+        use: Callable[[Outputs, Geometry, list[int]], list[T]],
+    ) -> list[T]:
+        return self._engine.run(
+            (geometry.apply(images[index]) for index in indices),
+            lambda outputs: use(outputs, geometry, indices[outputs.first : outputs.first + len(outputs.decoded)]),
+        )
+
+    def _keep(self, decoded: torch.Tensor, geometry: Geometry) -> list[Detections]:
+        rows_of = [_suppressed(one, self._num_classes, self.nms) for one in decoded]
+        together = torch.cat(rows_of).cpu().numpy()  # one copy from the device per batch
+        most, ends = self.nms.max_det, np.cumsum([len(rows) for rows in rows_of])
+        return [self._detections(rows[:most], geometry, len(rows) > most) for rows in np.split(together, ends[:-1])]
+
+    def _detections(self, rows: NDArray[np.float32], geometry: Geometry, saturated: bool) -> Detections:
+        """Of (N, 4 + K) or (N, 4 + K + 1) boxes as the network sees them, class scores and objectness."""
+        height, width = geometry.tile_hw
+        boxes = np.clip(geometry.undo(rows[:, :4]), 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
+        kept, end = rows[inside], 4 + self._num_classes
+        return Detections(
+            boxes[inside],
+            np.ascontiguousarray(kept[:, 4:end]),
+            saturated=saturated,
+            objectness=kept[:, end].copy() if kept.shape[1] > end else None,
+        )
+
+
+def _suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tensor:
+    """What is kept of one image: class-wise greedy NMS of the best class, best first, one more than ``max_det``.
+
+    Args:
+        decoded: (4 + K, A) or (4 + K + 1, A), boxes as centre and size.
+        num_classes: K.
+        nms: Floor, IoU and how many.
+
+    Returns:
+        (N, 4 + K) or (N, 4 + K + 1), boxes as xyxy.
+    """
+    best, class_ids = decoded[4 : 4 + num_classes].max(0)
+    chosen = (best > nms.floor).nonzero().flatten()
+    if len(chosen) > _MAX_CANDIDATES:
+        chosen = chosen[best[chosen].topk(_MAX_CANDIDATES).indices]
+    rows, best, class_ids = decoded[:, chosen].T, best[chosen], class_ids[chosen]
+    half = rows[:, 2:4] / 2
+    boxes = torch.cat((rows[:, :2] - half, rows[:, :2] + half), 1)
+    apart = boxes + class_ids[:, None] * _CLASS_APART_PX
+    kept = torch.ops.torchvision.nms(apart, best, nms.iou)[: nms.max_det + 1]
+    return torch.cat((boxes[kept], rows[kept, 4:]), 1)
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,244 @@
+"""OWL-ViT and OWLv2 as teachers that keep the class vector of every box.
+
+Minderer et al., "Simple Open-Vocabulary Object Detection with Vision Transformers" (arXiv:2205.06230) and "Scaling
+Open-Vocabulary Object Detection" (arXiv:2306.09683), through transformers. The text is encoded once; what is left per
+tile is the image tower and its heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
+from transformers.utils import logging
+
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.labelling.detector import Detector, Geometry, Image
+from softlabel.labelling.engines import Network
+from softlabel.labelling.queries import Crop, Queries
+from softlabel.records import Nms
+from softlabel.store import file_digest, read_json
+
+_MODELS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
+_FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weights
+logging.disable_progress_bar()
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a model: one of this machine, or a hub's ``name`` or ``name@revision`` in the local cache, where it
+    is put if it is not there.
+
+    Raises:
+        WeightsError: There is no such folder and no such name, the hub cannot be reached, or it is no OWL-ViT.
+    """
+    if Path(model).is_dir():
+        folder = Path(model).resolve()
+    else:
+        name, _, revision = model.partition("@")
+        folder = _from_hub(name, revision or None)
+    _check(folder, model)
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    missing = f"no OWL-ViT at {name}: give an existing folder, or the name of a model on the hub"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except (HFValidationError, RepositoryNotFoundError):
+        raise WeightsError(missing) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{name} is no folder here, and the hub gave no such model ({type(error).__name__}: {reason}): "
+            "download it where there is a network, and give its folder"
+        ) from None
+
+
+def _check(folder: Path, model: str) -> None:
+    config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if kind not in _MODELS:
+        raise WeightsError(f"{model} is {kind or 'no model that transformers knows'}: give an OWL-ViT or an OWLv2")
+    if not list(folder.glob("*.safetensors")):
+        raise WeightsError(f"{model} has no .safetensors, and no other weights are read: convert them, or give another")
+
+
+def fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str) -> dict:
+    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+
+    Args:
+        folder: As ``local_folder`` gives it.
+        classes: What the columns of its class vectors are called.
+        queries: What it looks for.
+        nms: What is kept of a forward pass.
+        precision: Of the image tower.
+    """
+    paths = sorted(path for pattern in _FILES for path in folder.glob(pattern))
+    config = read_json(folder / "config.json")
+    return {
+        "weights": {path.name: file_digest(path) for path in paths},
+        "architecture": config["model_type"],
+        "classes": list(classes),
+        "queries": queries.identity(),
+        "engine": "pytorch",
+        "precision": precision,
+        "nms": asdict(nms),
+        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "transformers")},
+    }
+
+
+class OwlVitDetector(Detector):
+    """An OWL-ViT or OWLv2 over tiles of any shape.
+
+    Args:
+        folder: Of the model, as transformers saves it.
+        queries: What it looks for.
+        nms: What is kept of a forward pass.
+        device: This and the rest is as for Detector.
+        precision: See there.
+        threads: See there.
+        batch_size: See there.
+
+    Raises:
+        WeightsError: The model cannot be loaded.
+        RecipeError: A prompt is longer than the model reads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        queries: Queries,
+        nms: Nms,
+        device: torch.device | None = None,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+        batch_size: int | None = 4,
+    ) -> None:
+        model, processor = _load(folder)
+        self._pads = model.config.model_type == "owlv2"
+        self._side = int(model.config.vision_config.image_size)
+        super().__init__(
+            _OwlVitNetwork(model, processor, queries),
+            queries.num_classes,
+            nms,
+            device,
+            engine="pytorch",
+            precision=precision,
+            threads=threads,
+            batch_size=batch_size,
+        )
+
+    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+        """OWL-ViT squashes a tile to a square, OWLv2 pads it to one at the right or the bottom."""
+        height, width = tile_hw
+        seen_wh = (max(tile_hw),) * 2 if self._pads else (width, height)
+        return _Square(tile_hw, (seen_wh[0] / self._side, seen_wh[1] / self._side))
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    kind = read_json(folder / "config.json")["model_type"]
+    try:
+        model = _MODELS[kind].from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, trust_remote_code=False
+        )
+        return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:300]}): is it whole?") from None
+
+
+class _OwlVitNetwork(Network):
+    """The image tower and heads, with the queries that they answer."""
+
+    def __init__(self, model: Any, processor: Any, queries: Queries) -> None:
+        super().__init__()
+        self.model, self._processor, self._dtype = model, processor.image_processor, torch.float32
+        self._side = float(model.config.vision_config.image_size)
+        per_class = [
+            _embed_text(model, processor.tokenizer, phrasings) if phrasings else _embed_crops(self, crops)
+            for phrasings, crops in zip(queries.prompts, queries.examples or [()] * queries.num_classes, strict=True)
+        ]
+        if queries.combine == "mean":
+            per_class = [torch.nn.functional.normalize(rows.mean(0, keepdim=True), dim=-1) for rows in per_class]
+        self._class_sizes = [len(rows) for rows in per_class]
+        if queries.background:
+            per_class.append(_embed_text(model, processor.tokenizer, queries.background))
+        self.register_buffer("queries", torch.cat(per_class)[None], persistent=False)
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        boxes, logits = self.answer(tiles)
+        of_class = logits.split([*self._class_sizes, logits.shape[-1] - sum(self._class_sizes)], dim=-1)
+        best = torch.stack([columns.amax(-1) for columns in of_class[:-1]], -1)
+        scores = best.sigmoid()
+        if of_class[-1].shape[-1]:
+            is_object = best.amax(-1, keepdim=True) >= of_class[-1].amax(-1, keepdim=True)
+            scores = scores * is_object
+        return torch.cat((boxes * self._side, scores), -1).transpose(1, 2), None
+
+    def answer(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of uint8 tiles (B, H, W, 3): boxes (B, A, 4) as centre and size in 0..1 of the square that the model sees,
+        and logits (B, A, Q) of every query."""
+        features = self.features(tiles)
+        queries = self.get_buffer("queries").expand(len(tiles), -1, -1)
+        logits, _ = self.model.class_predictor(features, queries)
+        return self.model.box_predictor(features, features), logits
+
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(B, A, D) float32 of uint8 tiles (B, H, W, 3), by transformers' own preprocessing."""
+        pixels = self._processor(
+            images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
+        )["pixel_values"]
+        with torch.autocast(pixels.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            found = self.model.image_embedder(pixel_values=pixels)[0]
+        return found.float().flatten(1, 2)
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Of the image tower; the heads stay in float32."""
+        self._dtype = dtype
+
+
+def _embed_text(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """(P, D) of unit length."""
+    most = model.config.text_config.max_position_embeddings
+    for prompt in prompts:
+        length = len(tokenizer(prompt, verbose=False)["input_ids"])
+        if length > most:
+            raise RecipeError(f"the prompt {prompt!r} has {length} tokens, the model reads {most}: shorten it")
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=most, return_tensors="pt")
+    base = getattr(model, model.config.model_type)
+    with torch.no_grad():
+        found = base.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+    return torch.nn.functional.normalize(found, dim=-1)
+
+
+def _embed_crops(network: _OwlVitNetwork, crops: Sequence[Crop]) -> torch.Tensor:
+    """(E, D) of unit length: of each crop what transformers' image-guided detection looks for."""
+    found = []
+    with torch.no_grad():
+        for crop in crops:
+            features = network.features(torch.from_numpy(np.ascontiguousarray(crop))[None])
+            embedded, _, _ = network.model.embed_image_query(features, features)
+            found.append(torch.nn.functional.normalize(embedded.reshape(1, -1), dim=-1))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Square:
+    """Tiles as they are, and boxes back from the square that the model sees: pixels of the tile per pixel of it."""
+
+    tile_hw: tuple[int, int]
+    scale_wh: tuple[float, float]
+
+    def apply(self, image: Image) -> Image:
+        return image
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        return boxes_N4 * np.array(self.scale_wh * 2, np.float32)

@@ -1,0 +1,124 @@
+"""Who labels: a recipe's teacher as a job, with its fingerprint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from softlabel.config import OwlVit, Recipe
+from softlabel.errors import RecipeError
+from softlabel.labelling.engines import resolve
+from softlabel.labelling.job import LabelJob
+from softlabel.labelling.queries import Crop, Queries
+from softlabel.labelling.weights import read_header
+from softlabel.labelling.yolo import fingerprint
+
+
+def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
+              *, with_losses: bool = False) -> LabelJob:  # fmt: skip
+    """The job of a YOLO teacher under a recipe's settings.
+
+    Raises:
+        WeightsError: The weights cannot be read.
+        RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
+    """
+    header = read_header(weights)
+    if header.classes != recipe.classes:
+        raise RecipeError(
+            f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
+            "give `classes` as the weights have them, in their order"
+        )
+    settings = recipe.label
+    cuda = recipe.execution.gpus_per_actor > 0
+    engine, precision = resolve(settings.engine, settings.precision, cuda=cuda, with_losses=with_losses)
+    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(header.yaml)
+    return LabelJob(
+        name,
+        Path(weights),
+        fingerprint(weights, imgsz, nms, engine, precision),
+        tiles,
+        None if splits is None else tuple(splits),
+        len(header.classes),
+        imgsz,
+        nms,
+        engine,
+        precision,
+        with_losses,
+    )
+
+
+def owlvit_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | None) -> LabelJob:
+    """The job of the OWL-ViT or OWLv2 that ``label.owlvit`` describes.
+
+    Raises:
+        WeightsError: The model is not there, cannot be fetched, or is no OWL-ViT.
+        RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
+    """
+    from softlabel.labelling import owlvit  # transformers takes seconds to import
+
+    settings, found = recipe.label, recipe.label.owlvit
+    if found is None:
+        raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
+    if settings.imgsz is not None:
+        raise RecipeError("label.imgsz: an OWL-ViT sees every tile at the size of its own configuration: remove it")
+    if settings.engine not in ("auto", "pytorch"):
+        raise RecipeError(f"label.engine: {settings.engine} does not run OWL-ViT: set it to pytorch or auto")
+    cuda = recipe.execution.gpus_per_actor > 0
+    _, precision = resolve("pytorch", settings.precision, cuda=cuda, with_losses=False)
+    folder, queries, nms = owlvit.local_folder(found.model), _queries(recipe.classes, found), settings.nms("owlvit")
+    return LabelJob(
+        name,
+        folder if Path(found.model).is_dir() else f"{found.model.partition('@')[0]}@{folder.name}",
+        owlvit.fingerprint(folder, recipe.classes, queries, nms, precision),
+        tiles,
+        None if splits is None else tuple(splits),
+        queries.num_classes,
+        None,
+        nms,
+        "pytorch",
+        precision,
+        queries=queries,
+    )
+
+
+def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
+    """The job that a recipe's own ``label`` section describes.
+
+    Raises:
+        RecipeError: It names no teacher, or two.
+    """
+    settings = recipe.label
+    if (settings.weights is None) == (settings.owlvit is None):
+        raise RecipeError(
+            "label.weights is not set, nor label.owlvit (or both are): --set label.weights=PATH, or give one"
+        )
+    if settings.weights is None:
+        return owlvit_job(recipe, "labels", tiles, settings.splits)
+    return label_job(recipe, "labels", Path(settings.weights).resolve(), tiles, settings.splits)
+
+
+def _queries(classes: Sequence[str], found: OwlVit) -> Queries:
+    unknown = sorted({*found.prompts, *found.examples} - set(classes))
+    if unknown:
+        raise RecipeError(f"label.owlvit names {', '.join(unknown)}, which `classes` does not")
+    for name in classes:
+        if bool(found.prompts.get(name)) == bool(found.examples.get(name)):
+            raise RecipeError(f"label.owlvit: give {name} prompts, or examples (one of the two)")
+    return Queries(
+        tuple(found.prompts.get(name, ()) for name in classes),
+        tuple(tuple(_crop(path) for path in found.examples.get(name, ())) for name in classes),
+        found.combine,
+        found.background,
+    )
+
+
+def _crop(path: str) -> Crop:
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        data = np.zeros(0, np.uint8)
+    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+    if pixels is None:
+        raise RecipeError(f"label.owlvit.examples: cannot read {path} as an image: give a PNG or JPEG of one object")
+    return pixels.astype(np.uint8, copy=False)

@@ -1,0 +1,142 @@
+"""An open-vocabulary teacher on a real Ray: the same store, rerun and filter as a YOLO's."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import CLASSES, tiny_recipe
+from drivers import by_tile
+from tiny_owlvit import make, save, words
+
+from softlabel.categorize import categorize
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.imagery.scenes import read_tile
+from softlabel.imagery.synthetic import TYPE_IDS
+from softlabel.labelling import run as labelling
+from softlabel.labelling.owlvit import OwlVitDetector
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import recipe_label_job
+from softlabel.records import detections_from_row
+from softlabel.store import read_tiles, summary
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+PROMPTS = {"car": ["a car", "cars"], "plane": ["a plane"], "ship": ["a ship", "boats", "a vessel"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained one that is not sure of everything."""
+    torch.manual_seed(0)
+    model, processor = make("owlvit", words(), image_size=64, patch_size=8)
+    with torch.no_grad():
+        for parameter in [*model.class_head.parameters(), *model.box_head.parameters()]:
+            parameter.mul_(0.1)
+    folder = tmp_path_factory.mktemp("owlvit")
+    save(folder, model, processor)
+    return folder
+
+
+def worded(model, **owlvit):
+    return tiny_recipe(label={"owlvit": {"model": str(model), "prompts": PROMPTS, **owlvit}, "floor": 0.3})
+
+
+@pytest.fixture(scope="module")
+def store(model, tiles, tmp_path_factory):
+    """Labels of all tiles, and the run folder."""
+    recipe, run_dir = worded(model), tmp_path_factory.mktemp("worded")
+    (folder,) = label(recipe, [recipe_label_job(recipe, tiles)], run_dir)
+    return folder, run_dir
+
+
+def test_words_label_every_tile_with_class_vectors(store, model, tiles):
+    rows = by_tile(store[0])
+    counts = summary(store[0])
+    assert counts["requested"] == counts["labelled"] == len(rows) > 0
+    job = recipe_label_job(worded(model), tiles)
+    detector = OwlVitDetector(model, job.queries, job.nms)
+    for tile in list(read_tiles(tiles))[::7]:
+        (alone,) = detector.detect([read_tile(tile)])
+        found = detections_from_row(rows[tile["tile_id"]])
+        assert found.scores.shape[1:] == (len(CLASSES),) and (found.best > 0.3).all()
+        np.testing.assert_allclose(found.boxes, alone.boxes, atol=0.01)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-4)
+
+
+def test_the_same_words_again_do_no_work_and_others_are_another_teacher(store, model, tiles, monkeypatch):
+    monkeypatch.setattr(labelling, "_results", None)
+    recipe, (folder, run_dir) = worded(model), store
+    assert label(recipe, [recipe_label_job(recipe, tiles)], run_dir) == [folder]
+    for other in ({"combine": "max"}, {"background": ["water"]}, {"prompts": {**PROMPTS, "car": ["a car"]}}):
+        assert recipe_label_job(worded(model, **other), tiles).folder(run_dir) != folder
+
+
+@pytest.mark.parametrize(
+    ("owlvit", "label", "message"),
+    [
+        ({"prompts": {"car": ["a car"], "plane": ["a plane"]}}, {}, "give ship prompts, or examples"),
+        ({"prompts": {**PROMPTS, "tank": ["a tank"]}}, {}, "names tank, which `classes` does not"),
+        ({"prompts": {**PROMPTS, "car": []}, "examples": {"car": ["no.png"]}}, {}, r"cannot read no\.png as an image"),
+        ({"examples": {"car": ["no.png"]}}, {}, r"give car prompts, or examples \(one of the two\)"),
+        ({}, {"weights": "yolo.safetensors"}, r"label\.weights is not set, nor label\.owlvit \(or both are\)"),
+        ({}, {"imgsz": 320}, "an OWL-ViT sees every tile at the size of its own configuration"),
+        ({}, {"engine": "openvino"}, "openvino does not run OWL-ViT: set it to pytorch or auto"),
+    ],
+)
+def test_what_cannot_label_is_refused_in_one_line(model, tiles, owlvit, label, message):
+    recipe = worded(model, **owlvit)
+    recipe = recipe.model_copy(update={"label": recipe.label.model_copy(update=label)})
+    with pytest.raises(RecipeError, match=message):
+        recipe_label_job(recipe, tiles)
+
+
+def test_a_missing_model_is_one_line(tiles, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="nobody/nothing is no folder here, and the hub gave no such model"):
+        recipe_label_job(worded("nobody/nothing"), tiles)
+
+
+@pytest.fixture(scope="module")
+def categorized(model, tmp_path_factory):
+    """A vocabulary over the tiny scenes, with a model that knows nothing."""
+    run_dir = tmp_path_factory.mktemp("categorized")
+    vocabulary = run_dir / "words.txt"
+    vocabulary.write_text("plane: a plane, an aircraft\nship\nbridge\ncar\n")
+    recipe = tiny_recipe(label={"owlvit": {"model": str(model)}})
+    return categorize(recipe, run_dir, vocabulary, 0.5), run_dir, recipe, vocabulary
+
+
+def test_categorize_counts_every_class_and_scores_itself_against_truth(categorized):
+    results, run_dir, _, _ = categorized
+    assert {row["class"] for row in results["classes"]} == {"plane", "ship", "bridge", "car"}
+    assert results["scenes"] == 20 and sum(row["objects"] for row in results["classes"]) > 0
+    scenes = pq.read_table(run_dir / "scenes.parquet").to_pylist()
+    for row in results["classes"]:
+        counts = [one["count"] for one in scenes if one["class"] == row["class"]]
+        assert (len(counts), sum(counts)) == (row["scenes"], row["objects"])
+    assert [row["class"] for row in results["truth"]] == list(CLASSES)
+    drawn = {name: 0 for name in CLASSES}
+    for feature in json.loads(next(run_dir.rglob("truth.geojson")).read_text())["features"]:
+        drawn[{value: key for key, value in TYPE_IDS.items()}[feature["properties"]["type_id"]]] += 1
+    for row in results["truth"]:
+        # An object cut by a seam counts once; one of which a tile sees too little is left out there.
+        assert row["truth"] == pytest.approx(drawn[row["class"]], rel=0.15)
+
+
+def test_categorize_writes_a_page_and_a_draft(categorized):
+    results, run_dir, _, _ = categorized
+    page = (run_dir / "categories.html").read_text()
+    found = [row["class"] for row in results["classes"] if row["objects"]]
+    assert page.count("data:image/jpeg;base64,") == len(found) > 0
+    draft = yaml.safe_load((run_dir / "classes.yaml").read_text())
+    assert draft["classes"] == found and set(draft["label"]["owlvit"]["prompts"]) == set(found)
+
+
+def test_categorizing_again_labels_nothing_again(categorized, monkeypatch):
+    results, run_dir, recipe, vocabulary = categorized
+    monkeypatch.setattr(labelling, "_results", None)
+    assert categorize(recipe, run_dir, vocabulary, 0.5)["classes"] == results["classes"]
+    with pytest.raises(RecipeError, match=r"label\.owlvit is not set"):
+        categorize(tiny_recipe(), run_dir, vocabulary, 0.5)
