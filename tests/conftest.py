@@ -20,6 +20,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def is_long(request) -> bool:
+    """Whether this is `make test-long`, where what is done a few times is done often."""
+    return "or not long" in request.config.option.markexpr
+
+
+@pytest.fixture(scope="session")
 def ray_session():
     """One local Ray for the whole test run, since starting it takes 10 s."""
     import ray

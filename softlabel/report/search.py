@@ -1,6 +1,6 @@
 """search.json to words for the terminal and one self-contained HTML page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def sentences(results: dict) -> list[str]:
     lines += [_peak(key, line) for key, line in found["lines"].items() if "peak_low" in line]
     lines += [_against(row) for row in found["against"]]
     lines += [_test(row, found["values"]) for row in results["test"]]
+    lines += _without_labels(results["labels_kept"], results["classes"])
     lines.append(_cost(results))
     return lines
 
@@ -76,6 +77,13 @@ def _test(row: dict, best: dict) -> str:
     mark = ", the choice" if row["values"] == best else ""
     students = _students(row["students"])
     return f"On the test split {values_words(row['values'])}{mark}: mAP50 {row['map50']:.3f}{spread}, {students}."
+
+
+def _without_labels(kept: dict[str, dict[str, int]], classes: Sequence[str]) -> list[str]:
+    """From where on students of a class's labels do not see one."""
+    ends = {name: next((at for at, counts in kept.items() if not counts[name]), None) for name in classes}
+    parts = [f"of {name} above {at}" for name, at in ends.items() if at is not None]
+    return [f"No label is left {', '.join(parts)}: students there never see one."] if parts else []
 
 
 def _students(count: int) -> str:

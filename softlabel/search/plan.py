@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import TrialState, create_trial
+from optuna.trial import create_trial
 
 from softlabel.config import Recipe, Search, with_values
 from softlabel.search.curve import Curve
@@ -70,8 +70,6 @@ class Plan:
         asked = self._asked.pop(trial.number, None)
         if asked is None:
             self._remember(trial)
-        elif trial.status == "failed":
-            self._study.tell(asked, state=TrialState.FAIL)
         else:
             self._study.tell(asked, _value(trial, self.trials))
 
@@ -159,7 +157,7 @@ class Plan:
         return trial
 
     def _remember(self, trial: Trial) -> None:
-        if not trial.history or trial.values.keys() != self._distributions.keys():
+        if trial.values.keys() != self._distributions.keys() or not (trial.history or trial.status == "failed"):
             return
         self._study.add_trial(
             create_trial(params=trial.values, distributions=self._distributions, value=_value(trial, self.trials))
@@ -174,7 +172,10 @@ def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
 
 
 def _value(trial: Trial, trials: Sequence[Trial]) -> float:
-    """What a sampler is told: of a student that was stopped, what it would have reached."""
+    """What a sampler is told: of a student that was stopped, what it would have reached; of one that failed, as where
+    no label is left, that it is worth nothing."""
+    if trial.status == "failed":
+        return 0.0
     alone = [other for other in trials if other.is_full and other is not trial]
     return next((one.map50 for one in evidence([*alone, trial]) if one.values is trial.values), trial.best())
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softlabel.config import Execution, Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError, StoreError, TrainingError
@@ -162,7 +163,11 @@ class _Search:
             if trial.reason == _OUT_OF_TIME:
                 trial.status, trial.reason = "running", ""
         self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
-        self.desk = ray.remote(num_cpus=0)(Desk).remote(inputs.recipe.search.max_failures)
+        # What leads the search is lost with its driver, and with no other node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk)
+        self.desk = desk.remote(inputs.recipe.search.max_failures)
+        self._launcher = launch.options(scheduling_strategy=here)
         self.num_groups = 0
         self._groups: dict[ray.ObjectRef, int] = {}
         self._ended = 0
@@ -191,7 +196,7 @@ class _Search:
                 mode="max",
                 search_alg=Asker(self),
                 scheduler=Stopper(self.plan),
-                num_samples=-1,
+                num_samples=2 * self.plan.search.trials,  # at most: a student may be stopped, and taken up again
                 max_concurrent_trials=num_groups,
                 time_budget_s=None if self.budget_s is None else self.budget_s - self.elapsed_s(),
                 reuse_actors=True,
@@ -261,18 +266,22 @@ class _Search:
 
     def _clean(self) -> None:
         """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
-        plan = self.plan
-        leaders = plan.leaders()
-        wanted = [*plan.references, *leaders[:_KEPT]]
-        for trial in plan.trials:
-            folder = self.folder / "students" / trial.folder
-            if trial.status == "finished" and trial.values not in wanted:
-                (folder / WEIGHTS).unlink(missing_ok=True)
-            if trial.status == "failed" or (trial.status == "stopped" and trial.values not in wanted):
-                (folder / STATE).unlink(missing_ok=True)
+        leaders = self.plan.leaders()
+        for status, file in (("stopped", STATE), ("finished", WEIGHTS)):
+            there = [trial for trial in self.plan.trials if trial.status == status]
+            wanted = [values for values in leaders if any(trial.values == values for trial in there)][:_KEPT]
+            for trial in there:
+                if trial.values not in (*wanted, *self.plan.references):
+                    (self._student(trial) / file).unlink(missing_ok=True)
+        for trial in self.plan.trials:
+            if trial.status == "failed":
+                (self._student(trial) / STATE).unlink(missing_ok=True)
+
+    def _student(self, trial: Trial) -> Path:
+        return self.folder / "students" / trial.folder
 
     def _launch(self, group: int) -> ray.ObjectRef:
-        return launch.remote(self.desk, group, self.inputs.recipe.execution, str(self.folder))
+        return self._launcher.remote(self.desk, group, self.inputs.recipe.execution, str(self.folder))
 
     def tend(self, lost_nodes: list[str]) -> None:
         """See to lease, clock, lost nodes, and groups that came to an end, as when what leads them is lost."""

@@ -10,14 +10,16 @@ from unittest import mock
 import psutil
 import pytest
 import ray
-from conftest import tiny_recipe
+from conftest import CLASSES, tiny_recipe
 from drivers import SEARCH, Driver
+from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.state import list_placement_groups
 
-from softlabel.config import Execution
+from softlabel.config import Execution, load_recipe
 from softlabel.errors import RecipeError, StoreError, TrainingError
-from softlabel.labelling.run import label, recipe_label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import recipe_label_job
 from softlabel.search.desk import Desk
 from softlabel.search.run import Inputs, num_groups, search
 from softlabel.store import is_done, read_json
@@ -95,15 +97,15 @@ def judging_desk():
     return JudgingDesk
 
 
-@pytest.fixture(scope="module", params=[8, pytest.param(24, marks=pytest.mark.long)])
-def eventful_search(request, weights, tiles, store, tmp_path_factory):
+@pytest.fixture(scope="module")
+def eventful_search(is_long, weights, tiles, store, tmp_path_factory):
     """A search whose students are stopped early, fail, and lose a worker by kill -9."""
-    asked = inputs(eventful(weights, request.param), tmp_path_factory.mktemp("eventful"), tiles, store)
+    asked = inputs(eventful(weights, 24 if is_long else 8), tmp_path_factory.mktemp("eventful"), tiles, store)
     killed: list[int] = []
     before = psutil.Process().children(recursive=True)
     killer = threading.Thread(target=kill_a_worker_after_an_epoch, args=(asked.folder, killed))
     killer.start()
-    with mock.patch("softlabel.search.run.Desk", judging_desk()):
+    with mock.patch("softlabel.search.run.Desk", judging_desk()), mock.patch("softlabel.search.run._KEPT", 1):
         folder = search(asked, None, resume=False)
     killer.join()
     assert killed
@@ -150,6 +152,20 @@ def test_nothing_is_held_after_a_search(eventful_search):
     assert held() == []
 
 
+def test_the_disk_holds_what_may_be_asked_for_and_no_more(eventful_search):
+    """The fixture lets it keep one value's states and weights, beside those of the first points."""
+    _, folder, found, _ = eventful_search
+    values = {trial["folder"]: str(trial["values"]) for trial in found["trials"]}
+    students = {student.name: {path.name for path in student.iterdir()} for student in (folder / "students").iterdir()}
+    assert students.keys() == values.keys()
+    references = {str(one) for one in found["references"]}
+    for name in ("state.pt", "weights.safetensors"):
+        assert len({values[student] for student, files in students.items() if name in files} - references) <= 1
+    best = [trial["folder"] for trial in ended(found, "finished") if trial["values"] == found["answer"]["values"]]
+    assert best and all("weights.safetensors" in students[student] for student in best)
+    assert not (folder / "ray").exists()
+
+
 def test_a_search_that_is_there_is_not_begun_again(eventful_search):
     asked, folder, found, _ = eventful_search
     with pytest.raises(StoreError, match=r"finished: add --resume"):
@@ -160,16 +176,18 @@ def test_a_search_that_is_there_is_not_begun_again(eventful_search):
 
 @pytest.mark.long
 def test_nothing_but_failures_is_an_error_that_says_why(weights, tiles, store, tmp_path):
-    recipe = searched(weights, 8, space={KEY: {"min": 0.999, "max": 0.9999}})
+    recipe = searched(weights, 8, space={KEY: {"min": 0.99999, "max": 0.999999}})
     with pytest.raises(TrainingError, match=r"no student trained to the end .*no soft label of .* is above"):
         search(inputs(recipe, tmp_path, tiles, store), None, resume=False)
 
 
 @pytest.mark.long
 def test_a_driver_killed_in_mid_trial_is_taken_up_again(weights, tiles, tmp_path):
-    """With a Ray of its own, which dies with it; one student at a time, so that the order is the same every time."""
-    recipe = searched(weights, 4, stop_early=False, sampler="random", explore=1.0)
-    recipe = recipe.model_copy(update={"execution": Execution(workers=1, cpus_per_worker=2)})
+    """With a Ray of its own, which dies with it; one student at a time, so that the order is the same every time. What
+    it varies is one class's threshold; the others have the recipe's."""
+    recipe = searched(weights, 4, stop_early=False, sampler="random", explore=1.0, space={f"{KEY}.car": LOW})
+    train = recipe.train.model_copy(update={"threshold": 0.02})
+    recipe = recipe.model_copy(update={"train": train, "execution": Execution(workers=1, cpus_per_worker=2)})
     run_dir = tmp_path / "run"
     driver = Driver(recipe, run_dir, job=SEARCH)
     assert driver.wait_until(lambda: len(list(run_dir.glob("search-*/students/*/done.json"))) == 1), driver.said
@@ -185,7 +203,9 @@ def test_a_driver_killed_in_mid_trial_is_taken_up_again(weights, tiles, tmp_path
     assert [(trial["status"], len(trial["history"]), trial["seed"]) for trial in found["trials"]] == [
         ("finished", 3, 0)
     ] * 4
-    assert [trial["values"][KEY] for trial in found["trials"]][1] != found["trials"][0]["values"][KEY]
+    assert len({trial["values"][f"{KEY}.car"] for trial in found["trials"]}) == 4
+    best = load_recipe(run_dir / "best.yaml").train
+    assert best.threshold == {**dict.fromkeys(CLASSES, 0.02), "car": found["answer"]["values"][f"{KEY}.car"]}
     for name in ("search.html", "best.yaml", "best.safetensors"):
         assert (run_dir / name).stat().st_size > 0
 
@@ -202,6 +222,29 @@ def test_a_budget_ends_the_search_and_a_larger_one_goes_on(weights, tiles, store
     again = read_json(search(asked, found["seconds"] + 90, resume=True) / "search.json")
     assert len(again["trials"]) >= len(found["trials"]) and again["seconds"] > found["seconds"]
     assert all(len(again["trials"][i]["history"]) == 3 for i in cut)
+
+
+@pytest.mark.long
+def test_a_lost_node_costs_what_ran_on_it_and_no_more(weights, tmp_path):
+    """Two nodes with a student each; one goes without a word and does not come back."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    cluster.wait_for_nodes()
+    recipe = searched(weights, 5, stop_early=False)
+    recipe = recipe.model_copy(update={"execution": Execution(workers=1, cpus_per_worker=1, cpus_per_actor=0.5)})
+    run_dir = tmp_path / "run"
+    try:
+        driver = Driver(recipe, run_dir, job=SEARCH, env={"RAY_ADDRESS": cluster.address})
+        students = "search-*/students/*"
+        begun = lambda: [*run_dir.glob(f"{students}/state.pt"), *run_dir.glob(f"{students}/done.json")]  # noqa: E731
+        assert driver.wait_until(lambda: len(begun()) >= 2), driver.said
+        cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
+        assert driver.wait(500) == 0, driver.said
+    finally:
+        cluster.shutdown()
+    found = json.loads((run_dir / "search.json").read_text())
+    assert [(trial["status"], len(trial["history"])) for trial in found["trials"]] == [("finished", 3)] * 5
 
 
 def test_what_does_not_fit_is_refused_at_once():

@@ -75,6 +75,7 @@ def test_the_answer_names_value_interval_gain_and_cost(peaked):
     assert "On the test split threshold 0.2, imgsz 64, the choice: mAP50 0.511 (standard deviation 0.010)" in said
     assert "15 students and 54 epochs in 15 min, 0.5 CPU-hours, 12% of it start-up and waiting" in said
     assert "flat" not in said
+    assert "No label is left of plane above 0.4, of ship above 0.4: students there never see one." in said
 
 
 def test_a_flat_curve_is_said_to_be_flat():

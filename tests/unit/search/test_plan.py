@@ -113,6 +113,8 @@ def test_a_failure_among_others_is_passed_over():
         trial.history = [{"epoch": 1, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
         plan.ended(trial)
     assert all(trial.values[KEY] <= 0.6 for trial in plan.trials if trial.role == "repeat")
+    asked = [trial.status for trial in plan.trials if trial.role == "explore"]
+    assert asked[len(asked) // 2 :].count("failed") <= 1  # the sampler has learned where nothing is to be had
 
 
 def test_time_moves_on_to_repeating_and_ends_before_the_last_student_would_be_cut_off():
