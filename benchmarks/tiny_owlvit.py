@@ -9,7 +9,6 @@ anew for each batch, and others of which there is no object stand beside them.
 
 import argparse
 import itertools
-import json
 import math
 import string
 import sys
@@ -34,13 +33,8 @@ from transformers import (
 )
 
 from softlabel.config import Synthetic
-from softlabel.evaluation.matching import TileResult
-from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.layouts import lay_out
 from softlabel.imagery.synthetic import render, truth_boxes
-from softlabel.labelling.owlvit import OwlVitDetector
-from softlabel.labelling.queries import Queries
-from softlabel.records import Nms, Truth
 
 _KINDS: dict[str, tuple[Any, Any, Any, Any]] = {
     "owlvit": (OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor),
@@ -286,31 +280,14 @@ def _pixels(processor: Any, images: Any) -> torch.Tensor:
     ]
 
 
-def measure(folder: Path, num_scenes: int = 60, seed: int = 1) -> dict:
-    """mAP50 on unseen tiles, by the class names and by phrases that training left out; what absent words find."""
-    tiles = made_tiles(num_scenes, seed)
-    images = [tile[_IMAGE] for tile in tiles]
-    truths = [Truth(boxes, ids.astype(np.int32), np.zeros(len(ids), bool)) for _, boxes, ids in tiles]
-    found = {}
-    for name, prompts in (("words", CLASSES), ("unseen", tuple(UNSEEN[one] for one in CLASSES))):
-        detector = OwlVitDetector(folder, Queries(tuple((prompt,) for prompt in prompts)), Nms(0.01, 0.5))
-        results = [TileResult(truth, one, None) for one, truth in zip(detector.detect(images), truths, strict=True)]
-        metrics = evaluate(results, CLASSES)
-        found[name] = {"map50": metrics.map50, **{one: metrics.per_class[one]["ap50"] for one in CLASSES}}
-    absent = OwlVitDetector(folder, Queries((("a bridge",), ("a horse",), ("zebra",))), Nms(0.3, 0.5)).detect(images)
-    found["absent"] = {"boxes above 0.3": sum(len(one.boxes) for one in absent), "tiles": len(tiles)}
-    return found
-
-
 def main() -> int:
-    """Train, save, measure."""
+    """Train and save; benchmarks/words.py measures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="of training (default: 30)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     arguments = parser.parse_args()
     model, processor = train(arguments.minutes)
     save(arguments.output, model, processor)
-    print(json.dumps(measure(arguments.output), indent=1))
     return 0
 
 

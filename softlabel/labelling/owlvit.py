@@ -25,7 +25,7 @@ from softlabel.labelling.detector import Detector, Geometry, Image
 from softlabel.labelling.engines import Network
 from softlabel.labelling.queries import Crop, Queries
 from softlabel.records import Nms
-from softlabel.store import file_digest, read_json
+from softlabel.store import digest, file_digest, read_json
 
 _MODELS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
 _FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weights
@@ -84,7 +84,7 @@ def fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms
     paths = sorted(path for pattern in _FILES for path in folder.glob(pattern))
     config = read_json(folder / "config.json")
     return {
-        "weights": {path.name: file_digest(path) for path in paths},
+        "weights": digest({path.name: file_digest(path) for path in paths}),
         "architecture": config["model_type"],
         "classes": list(classes),
         "queries": queries.identity(),

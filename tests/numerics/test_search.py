@@ -105,7 +105,7 @@ def searches(num):
     return [(curve, simulated_search(curve, seed)[0]) for seed, curve in enumerate(curves)]
 
 
-NUM = pytest.mark.parametrize("num", [15, pytest.param(60, marks=pytest.mark.long)])
+NUM = pytest.mark.parametrize("num", [15, pytest.param(40, marks=pytest.mark.long)])
 
 
 @NUM
@@ -121,7 +121,7 @@ def test_the_choice_is_nearly_as_good_as_the_peak(num):
     assert np.mean(lost) < 0.01, lost
 
 
-@pytest.mark.parametrize("num", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num", [10, pytest.param(40, marks=pytest.mark.long)])
 def test_a_flat_curve_is_called_flat(num):
     flat = [simulated_search(lambda t: 0.5 + 0 * t, seed)[0]["flat"] for seed in range(num)]
     assert np.mean(flat) >= 0.85
