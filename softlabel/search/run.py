@@ -306,6 +306,7 @@ class _Search:
         for group in staying:
             ray.cancel(group, force=True)
         ray.kill(self.desk)  # Tune keeps a handle
+        self._clean()  # a student that was stopped has written its state once more since
         self.save_clock()
         shutil.rmtree(self.folder / "ray", ignore_errors=True)
 

@@ -50,7 +50,11 @@ def categorized(model, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("categorized")
     vocabulary = run_dir / "words.txt"
     vocabulary.write_text("plane: a plane, an aircraft\nship\nbridge\ncar\n")
-    recipe = tiny_recipe(label={"owlvit": {"model": str(model)}})
+    scenes = {"num_scenes": 20, "scene_size_px": 256, "difficulty": 0.1}
+    # With an overlap every object lies whole in some tile: without, what a seam cuts counts as two.
+    recipe = tiny_recipe(
+        label={"owlvit": {"model": str(model)}}, tiles={"synthetic": scenes, "size_px": 128, "overlap_px": 64}
+    )
     return categorize(recipe, run_dir, vocabulary, 0.5), run_dir, recipe, vocabulary
 
 
@@ -113,8 +117,7 @@ def test_categorize_counts_every_class_and_scores_itself_against_truth(categoriz
     for feature in json.loads(next(run_dir.rglob("truth.geojson")).read_text())["features"]:
         drawn[{value: key for key, value in TYPE_IDS.items()}[feature["properties"]["type_id"]]] += 1
     for row in results["truth"]:
-        # An object cut by a seam counts once; one of which a tile sees too little is left out there.
-        assert row["truth"] == pytest.approx(drawn[row["class"]], rel=0.15)
+        assert row["truth"] == pytest.approx(drawn[row["class"]], abs=2)
 
 
 def test_categorize_writes_a_page_and_a_draft(categorized):
