@@ -1,8 +1,7 @@
-"""Look for every class of a vocabulary, and report what is in the imagery.
+r"""Look for every class of a vocabulary, and report what is in the imagery.
 
-ray job submit --working-dir . -- python jobs/categorize.py --config jobs/recipes/demo.yaml --vocabulary words.txt
-
-The recipe names the model, or --set label.owlvit.model=google/owlvit-base-patch32 does; --run-dir as for every job.
+ray job submit --working-dir . -- python jobs/categorize.py --config jobs/recipes/demo.yaml \
+    --vocabulary words.txt --set label.owlvit.model=google/owlvit-base-patch32 --run-dir /shared/runs/demo
 """
 
 import sys
