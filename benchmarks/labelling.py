@@ -35,7 +35,8 @@ from softlabel.boxes import iou_matrix
 from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader, list_scenes
-from softlabel.labelling.weights import load_model, read_header
+from softlabel.labelling.header import read_header
+from softlabel.labelling.weights import load_model
 from softlabel.records import detections_from_row
 from softlabel.store import commit, digest, read_soft_labels, read_table, read_tiles, shard_file
 

@@ -25,7 +25,8 @@ from common import TILE_PX, machine, synthetic_piece, write_scene  # what the be
 
 from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile
-from softlabel.labelling.weights import Header, build_model, save_weights
+from softlabel.labelling.header import Header
+from softlabel.labelling.weights import build_model, save_weights
 
 _CLASSES = ("plane", "ship", "car")
 _SMALL_PX = 128

@@ -114,7 +114,8 @@ def anchor_weights(talkative_anchor_model, tmp_path_factory) -> Path:
 
 
 def _saved(model, path):
-    from softlabel.labelling.weights import Header, save_weights
+    from softlabel.labelling.header import Header
+    from softlabel.labelling.weights import save_weights
 
     save_weights(path, model, Header(model.yaml, CLASSES, 128, {}))
     return path

@@ -59,7 +59,7 @@ class Detector:
         num_classes: Of its score columns.
         nms: What is kept of a forward pass.
         device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
-        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
+        engine: As softlabel.labelling.engine_choice.resolve gives it, and so is ``precision``.
         precision: Of the convolutions and matrix products; boxes and scores are always decoded in float32.
         threads: CPU threads, None: as many as the engine's library thinks best (softlabel.labelling.engines.build).
         batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).

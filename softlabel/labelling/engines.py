@@ -5,7 +5,6 @@ precision of the convolutions: a coordinate of a few hundred pixels, or a grid's
 pixels in bfloat16. TensorRT is written from its documentation; it has not run where this was tested.
 """
 
-import importlib.util
 import sys
 import warnings
 from collections import deque
@@ -22,58 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softlabel.errors import RecipeError
-
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
-
-LIBRARIES = {"openvino": "openvino", "tensorrt": "tensorrt"}
-"""The package that decides an engine's answers besides PyTorch, and is part of a teacher's fingerprint."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CUDA_BATCH = 64  # the first size tried
 _CPU_BATCH = 4  # 4 and 8 are equally fast, 16 and 32 slower: so much memory is fetched anew for each pass
-
-
-def resolve(engine: str, precision: str, *, cuda: bool, with_losses: bool) -> tuple[str, str]:
-    """The names behind ``auto``, and whether a combination can run here.
-
-    Losses need the head's raw outputs, and are compared between models: they are always computed by PyTorch in float32,
-    whatever is asked for.
-
-    Args:
-        engine: auto, pytorch, pytorch_compile, openvino or tensorrt.
-        precision: Of the convolutions: auto, float32, float16 or bfloat16.
-        cuda: Whether the model runs on CUDA devices, else on CPUs.
-        with_losses: Whether losses against truth are wanted beside the boxes.
-
-    Returns:
-        Engine and precision, neither of them ``auto``.
-
-    Raises:
-        RecipeError: They do not go together, or the engine is not installed.
-    """
-    if with_losses:
-        return "pytorch", "float32"
-    if engine == "auto":
-        engine = "openvino" if not cuda and _is_installed("openvino") else "pytorch"
-    if precision == "auto":
-        precision = "float16" if cuda else "float32"
-    if engine == "openvino" and cuda:
-        raise RecipeError("label.engine: openvino runs on CPUs: set execution.gpus_per_actor to 0, or engine to auto")
-    if engine == "openvino" and not _is_installed("openvino"):
-        raise RecipeError("label.engine: openvino is not installed: pip install openvino, or set it to auto")
-    if engine == "tensorrt" and not cuda:
-        raise RecipeError("label.engine: tensorrt needs CUDA: set execution.gpus_per_actor, or engine to auto")
-    if engine == "tensorrt" and not _is_installed("torch_tensorrt"):
-        raise RecipeError("label.engine: tensorrt is not installed: pip install torch-tensorrt, or set it to auto")
-    if precision == "float16" and not cuda:
-        raise RecipeError("label.precision: float16 needs CUDA: on a CPU set it to float32 or bfloat16")
-    return engine, precision
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from softlabel.errors import RecipeError
 from softlabel.labelling.detector import Detector
+from softlabel.labelling.hub import local_folder
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
 from softlabel.labelling.reading import images_of, tiles_of
@@ -110,7 +111,7 @@ class Labeller:
         common: dict[str, Any] = {"threads": self._threads, "batch_size": self._batch_size, "precision": job.precision}
         if job.queries is None:
             return YoloDetector.from_weights(job.weights, job.nms, job.imgsz, engine=job.engine, **common)
-        from softlabel.labelling.owlvit import OwlVitDetector, local_folder  # transformers takes seconds to import
+        from softlabel.labelling.owlvit import OwlVitDetector  # transformers takes seconds to import
 
         return OwlVitDetector(local_folder(str(job.weights)), job.queries, job.nms, **common)
 

@@ -6,15 +6,12 @@ tile is the image tower and its heads.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
@@ -25,81 +22,17 @@ from softlabel.labelling.detector import Detector, Geometry, Image
 from softlabel.labelling.engines import Network
 from softlabel.labelling.queries import Crop, Queries
 from softlabel.records import Nms
-from softlabel.store import digest, file_digest, read_json
+from softlabel.store import read_json
 
 _MODELS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
-_FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weights
 logging.disable_progress_bar()
-
-
-def local_folder(model: str) -> Path:
-    """The folder of a model: one of this machine, or a hub's ``name`` or ``name@revision`` in the local cache, where it
-    is put if it is not there.
-
-    Raises:
-        WeightsError: There is no such folder and no such name, the hub cannot be reached, or it is no OWL-ViT.
-    """
-    if Path(model).is_dir():
-        folder = Path(model).resolve()
-    else:
-        name, _, revision = model.partition("@")
-        folder = _from_hub(name, revision or None)
-    _check(folder, model)
-    return folder
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    missing = f"no OWL-ViT at {name}: give an existing folder, or the name of a model on the hub"
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
-    except (HFValidationError, RepositoryNotFoundError):
-        raise WeightsError(missing) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"{name} is no folder here, and the hub gave no such model ({type(error).__name__}: {reason}): "
-            "download it where there is a network, and give its folder"
-        ) from None
-
-
-def _check(folder: Path, model: str) -> None:
-    config = folder / "config.json"
-    kind = read_json(config).get("model_type") if config.exists() else None
-    if kind not in _MODELS:
-        raise WeightsError(f"{model} is {kind or 'no model that transformers knows'}: give an OWL-ViT or an OWLv2")
-    if not list(folder.glob("*.safetensors")):
-        raise WeightsError(f"{model} has no .safetensors, and no other weights are read: convert them, or give another")
-
-
-def fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str) -> dict:
-    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
-
-    Args:
-        folder: As ``local_folder`` gives it.
-        classes: What the columns of its class vectors are called.
-        queries: What it looks for.
-        nms: What is kept of a forward pass.
-        precision: Of the image tower.
-    """
-    paths = sorted(path for pattern in _FILES for path in folder.glob(pattern))
-    config = read_json(folder / "config.json")
-    return {
-        "weights": digest({path.name: file_digest(path) for path in paths}),
-        "architecture": config["model_type"],
-        "classes": list(classes),
-        "queries": queries.identity(),
-        "engine": "pytorch",
-        "precision": precision,
-        "nms": asdict(nms),
-        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "transformers")},
-    }
 
 
 class OwlVitDetector(Detector):
     """An OWL-ViT or OWLv2 over tiles of any shape.
 
     Args:
-        folder: Of the model, as transformers saves it.
+        folder: Of the model, as softlabel.labelling.hub.local_folder gives it.
         queries: What it looks for.
         nms: What is kept of a forward pass.
         device: This and the rest is as for Detector.

@@ -31,7 +31,6 @@ from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
 from softlabel.labelling.job import LabelJob
-from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.lease import Lease
 from softlabel.labelling.reading import read_item, retryable_ids
 from softlabel.labelling.room import Room
@@ -230,11 +229,13 @@ def _room(execution: Execution) -> Room:
     return room
 
 
-class _Labeller(Labeller):
-    """A Labeller whose counts show on Ray's dashboard."""
+class _Labeller:
+    """A Labeller, in an actor, whose counts show on Ray's dashboard."""
 
     def __init__(self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int, batch_size: int | None) -> None:
-        super().__init__(jobs, stores, threads, batch_size)
+        from softlabel.labelling.labeller import Labeller  # imports torch, which the driver does without
+
+        self._labeller = Labeller(jobs, stores, threads, batch_size)
         self._names = [job.name for job in jobs]
         self._counters = {
             key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
@@ -243,7 +244,7 @@ class _Labeller(Labeller):
         self._rate = Gauge("softlabel_tiles_per_s", "tiles per second of model time", ("job",))
 
     def __call__(self, read: pa.Table) -> pa.Table:
-        result = super().__call__(read)
+        result = self._labeller(read)
         (row,) = result.to_pylist()
         tags = {"job": self._names[row["job"]]}
         for key, counter in self._counters.items():

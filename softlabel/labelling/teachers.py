@@ -1,6 +1,8 @@
-"""Who labels: a recipe's teacher as a job, with its fingerprint."""
+"""Who labels: a recipe's teacher as a job, with its fingerprint. A driver needs no torch for it."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -8,11 +10,13 @@ import numpy as np
 
 from softlabel.config import OwlVit, Recipe
 from softlabel.errors import RecipeError
-from softlabel.labelling.engines import resolve
+from softlabel.labelling.engine_choice import LIBRARIES, resolve
+from softlabel.labelling.header import read_header
+from softlabel.labelling.hub import local_folder, model_files
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.queries import Crop, Queries
-from softlabel.labelling.weights import read_header
-from softlabel.labelling.yolo import fingerprint
+from softlabel.records import Nms
+from softlabel.store import digest, file_digest, read_json
 
 
 def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
@@ -36,7 +40,7 @@ def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, split
     return LabelJob(
         name,
         Path(weights),
-        fingerprint(weights, imgsz, nms, engine, precision),
+        yolo_fingerprint(weights, imgsz, nms, engine, precision),
         tiles,
         None if splits is None else tuple(splits),
         len(header.classes),
@@ -55,8 +59,6 @@ def owlvit_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | N
         WeightsError: The model is not there, cannot be fetched, or is no OWL-ViT.
         RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
     """
-    from softlabel.labelling import owlvit  # transformers takes seconds to import
-
     settings, found = recipe.label, recipe.label.owlvit
     if found is None:
         raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
@@ -66,11 +68,11 @@ def owlvit_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | N
         raise RecipeError(f"label.engine: {settings.engine} does not run OWL-ViT: set it to pytorch or auto")
     cuda = recipe.execution.gpus_per_actor > 0
     _, precision = resolve("pytorch", settings.precision, cuda=cuda, with_losses=False)
-    folder, queries, nms = owlvit.local_folder(found.model), _queries(recipe.classes, found), settings.nms("owlvit")
+    folder, queries, nms = local_folder(found.model), _queries(recipe.classes, found), settings.nms("owlvit")
     return LabelJob(
         name,
         folder if Path(found.model).is_dir() else f"{found.model.partition('@')[0]}@{folder.name}",
-        owlvit.fingerprint(folder, recipe.classes, queries, nms, precision),
+        owlvit_fingerprint(folder, recipe.classes, queries, nms, precision),
         tiles,
         None if splits is None else tuple(splits),
         queries.num_classes,
@@ -96,6 +98,64 @@ def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
     if settings.weights is None:
         return owlvit_job(recipe, "labels", tiles, settings.splits)
     return label_job(recipe, "labels", Path(settings.weights).resolve(), tiles, settings.splits)
+
+
+def yolo_fingerprint(
+    weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32"
+) -> dict:
+    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+
+    Args:
+        weights: The weights file.
+        imgsz: Longer side of a tile as the model sees it, in pixels.
+        nms: What is kept of a forward pass.
+        engine: As softlabel.labelling.engine_choice.resolve gives it, and so is ``precision``.
+        precision: Of the convolutions.
+    """
+    header = read_header(weights)
+    libraries = ["torch", "torchvision", "ultralytics", *([LIBRARIES[engine]] if engine in LIBRARIES else [])]
+    return {
+        "weights": file_digest(weights),
+        "architecture": _architecture(header.yaml),
+        "classes": list(header.classes),
+        "imgsz": imgsz,
+        "engine": engine,
+        "precision": precision,
+        "nms": asdict(nms),
+        "versions": _versions(libraries),
+    }
+
+
+def owlvit_fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str) -> dict:
+    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+
+    Args:
+        folder: As ``local_folder`` gives it.
+        classes: What the columns of its class vectors are called.
+        queries: What it looks for.
+        nms: What is kept of a forward pass.
+        precision: Of the image tower.
+    """
+    return {
+        "weights": digest({path.name: file_digest(path) for path in model_files(folder)}),
+        "architecture": read_json(folder / "config.json")["model_type"],
+        "classes": list(classes),
+        "queries": queries.identity(),
+        "engine": "pytorch",
+        "precision": precision,
+        "nms": asdict(nms),
+        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "transformers")},
+    }
+
+
+def _architecture(yaml: dict) -> str:
+    """A short name for an architecture."""
+    return f"{yaml.get('yaml_file', 'model')}:{yaml.get('scale', '')}:nc={yaml.get('nc')}"
+
+
+def _versions(libraries: Sequence[str]) -> dict[str, str]:
+    """Their major and minor numbers."""
+    return {name: ".".join(version(name).split(".")[:2]) for name in libraries}
 
 
 def _queries(classes: Sequence[str], found: OwlVit) -> Queries:

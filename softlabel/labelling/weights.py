@@ -5,31 +5,21 @@ original YOLOv5 checkpoint (.pt) is read by softlabel.labelling.checkpoint where
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.labelling.checkpoint import read_checkpoint
+from softlabel.labelling.header import Header, is_original, open_weights, read_header
 from softlabel.labelling.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml
 from softlabel.store import commit
 
 _ORIGINAL_IMGSZ = 640  # what the releases of YOLOv5 n, s, m, l and x were trained at
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a weights file says of its model."""
-
-    yaml: dict
-    classes: tuple[str, ...]
-    imgsz: int
-    train_args: dict
 
 
 def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
@@ -45,27 +35,9 @@ def import_weights(source: Path, target: Path) -> Header:
     """
     if target.exists():
         raise WeightsError(f"{target} exists: remove it, or name another file with --output")
-    header, tensors = _read_original(source)
+    header, tensors = read_original(source)
     _save(target, tensors, header)
     return header
-
-
-def read_header(path: Path | str) -> Header:
-    """What a weights file says of its model.
-
-    Raises:
-        WeightsError: Neither a safetensors file that this project wrote nor an original YOLOv5 checkpoint.
-    """
-    if _is_original(path):
-        return _read_original(path)[0]
-    metadata = _open_weights(path).metadata() or {}
-    if "softlabel" not in metadata:
-        raise WeightsError(
-            f"{path} holds tensors but not which model they belong to: give it as train.*.weights to start training "
-            "from, and label with the weights.safetensors that training or `softlabel import-weights` writes"
-        )
-    header = json.loads(metadata["softlabel"])
-    return Header(header["yaml"], tuple(header["classes"]), header["imgsz"], header["train_args"])
 
 
 def build_model(model: str | dict, num_classes: int) -> DetectionModel:
@@ -94,7 +66,7 @@ def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
     Raises:
         WeightsError: It cannot be read or its tensors do not fit.
     """
-    header, tensors = _read_original(path) if _is_original(path) else (read_header(path), _read_tensors(path))
+    header, tensors = read_original(path) if is_original(path) else (read_header(path), _read_tensors(path))
     try:
         model = build_model(header.yaml, len(header.classes))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -114,7 +86,7 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
         WeightsError: The file cannot be read, or nothing fits.
     """
     own = model.state_dict()
-    tensors = _read_original(path)[1] if _is_original(path) else _read_tensors(path)
+    tensors = read_original(path)[1] if is_original(path) else _read_tensors(path)
     fitting = {k: v.float() for k, v in tensors.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")
@@ -122,12 +94,12 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
     return len(fitting), len(own)
 
 
-def _is_original(path: Path | str) -> bool:
-    return Path(path).suffix == ".pt"
+def read_original(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
+    """What an original YOLOv5 checkpoint says of its model, and its tensors, which are known to fit it.
 
-
-def _read_original(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
-    """Of a checkpoint whose tensors are known to fit its model."""
+    Raises:
+        WeightsError: It is none.
+    """
     found = read_checkpoint(path)
     yaml = anchor_yaml(found.model)
     model = YoloV5(yaml, len(found.classes))
@@ -154,19 +126,6 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
     commit(path, lambda temporary: temporary.write_bytes(data))  # save_file makes files that only their owner can read
 
 
-def _open_weights(path: Path | str) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise WeightsError(
-            f"no weights at {path}: give an existing .safetensors file, or an original YOLOv5 .pt"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is not a safetensors file ({error}): of others only original YOLOv5 checkpoints, .pt, are read"
-        ) from None
-
-
 def _read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
-    file = _open_weights(path)
+    file = open_weights(path)
     return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)

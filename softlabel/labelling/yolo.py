@@ -1,8 +1,7 @@
 """A YOLO detector that keeps the class vector of every box."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +15,11 @@ from ultralytics.nn.tasks import DetectionModel
 from softlabel.config import is_anchor_based
 from softlabel.errors import RecipeError
 from softlabel.labelling.detector import Detector, Geometry, Image
-from softlabel.labelling.engines import LIBRARIES, Network, Outputs
+from softlabel.labelling.engines import Network, Outputs
 from softlabel.labelling.losses import TileLoss, targets_of
-from softlabel.labelling.weights import default_train_args, load_model, read_header
+from softlabel.labelling.weights import default_train_args, load_model
 from softlabel.labelling.yolov5 import AnchorDetect
 from softlabel.records import Detections, Nms, Truth
-from softlabel.store import file_digest
 
 _PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and in inference
 
@@ -50,35 +48,6 @@ _SET_BY_SOFTLABEL = {"data", "model", "device", "project", "name", "save_dir", "
     "exist_ok", "val", "plots", "save", "task", "mode", "single_cls", "classes", "fraction", "time", "compile", "split"
 }  # fmt: skip
 _SET_BY_SOFTLABEL_HINT = "model, weights and seed have keys of their own, devices follow from `execution`"
-
-
-def fingerprint(weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32") -> dict:
-    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
-
-    Args:
-        weights: The weights file.
-        imgsz: Longer side of a tile as the model sees it, in pixels.
-        nms: What is kept of a forward pass.
-        engine: As softlabel.labelling.engines.resolve gives it, and so is ``precision``.
-        precision: Of the convolutions.
-    """
-    header = read_header(weights)
-    libraries = ["torch", "torchvision", "ultralytics", *([LIBRARIES[engine]] if engine in LIBRARIES else [])]
-    return {
-        "weights": file_digest(weights),
-        "architecture": digest_of_yaml(header.yaml),
-        "classes": list(header.classes),
-        "imgsz": imgsz,
-        "engine": engine,
-        "precision": precision,
-        "nms": asdict(nms),
-        "versions": {name: ".".join(version(name).split(".")[:2]) for name in libraries},
-    }
-
-
-def digest_of_yaml(yaml: dict) -> str:
-    """A short name for an architecture."""
-    return f"{yaml.get('yaml_file', 'model')}:{yaml.get('scale', '')}:nc={yaml.get('nc')}"
 
 
 class YoloDetector(Detector):

@@ -32,8 +32,9 @@ from softlabel.errors import TrainingError
 from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.header import Header
 from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.weights import Header, build_model, default_train_args, load_matching, save_weights
+from softlabel.labelling.weights import build_model, default_train_args, load_matching, save_weights
 from softlabel.labelling.yolo import YoloDetector
 from softlabel.labelling.yolov5 import YoloV5
 from softlabel.records import Truth

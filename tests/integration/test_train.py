@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
+from softlabel.labelling.header import read_header
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job
-from softlabel.labelling.weights import read_header
 from softlabel.store import read_tiles, summary
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train

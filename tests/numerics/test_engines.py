@@ -11,9 +11,11 @@ import torch
 from torchvision.ops import box_iou
 
 from softlabel.errors import RecipeError
-from softlabel.labelling import engines
-from softlabel.labelling.engines import Outputs, resolve
-from softlabel.labelling.yolo import YoloDetector, fingerprint
+from softlabel.labelling import engine_choice, engines
+from softlabel.labelling.engine_choice import resolve
+from softlabel.labelling.engines import Outputs
+from softlabel.labelling.teachers import yolo_fingerprint
+from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import Nms, Truth
 
 FAMILIES = ["talkative_model", "talkative_anchor_model"]
@@ -256,7 +258,7 @@ def test_torchvision_may_come_later():
 @pytest.fixture
 def installed(monkeypatch):
     def install(*names):
-        monkeypatch.setattr(engines, "_is_installed", lambda name: name in names)
+        monkeypatch.setattr(engine_choice, "_is_installed", lambda name: name in names)
 
     return install
 
@@ -301,9 +303,9 @@ def test_what_cannot_run_is_refused_in_one_line(installed, asked, cuda, names, m
 
 def test_engine_and_precision_are_part_of_the_fingerprint(weights):
     need_openvino()
-    plain = fingerprint(weights, 96, Nms())
-    assert plain == fingerprint(weights, 96, Nms(), "pytorch", "float32")
-    other = fingerprint(weights, 96, Nms(), "openvino", "bfloat16")
+    plain = yolo_fingerprint(weights, 96, Nms())
+    assert plain == yolo_fingerprint(weights, 96, Nms(), "pytorch", "float32")
+    other = yolo_fingerprint(weights, 96, Nms(), "openvino", "bfloat16")
     assert {key for key in plain if plain[key] != other[key]} == {"engine", "precision", "versions"}
     assert set(other["versions"]) - set(plain["versions"]) == {"openvino"}
 

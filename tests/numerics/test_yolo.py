@@ -8,8 +8,9 @@ import torch
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.errors import RecipeError, WeightsError
+from softlabel.labelling.header import Header
 from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.weights import Header, build_model, load_matching, load_model, save_weights
+from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
 from softlabel.labelling.yolo import YoloDetector, check_train_args
 from softlabel.records import Nms, Truth
 

@@ -12,7 +12,8 @@ import ultralytics
 from safetensors.torch import load_file
 
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.labelling.weights import Header, build_model, load_matching, load_model, save_weights
+from softlabel.labelling.header import Header
+from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
 from softlabel.labelling.yolo import YoloDetector, check_train_args
 from softlabel.labelling.yolov5 import COCO_ANCHORS, AnchorDetect, YoloV5
 from softlabel.records import Nms

@@ -86,8 +86,11 @@ def test_the_rooms_above_exist():
     assert files().keys() >= RAY | ULTRALYTICS | TRANSFORMERS
 
 
-def test_reading_tasks_start_without_torch():
+@pytest.mark.parametrize(
+    "modules",
+    ["softlabel.labelling.reading, softlabel.imagery.scenes", "softlabel.labelling.run, softlabel.labelling.teachers"],
+)
+def test_reading_tasks_and_drivers_start_without_torch(modules):
     """They would pay seconds and half a gigabyte each for a model that they never see."""
-    modules = "softlabel.labelling.reading, softlabel.imagery.scenes"
     code = f"import sys, {modules}; print(sorted({{'torch', 'ultralytics', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from softlabel.cli import main
 from softlabel.errors import WeightsError
 from softlabel.labelling.checkpoint import read_checkpoint
-from softlabel.labelling.weights import build_model, import_weights, load_model, read_header
+from softlabel.labelling.header import read_header
+from softlabel.labelling.weights import build_model, import_weights, load_model
 
 CALLED = []
 
