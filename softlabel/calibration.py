@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.config import Recipe
 from softlabel.errors import StoreError
 from softlabel.records import Detections
 
@@ -54,6 +55,16 @@ class Calibration:
     def to_json(self) -> str:
         """As ``read_calibration`` reads it."""
         return json.dumps(asdict(self), indent=1)
+
+
+def calibration_of(recipe: Recipe) -> Calibration | None:
+    """What ``train.calibration`` names, if it names anything.
+
+    Raises:
+        StoreError: As ``read_calibration``.
+    """
+    wanted = recipe.train.calibration
+    return read_calibration(Path(wanted), recipe.classes) if wanted else None
 
 
 def read_calibration(path: Path, classes: tuple[str, ...]) -> Calibration:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from softlabel.calibration import calibration_of
 from softlabel.config import Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError
 from softlabel.evaluation.run import evaluate_store, numbers, quality
@@ -126,12 +127,14 @@ def _label_quality(recipe: Recipe, tiles: Path, split: str, store: Path) -> list
 
 
 def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[str, dict[str, int]]:
-    """Boxes above each threshold, per best class and in all."""
+    """Boxes above each threshold, per best class and in all; as ``train.calibration`` maps them, if it does."""
+    calibration = calibration_of(recipe)
     counts = {threshold: np.zeros(len(recipe.classes), np.int64) for threshold in _QUALITY_THRESHOLDS}
     asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id"])}
     for row in read_soft_labels(store):
         if row["status"] == LABELLED and row["tile_id"] in asked:
             found = detections_from_row(row)
+            found = calibration.apply(found) if calibration else found
             for threshold, total in counts.items():
                 total += np.bincount(found.above(threshold).class_ids, minlength=len(recipe.classes))
     return {

@@ -1,10 +1,12 @@
 """The evaluation step: a detection store and the tiles' truth to numbers. It never runs a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from softlabel.calibration import calibration_of
 from softlabel.config import Recipe
 from softlabel.errors import StoreError
 from softlabel.evaluation.calibrate import calibrate
@@ -76,8 +78,12 @@ def curves(folder: Path) -> dict:
 
 
 def quality(recipe: Recipe, tiles: Path, split: str, store: Path, thresholds: Sequence[float]) -> list[dict]:
-    """Soft labels against truth that their teacher never saw, per threshold and class."""
-    return label_quality(list(tile_results(tiles, split, store).values()), recipe.classes, thresholds)
+    """Soft labels against truth that their teacher never saw, per threshold and class; as ``train.calibration`` maps
+    them, if it does."""
+    results = list(tile_results(tiles, split, store).values())
+    if calibration := calibration_of(recipe):
+        results = [replace(one, detections=calibration.apply(one.detections)) for one in results]
+    return label_quality(results, recipe.classes, thresholds)
 
 
 def difference(recipe: Recipe, tiles: Path, split: str, reference: Path, store: Path) -> dict:

@@ -17,7 +17,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softlabel.calibration import read_calibration
+from softlabel.calibration import calibration_of
 from softlabel.config import Execution, Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.lease import Lease
@@ -71,8 +71,8 @@ class Inputs:
             "tiles": self.tiles.name,
             "soft_labels": self.store.name,
         }
-        if recipe.train.calibration:
-            hashed["calibration"] = read_calibration(Path(recipe.train.calibration), recipe.classes).to_json()
+        if calibration := calibration_of(recipe):
+            hashed["calibration"] = calibration.to_json()
         return step_dir(self.run_dir, "search", hashed)
 
     def job(self, trial: Trial) -> TrainJob:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softlabel.calibration import read_calibration
+from softlabel.calibration import calibration_of
 from softlabel.config import Execution, Model, Recipe, Threshold
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
@@ -34,8 +34,7 @@ def train_job(
     if weights and not weights.is_file():
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
     nms = recipe.label.nms(model.model)
-    wanted = recipe.train.calibration if soft_labels else None
-    calibration = read_calibration(Path(wanted), recipe.classes) if wanted else None
+    calibration = calibration_of(recipe) if soft_labels else None
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,
