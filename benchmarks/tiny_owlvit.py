@@ -42,11 +42,11 @@ _KINDS: dict[str, tuple[Any, Any, Any, Any]] = {
 }
 _LETTERS = string.ascii_lowercase + string.digits + "-,.'"
 _PAD, _BEGIN, _END = "!", "<|startoftext|>", "<|endoftext|>"
-_MAX_TOKENS = 16
+_MAX_TOKENS = 16  # as in the published models
 
 
-def make_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer that has a token for each of these words, and spells all others."""
+def make_tokenizer(words: Sequence[str], max_tokens: int = _MAX_TOKENS) -> CLIPTokenizer:
+    """A CLIP tokenizer that has few tokens for each of these words, and spells all others."""
     merges: list[Any] = []
     tokens = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS)]
     for word in words:
@@ -65,7 +65,7 @@ def make_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
         bos_token=_BEGIN,
         eos_token=_END,
         pad_token=_PAD,
-        model_max_length=_MAX_TOKENS,
+        model_max_length=max_tokens,
     )
 
 
@@ -79,6 +79,7 @@ def make(
     num_hidden_layers: int = 2,
     num_attention_heads: int = 2,
     text_size: int | None = None,
+    max_tokens: int = _MAX_TOKENS,
 ) -> tuple[Any, Any]:
     """An untrained model and its processor.
 
@@ -91,9 +92,10 @@ def make(
         text_size: Of the text tower, if it is another.
         num_hidden_layers: Of both towers.
         num_attention_heads: Of both towers.
+        max_tokens: Of a prompt, its beginning and end included.
     """
     config_class, model_class, image_class, processor_class = _KINDS[kind]
-    tokenizer = make_tokenizer(words)
+    tokenizer = make_tokenizer(words, max_tokens)
     tower = {
         "hidden_size": hidden_size,
         "intermediate_size": 4 * hidden_size,
@@ -107,7 +109,7 @@ def make(
         "intermediate_size": 4 * text_size,
         "num_attention_heads": max(1, num_attention_heads * text_size // hidden_size),
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": _MAX_TOKENS,
+        "max_position_embeddings": max_tokens,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -124,8 +126,8 @@ def save(folder: Path, model: Any, processor: Any) -> None:
     processor.save_pretrained(folder)
 
 
-SIDE, SCENE = 128, 384  # px of a tile and of a scene
-PATCH = 8
+SIDE, SCENE = 96, 384  # px of a tile and of a scene
+PATCH = 6  # px: a car is two of them wide and three long
 CLASSES = ("car", "plane", "ship")
 UNSEEN = {"plane": "a small plane seen from above", "ship": "a big boat in the harbour", "car": "the car parked here"}
 """Phrases that training leaves out."""
@@ -159,9 +161,14 @@ def phrase(noun: str, rng: np.random.Generator) -> str:
     return found
 
 
+def nonsense(rng: np.random.Generator) -> str:
+    """A word that nobody knows, of which there is nothing in any image: so a word that was never heard finds little."""
+    return "".join(rng.choice(list(string.ascii_lowercase), rng.integers(3, 10)))
+
+
 def made_tiles(num_scenes: int, seed: int) -> list[tuple[Any, Any, Any]]:
-    """Nine tiles of each of so many made-up scenes: uint8 (128, 128, 3), xyxy boxes (N, 4) in pixels, class ids (N,).
-    Of an object cut by the border there is what is left, if that is three tenths."""
+    """All tiles of so many made-up scenes, in the order of the scenes: uint8 (96, 96, 3), xyxy boxes (N, 4) in pixels
+    and class ids (N,). Of an object cut by the border there is what is left, if that is three tenths."""
     settings = Synthetic(num_scenes=num_scenes, scene_size_px=SCENE, difficulty=0.1)
     found = []
     for index in range(num_scenes):
@@ -216,7 +223,7 @@ def train(minutes: float, seed: int = 0, num_scenes: int = 400, batch: int = 32)
     rng = np.random.default_rng(seed)
     model, processor = make(
         "owlvit", words(), image_size=SIDE, patch_size=PATCH, hidden_size=128, num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=4, max_tokens=24,
     )  # fmt: skip
     with torch.no_grad():
         head = model.class_head
@@ -227,13 +234,19 @@ def train(minutes: float, seed: int = 0, num_scenes: int = 400, batch: int = 32)
             parameter.mul_(0.1)
     model.train()
     tiles = made_tiles(num_scenes, seed)
+    filled = [tile for tile in tiles if len(tile[1])]
+    empty = [tile for tile in tiles if not len(tile[1])]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     began, step, share = time.monotonic(), 0, 0.0
     while share < 1:
         share = (time.monotonic() - began) / (60 * minutes)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 200) * max(0.02, math.cos(share * math.pi / 2))
-        chosen = [turned(tiles[i], int(rng.integers(8))) for i in rng.choice(len(tiles), batch, replace=False)]
+        chosen = [
+            turned(among[i], int(rng.integers(8)))
+            for among, count in ((filled, batch - batch // 8), (empty, batch // 8))
+            for i in rng.choice(len(among), count, replace=False)
+        ]
         loss = _loss(model, processor, chosen, rng)
         optimizer.zero_grad()
         loss.backward()
@@ -251,7 +264,8 @@ def _loss(model: Any, processor: Any, chosen: list, rng: np.random.Generator) ->
         features = model.image_embedder(pixel_values=pixels)[0]
     features = features.float().flatten(1, 2)
     texts = [phrase(str(rng.choice(_NOUNS[name])), rng) for name in CLASSES]
-    texts += [phrase(str(noun), rng) for noun in rng.choice(_ABSENT, 5, replace=False)]
+    absent = [*rng.choice(_ABSENT, 3, replace=False), nonsense(rng), nonsense(rng)]
+    texts += [phrase(str(noun), rng) for noun in absent]
     tokens = processor.tokenizer(texts, padding="max_length", return_tensors="pt")
     queries = model.owlvit.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
     logits, _ = model.class_predictor(features, queries[None].expand(len(chosen), -1, -1))
@@ -287,7 +301,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     arguments = parser.parse_args()
     model, processor = train(arguments.minutes)
-    save(arguments.output, model, processor)
+    save(arguments.output, model.half(), processor)  # 3.5 MB: it is kept with the tests
     return 0
 
 
