@@ -1,43 +1,42 @@
 """An open-vocabulary teacher on a real Ray: the same store, rerun and filter as a YOLO's."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from conftest import CLASSES, tiny_recipe
 from drivers import by_tile
-from tiny_owlvit import make, save, words
+from tiny_owlvit import SIDE
 
 from softlabel.categorize import categorize
 from softlabel.errors import RecipeError, WeightsError
+from softlabel.evaluation.run import evaluate_store, numbers
+from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import read_tile
 from softlabel.imagery.synthetic import TYPE_IDS
 from softlabel.labelling import run as labelling
 from softlabel.labelling.owlvit import OwlVitDetector
 from softlabel.labelling.queries import Queries
-from softlabel.labelling.teachers import recipe_label_job
+from softlabel.labelling.run import label
+from softlabel.labelling.teachers import label_job, owlvit_job, recipe_label_job
 from softlabel.records import Nms, detections_from_row
 from softlabel.results.stores import open_store
 from softlabel.store import read_tiles, summary
+from softlabel.training.job import train_job
+from softlabel.training.run import train
+from softlabel.training.targets import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 PROMPTS = {"car": ["a car", "cars"], "plane": ["a plane"], "ship": ["a ship", "boats", "a vessel"]}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """An untrained one that is not sure of everything."""
-    torch.manual_seed(0)
-    model, processor = make("owlvit", words(), image_size=64, patch_size=8)
-    with torch.no_grad():
-        for parameter in [*model.class_head.parameters(), *model.box_head.parameters()]:
-            parameter.mul_(0.1)
-    folder = tmp_path_factory.mktemp("owlvit")
-    save(folder, model, processor)
-    return folder
+def model():
+    """Of toy size and really trained, by benchmarks/tiny_owlvit.py on made-up scenes of another seed."""
+    return Path(__file__).parents[1] / "assets" / "tiny-owlvit"
 
 
 def worded(model, **owlvit):
@@ -46,16 +45,15 @@ def worded(model, **owlvit):
 
 @pytest.fixture(scope="module")
 def categorized(model, tmp_path_factory):
-    """A vocabulary over the tiny scenes, with a model that knows nothing."""
+    """A vocabulary over scenes that the model has not seen."""
     run_dir = tmp_path_factory.mktemp("categorized")
     vocabulary = run_dir / "words.txt"
     vocabulary.write_text("plane: a plane, an aircraft\nship\nbridge\ncar\n")
-    scenes = {"num_scenes": 20, "scene_size_px": 256, "difficulty": 0.1}
+    scenes = {"num_scenes": 20, "scene_size_px": 240, "difficulty": 0.1}
     # With an overlap every object lies whole in some tile: without, what a seam cuts counts as two.
-    recipe = tiny_recipe(
-        label={"owlvit": {"model": str(model)}}, tiles={"synthetic": scenes, "size_px": 128, "overlap_px": 64}
-    )
-    return categorize(recipe, run_dir, vocabulary, 0.5), run_dir, recipe, vocabulary
+    tiles = {"synthetic": scenes, "size_px": SIDE, "overlap_px": SIDE // 2}
+    recipe = tiny_recipe(seed=1, label={"owlvit": {"model": str(model)}}, tiles=tiles)
+    return categorize(recipe, run_dir, vocabulary, 0.3), run_dir, recipe, vocabulary
 
 
 def test_words_label_every_tile_with_class_vectors(categorized, model):
@@ -64,9 +62,9 @@ def test_words_label_every_tile_with_class_vectors(categorized, model):
     assert counts["requested"] == counts["labelled"] == len(rows) > 0
     prompts = (("a plane", "an aircraft"), ("ship",), ("bridge",), ("car",))
     detector = OwlVitDetector(model, Queries(prompts), Nms(0.01, 0.5))
-    for tile in read_tiles(store.tiles)[::7]:
-        (alone,) = detector.detect([read_tile(tile)])
-        found = detections_from_row(rows[tile["tile_id"]])
+    for asked in read_tiles(store.tiles)[::7]:
+        (alone,) = detector.detect([read_tile(asked)])
+        found = detections_from_row(rows[asked["tile_id"]])
         assert found.scores.shape[1:] == (4,) and (found.best > 0.01).all()
         np.testing.assert_allclose(found.boxes, alone.boxes, atol=0.01)
         np.testing.assert_allclose(found.scores, alone.scores, atol=1e-4)
@@ -108,6 +106,7 @@ def test_categorize_counts_every_class_and_scores_itself_against_truth(categoriz
     results, run_dir, _, _ = categorized
     assert {row["class"] for row in results["classes"]} == {"plane", "ship", "bridge", "car"}
     assert results["scenes"] == 20 and sum(row["objects"] for row in results["classes"]) > 0
+    assert next(row for row in results["classes"] if row["class"] == "bridge")["objects"] <= 2  # there is none
     scenes = pq.read_table(run_dir / "scenes.parquet").to_pylist()
     for row in results["classes"]:
         counts = [one["count"] for one in scenes if one["class"] == row["class"]]
@@ -118,6 +117,7 @@ def test_categorize_counts_every_class_and_scores_itself_against_truth(categoriz
         drawn[{value: key for key, value in TYPE_IDS.items()}[feature["properties"]["type_id"]]] += 1
     for row in results["truth"]:
         assert row["truth"] == pytest.approx(drawn[row["class"]], abs=2)
+        assert row["presence_precision"] > 0.6 and row["presence_recall"] > 0.6, row
 
 
 def test_categorize_writes_a_page_and_a_draft(categorized):
@@ -129,9 +129,35 @@ def test_categorize_writes_a_page_and_a_draft(categorized):
     assert draft["classes"] == found and set(draft["label"]["owlvit"]["prompts"]) == set(found)
 
 
+@pytest.mark.long
+def test_words_teach_a_student(model, tmp_path):
+    """From words alone to a YOLO that finds objects in scenes that neither has seen."""
+    args = {
+        **{"epochs": 30, "imgsz": SIDE, "batch": 16, "nbs": 16, "optimizer": "AdamW", "lr0": 0.002, "cache": "ram"},
+        **{"warmup_epochs": 1, "mosaic": 0.0, "scale": 0.2},
+    }
+    student = {"model": "yolov5n.yaml", "args": args}
+    recipe = tiny_recipe(
+        seed=1,
+        tiles={"synthetic": {"num_scenes": 60, "scene_size_px": 384, "difficulty": 0.1}, "size_px": SIDE},
+        label={"owlvit": {"model": str(model), "prompts": PROMPTS}},
+        train={"teacher": student, "student": student, "thresholds": [0.25]},
+        execution={"cpus_per_worker": 2},
+    )
+    tiles = tile(recipe, tmp_path)
+    (store,) = label(recipe, [owlvit_job(recipe, "words", tiles, ["train_1", "val_1"])], tmp_path)
+    job = train_job(
+        recipe, tmp_path, "student", recipe.train.student, tiles=tiles, split="train_1", val_split="val_1",
+        soft_labels=store, threshold=0.25,
+    )  # fmt: skip
+    train(recipe, [job], tmp_path)
+    (found,) = label(recipe, [label_job(recipe, "student", job.folder / WEIGHTS, tiles, ["test"])], tmp_path)
+    assert numbers(evaluate_store(recipe, "student", tiles, "test", found, tmp_path))["map50"] > 0.3
+
+
 def test_categorizing_again_labels_nothing_again(categorized, monkeypatch):
     results, run_dir, recipe, vocabulary = categorized
     monkeypatch.setattr(labelling, "_results", None)
-    assert categorize(recipe, run_dir, vocabulary, 0.5)["classes"] == results["classes"]
+    assert categorize(recipe, run_dir, vocabulary, 0.3)["classes"] == results["classes"]
     with pytest.raises(RecipeError, match=r"label\.owlvit is not set"):
         categorize(tiny_recipe(), run_dir, vocabulary, 0.5)
