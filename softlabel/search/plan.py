@@ -56,9 +56,10 @@ class Plan:
             return self._unfinished.pop(0)
         if self.has_failed() or len(self.trials) >= self.search.trials or not self._has_time(elapsed_s):
             return None
-        started = sum(trial.role == "first" for trial in self.trials)
-        if self.search.sampler != "grid" and started < len(self.references):
-            return self._begin(self.references[started], "first")
+        tried = [trial.values for trial in self.trials]
+        first = next((values for values in self.references if values not in tried), None)
+        if self.search.sampler != "grid" and first is not None:
+            return self._begin(first, "first")
         if self._is_exploring(elapsed_s):
             return self._explore()
         return self._repeat()
@@ -79,8 +80,8 @@ class Plan:
         return len(ended) >= _MAX_FAILED_IN_A_ROW and all(trial.status == "failed" for trial in ended)
 
     def is_exempt(self, trial: Trial) -> bool:
-        """Whether a student must not be stopped early: what the answer is compared with must be complete."""
-        return not self.search.stop_early or trial.role != "explore"
+        """Whether a student must not be stopped early: one that is trained to know its values better."""
+        return not self.search.stop_early or trial.role == "repeat"
 
     def leaders(self) -> list[Values]:
         """The tried values, by what is known of their mAP now, best first."""
