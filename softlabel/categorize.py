@@ -86,8 +86,7 @@ def _count(store: Store, threshold: float) -> Census:
 
 def _results(recipe: Recipe, store: Store, census: Census, threshold: float) -> dict[str, Any]:
     truth = _truth_counts(recipe, store)
-    shared = {name: counts for name, counts in truth.items() if name in census.classes}
-    scenes = sorted({scene for counts in truth.values() for scene in counts})
+    shared = {name: counts for name, counts in truth.items() if name in census.classes and counts}
     return {
         "name": recipe.name,
         "model": recipe.label.owlvit.model if recipe.label.owlvit else None,
@@ -95,28 +94,31 @@ def _results(recipe: Recipe, store: Store, census: Census, threshold: float) -> 
         "scenes": census.num_scenes,
         "tiles": summary(store.folder)["requested"],
         "classes": census.table(),
-        "truth": against_truth(census.counts(), shared, scenes) if scenes else [],
+        "truth": against_truth(census.counts(), shared),
     }
 
 
 def _truth_counts(recipe: Recipe, store: Store) -> dict[str, dict[str, int]]:
-    """Objects by class and scene, those on a seam once; a scene without truth is not among them."""
+    """Objects by class and scene, those on a seam once; a scene that nobody searched for a class is not among its."""
     counts: dict[str, dict[str, int]] = {name: {} for name in recipe.classes}
-    scene = Scene("")
+    scene, known = Scene(""), set[int]()
 
     def finish() -> None:
         if scene.windows:
             found = scene.merged("nms", _SEAM_IOU).scores
             class_ids = found.argmax(axis=1) if len(found) else np.zeros(0, np.int64)
-            for name, count in zip(recipe.classes, np.bincount(class_ids, minlength=len(recipe.classes)), strict=True):
-                counts[name][scene.scene_id] = int(count)
+            totals = np.bincount(class_ids, minlength=len(recipe.classes))
+            for k in known:
+                counts[recipe.classes[k]][scene.scene_id] = int(totals[k])
 
     for row in read_tiles(store.tiles, store.splits):
         if row["truth"] is None:
             continue
         if row["scene_id"] != scene.scene_id:
             finish()
-            scene = Scene(row["scene_id"])
+            scene, known = Scene(row["scene_id"]), set(range(len(recipe.classes)))
+        if row["labelled_classes"] is not None:
+            known &= set(row["labelled_classes"])
         truth = Truth.from_row(row["truth"])
         vectors = np.eye(len(recipe.classes), dtype=np.float32)[truth.class_ids]
         scene.add(LabelledTile(row, Detections(truth.boxes, vectors), None, False), 0.0)

@@ -93,27 +93,26 @@ class Census:
 
 
 def against_truth(
-    counts: Mapping[str, Mapping[str, int]], truth: Mapping[str, Mapping[str, int]], scenes: Sequence[str]
+    counts: Mapping[str, Mapping[str, int]], truth: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
     """How well what was found fits what is there, per class that truth knows.
 
     Args:
         counts: Objects found by class and scene.
-        truth: Objects that are there.
-        scenes: All of them.
+        truth: Objects that are there, by class and by every scene where somebody looked for that class.
 
     Returns:
-        Per class: class, scenes (that have it), presence_precision and presence_recall (None of nothing), truth and
-        found (objects), count_error (the mean over scenes of |found - truth|, over the mean of truth; None without
-        truth).
+        Of those scenes, per class: class, scenes (that have it), presence_precision and presence_recall (None of
+        nothing), truth and found (objects), count_error (the mean over scenes of |found - truth|, over the mean of
+        truth; None without truth).
     """
     rows = []
     for name, there in truth.items():
-        found = counts.get(name, {})
-        has = {scene for scene in scenes if there.get(scene, 0)}
-        says = {scene for scene in scenes if found.get(scene, 0)}
-        off = sum(abs(found.get(scene, 0) - there.get(scene, 0)) for scene in scenes)
-        total = sum(there.get(scene, 0) for scene in scenes)
+        found = {scene: counts.get(name, {}).get(scene, 0) for scene in there}
+        has = {scene for scene, count in there.items() if count}
+        says = {scene for scene, count in found.items() if count}
+        off = sum(abs(found[scene] - count) for scene, count in there.items())
+        total = sum(there.values())
         rows.append(
             {
                 "class": name,
@@ -121,7 +120,7 @@ def against_truth(
                 "presence_precision": len(has & says) / len(says) if says else None,
                 "presence_recall": len(has & says) / len(has) if has else None,
                 "truth": total,
-                "found": sum(found.get(scene, 0) for scene in scenes),
+                "found": sum(found.values()),
                 "count_error": off / total if total else None,
             }
         )

@@ -47,8 +47,11 @@ def test_the_surest_boxes_are_kept(census):
 def test_against_truth():
     found = {"plane": {"a": 2, "b": 1}, "ship": {}, "tree": {"a": 5}}
     truth = {"plane": {"a": 3, "b": 0, "c": 1}, "ship": {"a": 0, "b": 2, "c": 0}, "car": {"a": 0, "b": 0, "c": 0}}
-    plane, ship, car = against_truth(found, truth, ["a", "b", "c"])
+    plane, ship, car = against_truth(found, truth)
     assert (plane["presence_precision"], plane["presence_recall"]) == (0.5, 0.5)
     assert plane["count_error"] == pytest.approx((1 + 1 + 1) / 4) and (plane["truth"], plane["found"]) == (4, 3)
     assert (ship["presence_precision"], ship["presence_recall"], ship["count_error"]) == (None, 0.0, 1.0)
+    # Nobody looked for planes in b: what was found there is not wrong.
+    (only_a,) = against_truth(found, {"plane": {"a": 3}})
+    assert (only_a["presence_precision"], only_a["found"], only_a["count_error"]) == (1.0, 2, pytest.approx(1 / 3))
     assert (car["presence_precision"], car["presence_recall"], car["count_error"]) == (None, None, None)
