@@ -49,11 +49,11 @@ def categorized(model, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("categorized")
     vocabulary = run_dir / "words.txt"
     vocabulary.write_text("plane: a plane, an aircraft\nship\nbridge\ncar\n")
-    scenes = {"num_scenes": 20, "scene_size_px": 240, "difficulty": 0.1}
+    scenes = {"num_scenes": 12, "scene_size_px": 224, "difficulty": 0.1}
     # With an overlap every object lies whole in some tile: without, what a seam cuts counts as two.
-    tiles = {"synthetic": scenes, "size_px": SIDE, "overlap_px": SIDE // 2}
-    recipe = tiny_recipe(seed=1, label={"owlvit": {"model": str(model)}}, tiles=tiles)
-    return categorize(recipe, run_dir, vocabulary, 0.3), run_dir, recipe, vocabulary
+    tiles = {"synthetic": scenes, "size_px": SIDE, "overlap_px": 64}
+    recipe = tiny_recipe(seed=1, label={"owlvit": {"model": str(model)}, "iou": 0.3}, tiles=tiles)
+    return categorize(recipe, run_dir, vocabulary, 0.5), run_dir, recipe, vocabulary
 
 
 def test_words_label_every_tile_with_class_vectors(categorized, model):
@@ -61,7 +61,7 @@ def test_words_label_every_tile_with_class_vectors(categorized, model):
     rows, counts = by_tile(store.folder), summary(store.folder)
     assert counts["requested"] == counts["labelled"] == len(rows) > 0
     prompts = (("a plane", "an aircraft"), ("ship",), ("bridge",), ("car",))
-    detector = OwlVitDetector(model, Queries(prompts), Nms(0.01, 0.5))
+    detector = OwlVitDetector(model, Queries(prompts), Nms(0.01, 0.3))
     for asked in read_tiles(store.tiles)[::7]:
         (alone,) = detector.detect([read_tile(asked)])
         found = detections_from_row(rows[asked["tile_id"]])
@@ -105,7 +105,7 @@ def test_a_missing_model_is_one_line(tiles, monkeypatch):
 def test_categorize_counts_every_class_and_scores_itself_against_truth(categorized):
     results, run_dir, _, _ = categorized
     assert {row["class"] for row in results["classes"]} == {"plane", "ship", "bridge", "car"}
-    assert results["scenes"] == 20 and sum(row["objects"] for row in results["classes"]) > 0
+    assert results["scenes"] == 12 and sum(row["objects"] for row in results["classes"]) > 0
     assert next(row for row in results["classes"] if row["class"] == "bridge")["objects"] <= 2  # there is none
     scenes = pq.read_table(run_dir / "scenes.parquet").to_pylist()
     for row in results["classes"]:
@@ -158,6 +158,6 @@ def test_words_teach_a_student(model, tmp_path):
 def test_categorizing_again_labels_nothing_again(categorized, monkeypatch):
     results, run_dir, recipe, vocabulary = categorized
     monkeypatch.setattr(labelling, "_results", None)
-    assert categorize(recipe, run_dir, vocabulary, 0.3)["classes"] == results["classes"]
+    assert categorize(recipe, run_dir, vocabulary, 0.5)["classes"] == results["classes"]
     with pytest.raises(RecipeError, match=r"label\.owlvit is not set"):
         categorize(tiny_recipe(), run_dir, vocabulary, 0.5)
