@@ -63,7 +63,7 @@ def _search(arguments: argparse.Namespace, settings: list[str]) -> dict:
 
 
 def _map50(trial: dict) -> float:
-    return max(row["map50"] for row in trial["history"])
+    return max((row["map50"] for row in trial["history"]), default=0.0)  # nothing where no label was left
 
 
 def compare(grid: dict, search: dict, best: float, students: dict[float, list[float]]) -> dict:
