@@ -12,6 +12,7 @@ Role = Literal["first", "explore", "repeat"]
 Status = Literal["running", "stopped", "finished", "failed"]
 
 _LEAST_EXTRA_SD = 0.005  # of a value that is an estimate: a handful of differences may agree by chance
+_UNKNOWN_GAIN = 0.5  # what was stopped for being behind need not gain what the others did: standard deviation, share
 
 
 @dataclass
@@ -72,15 +73,18 @@ def evidence(trials: Sequence[Trial]) -> list[Evidence]:
     """What the students so far say of full ones.
 
     One that was stopped, or saw a subset of the tiles, is taken for as much better as full ones became on the way from
-    there. Where there are not two to tell how much, only values of equal standing are used, the fullest there are.
+    there, and as the more uncertain the more is missing. Where there are not two to tell how much, only values of equal
+    standing are used, the fullest there are.
     """
     usable = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.history]
     full = [trial for trial in usable if trial.is_full]
     found = [Evidence(trial.values, trial.best(), 0.0) for trial in full]
     for trial in usable:
         if not trial.is_full and (gains := _gains(trial, full, usable)):
-            extra = max(float(np.var(gains, ddof=1)), _LEAST_EXTRA_SD**2)
-            found.append(Evidence(trial.values, trial.best() + float(np.mean(gains)), extra))
+            gain = float(np.mean(gains))
+            unknown = _UNKNOWN_GAIN * gain if trial.status == "stopped" else 0.0
+            extra = max(float(np.var(gains, ddof=1)), unknown**2, _LEAST_EXTRA_SD**2)
+            found.append(Evidence(trial.values, trial.best() + gain, extra))
     return found or [Evidence(trial.values, trial.best(), 0.0) for trial in _oldest(usable)]
 
 

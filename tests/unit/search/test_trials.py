@@ -22,7 +22,11 @@ def test_a_stopped_student_is_taken_for_as_much_better_as_full_ones_became():
     stopped = student(2, 0.7, [0.05, 0.2], status="stopped")
     found = evidence([*FULL, stopped])[-1]
     assert found.map50 == pytest.approx(0.2 + np.mean([0.5 - 0.3, 0.7 - 0.3]))
-    assert found.extra_variance == pytest.approx(np.var([0.2, 0.4], ddof=1))
+    # It was stopped for being behind: that the others gained alike does not say that it would have.
+    assert found.extra_variance == pytest.approx((0.5 * 0.3) ** 2) and np.std([0.2, 0.4], ddof=1) < 0.5 * 0.3
+    unlike = student(3, 0.9, [0.1, 0.1, 0.1, 0.9])
+    found = evidence([*FULL, unlike, stopped])[-1]
+    assert found.extra_variance == pytest.approx(np.var([0.2, 0.4, 0.8], ddof=1))
 
 
 def test_without_two_full_students_only_equals_are_compared():
