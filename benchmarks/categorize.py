@@ -39,7 +39,9 @@ def main() -> int:
     else:  # overlapping: every object lies whole in some tile
         scenes = {"num_scenes": 40, "scene_size_px": SCENE, "difficulty": 0.1}
         tiles = {"synthetic": scenes, "size_px": SIDE, "overlap_px": 64}
-        recipe = Recipe.model_validate({"seed": 1, "classes": ["car", "plane", "ship"], "tiles": tiles, **model})
+        recipe = Recipe.model_validate(
+            {"name": "words", "seed": 1, "classes": ["car", "plane", "ship"], "tiles": tiles, **model}
+        )
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     vocabulary = arguments.run_dir / "words.txt"
     vocabulary.write_text("".join(f"{name}: a {name}\n" for name in (*recipe.classes, *_ABSENT)))
