@@ -172,7 +172,7 @@ def _sheets(store: Store, census: Census, results: dict[str, Any]) -> list[dict[
     for name in (row["class"] for row in results["classes"] if row["objects"]):
         crops = [(example, crop) for example in examples[name] if (crop := _crop(reader, rows, example)) is not None]
         if crops:
-            captions = [f"{example.score:.2f}  {example.tile_id}" for example, _ in crops]
+            captions = [f"{example.tile_id}  {example.score:.2f}" for example, _ in crops]
             sheet = figures.contact_sheet([crop for _, crop in crops], captions, _CROP_PX)
             sheets.append({"class": name, "jpeg": base64.b64encode(figures.jpeg(sheet, _SHEET_BYTES)).decode()})
     reader.close()
