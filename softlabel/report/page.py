@@ -83,6 +83,7 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
         "models": models,
         "answers": words.answers(results),
         "paper_answers": words.paper_answers(results),
+        "has_words": any(words.source_of(model) == words.OWLVIT for model in models),
         "rows": [_row(model, styles[model["name"]], words.paper_of(models)) for model in models],
         "metrics": words.METRICS,
         "losses": words.loss_names(models),
