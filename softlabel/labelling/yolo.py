@@ -204,7 +204,7 @@ class _YoloNetwork(Network):
         head._inference = in_float32
 
     def fuse_activations(self) -> None:
-        """Of every convolution with a SiLU: an eighth faster, since its output is written once and not twice."""
+        """Of every convolution with a SiLU: its output is written to memory once and not twice."""
         if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
         for module in self.model.modules():
