@@ -4,50 +4,47 @@ python benchmarks/labelling.py --images DIR --work-dir runs/labelling --json lab
 
 Scenes, weights and tiles are made once and kept in the work folder. Each contestant then has a process of its own, one
 after the other, with all cores; nothing else should run. Counted is the steady state: tiles finished after the first
-fifth, per second. All but our pipeline, which reads the GeoTIFFs, get their pixels in memory, and reading them is not
-counted.
+fifth, per second.
+
+A machine's speed drifts within the hour that this takes. So the pipeline with an engine is compared with what ran just
+before and just after it: half of the tiles through the bare engine, and a share of them through every other tool.
 """
 
 import argparse
-import itertools
 import json
-import logging
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import yaml
 from common import TILE_PX, Image, machine, synthetic_piece, write_scene  # what the benchmarks share
+from contestants import IOU, SCORE, THRESHOLD, Boxes, Share, Timing, Work, bare, pipeline, sahi, ultralytics
 from numpy.typing import NDArray
 
 from softlabel.boxes import iou_matrix
 from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile
-from softlabel.imagery.scenes import TileReader, list_scenes
+from softlabel.imagery.scenes import list_scenes
 from softlabel.labelling.header import read_header
 from softlabel.labelling.weights import load_model
-from softlabel.records import detections_from_row
-from softlabel.store import commit, digest, read_soft_labels, read_table, read_tiles, shard_file
-
-T = TypeVar("T")
+from softlabel.store import commit, digest
 
 _COLUMNS = 40  # tiles side by side in a scene
 _CLASSES = ("plane", "ship", "car")
 _ENGINES = (("pytorch", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 _PEERS = ("sahi", "ultralytics", "ultralytics_one_thread")
-_TRIED = (1, 8, 32)  # batch sizes; the fastest is then used
-_THRESHOLD, _IOU, _SCORE = 0.25, 0.9, 0.02  # boxes above it agree at this IoU with scores this near
+_ROUNDS = len(_ENGINES) + 1  # of the others: before the first engine, between them, and after the last
+
+Timings = dict[str, list[Timing]]
+"""Of each contestant, in the order in which they were taken."""
 
 # An epoch of 576 images takes half a minute on two cores; objects keep the size in pixels that they have at 512.
 _TRAINING = {
@@ -71,51 +68,6 @@ _TRAINING = {
 }  # fmt: skip
 
 
-class Boxes(NamedTuple):
-    """What was found in one tile: boxes (N, 4) xyxy tile pixels, scores (N,) and class_ids (N,) of the best class."""
-
-    boxes_N4: NDArray[np.float64]
-    scores_N: NDArray[np.float64]
-    class_ids_N: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contestant gets."""
-
-    recipe: Recipe
-    weights: Path
-    tiles: Path
-    folder: Path
-    cores: int
-
-    @property
-    def rows(self) -> list[dict]:
-        """The tiles, row by row of each scene."""
-        return read_tiles(self.tiles)
-
-    @property
-    def checkpoint(self) -> Path:
-        """The weights as ultralytics loads them."""
-        return self.folder / f"{digest(str(self.weights))}.pt"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One contestant: (seconds, tiles finished by then) in order, its boxes where they are compared, its settings."""
-
-    events: list[tuple[float, int]]
-    boxes: list[Boxes] | None = None
-    note: str = ""
-
-    @property
-    def tiles_per_s(self) -> float:
-        """After the first fifth of the tiles."""
-        last_s, last = self.events[-1]
-        first_s, first = next(event for event in self.events if event[1] >= last / 5)
-        return (last - first) / (last_s - first_s)
-
-
 def main() -> int:
     """Run every contestant, print the table, and write the JSON file."""
     arguments = _arguments()
@@ -123,12 +75,7 @@ def main() -> int:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
     os.environ.pop("OMP_NUM_THREADS", None)
     work = _prepare(arguments)
-    timings = {}
-    for name, contestant in _contestants(arguments.peer_tiles).items():
-        print(f"{name} ...", flush=True)
-        timings[name] = in_process(contestant, work)
-        print(f"{name}: {timings[name].tiles_per_s:.1f} tiles/s {timings[name].note}", flush=True)
-    found = results(timings, len(work.rows))
+    found = results(_race(work, max(1, len(work.rows) // arguments.peer_tiles)), len(work.rows))
     print(_table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
@@ -140,24 +87,42 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="real images for a second scene (default: made-up pixels only)")
     parser.add_argument("--weights", type=Path, help="anchor-free .safetensors (default: train a yolov8n, 5 minutes)")
     parser.add_argument("--tiles", type=int, default=2000, help="tiles of 512 px to label, at least (default: 2000)")
-    parser.add_argument(
-        "--peer-tiles", type=int, default=500, help="tiles of them for SAHI and ultralytics on one thread"
-    )
+    parser.add_argument("--peer-tiles", type=int, default=1000, help="of them for SAHI, and ultralytics on one thread")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/labelling"), help="where what is made is kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our pipeline's recipe")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     return parser.parse_args()
 
 
-def _contestants(peer_tiles: int) -> dict[str, Callable[[Work], Timing]]:
-    found: dict[str, Callable[[Work], Timing]] = {}
-    for engine, precision in _ENGINES:
-        found[f"bare_{engine}_{precision}"] = partial(_bare, engine=engine, precision=precision)
-        found[f"pipeline_{engine}_{precision}"] = partial(_pipeline, engine=engine, precision=precision)
-    found["ultralytics"] = _ultralytics
-    found["ultralytics_one_thread"] = partial(_ultralytics, threads=1, num_tiles=peer_tiles)
-    found["sahi"] = partial(_sahi, num_tiles=peer_tiles)
-    return found
+def _race(work: Work, peers_of: int) -> Timings:
+    """Everybody's times; of the others but ultralytics on all cores, with every ``peers_of``-th tile alone."""
+    timings: Timings = {}
+
+    def run(name: str, contestant: Callable[..., Timing], *arguments: Any) -> None:
+        print(f"{name} ...", flush=True)
+        timing = in_process(contestant, work, *arguments)
+        timings.setdefault(name, []).append(timing)
+        print(f"{name}: {_rate([timing]):.1f} tiles/s {timing.note}", flush=True)
+
+    def run_peers(index: int) -> None:
+        few = Share(index * peers_of, _ROUNDS * peers_of)
+        run("sahi", sahi, few)
+        run("ultralytics", ultralytics, Share(index, _ROUNDS))
+        run("ultralytics_one_thread", ultralytics, few, 1)
+
+    run_peers(0)
+    for index, (engine, precision) in enumerate(_ENGINES):
+        run(f"bare_{engine}_{precision}", bare, Share(0, 2), engine, precision)
+        run(f"pipeline_{engine}_{precision}", pipeline, engine, precision)
+        run(f"bare_{engine}_{precision}", bare, Share(1, 2), engine, precision)
+        run_peers(index + 1)
+    return timings
+
+
+def _rate(timings: Sequence[Timing]) -> float:
+    """Tiles per second of all of them."""
+    tiles, seconds = map(sum, zip(*(timing.steady for timing in timings), strict=True))
+    return tiles / seconds
 
 
 def in_process(function: Callable, *arguments: Any) -> Any:
@@ -233,158 +198,6 @@ def _write_checkpoint(work: Work) -> None:
     commit(work.checkpoint, lambda path: torch.save({"model": model, "train_args": train_args}, path))
 
 
-# The contestants.
-
-
-def _bare(work: Work, engine: str, precision: str) -> Timing:
-    """Prepare, forward, NMS, and nothing else."""
-    from softlabel.labelling.teachers import label_job
-    from softlabel.labelling.yolo import YoloDetector
-
-    job = label_job(_with_engine(work.recipe, engine, precision), "bare", work.weights, work.tiles, None)
-    detector = YoloDetector.from_weights(
-        work.weights,
-        job.nms,
-        job.imgsz,
-        engine=engine,
-        precision=precision,
-        threads=work.cores,
-        batch_size=work.recipe.execution.batch_size,
-    )
-    return _timed(_tenths(work.rows), _read, detector.detect)
-
-
-def _pipeline(work: Work, engine: str, precision: str) -> Timing:
-    """`softlabel label` on a Ray of its own; a tile is finished when its shard is committed."""
-    import ray
-
-    from softlabel.labelling.run import label
-    from softlabel.labelling.teachers import label_job
-
-    recipe = _with_engine(work.recipe, engine, precision)
-    job = label_job(recipe, f"{engine}_{precision}", work.weights, work.tiles, None)
-    shutil.rmtree(job.folder(work.folder), ignore_errors=True)
-    ray.init(address="local", include_dashboard=True)
-    (store,) = label(recipe, [job], work.folder)
-    ray.shutdown()
-    paths = [shard_file(store, shard) for shard, _ in job.shards()]
-    stamps = sorted((path.stat().st_mtime_ns / 1e9, read_table(path).num_rows) for path in paths)
-    finished = itertools.accumulate(count for _, count in stamps)
-    events = list(zip([seconds for seconds, _ in stamps], finished, strict=True))
-    found = [detections_from_row(row) for row in read_soft_labels(store)]
-    return Timing(events, [_boxes(item.boxes, item.best, item.class_ids) for item in found])
-
-
-def _ultralytics(work: Work, threads: int | None = None, num_tiles: int | None = None) -> Timing:
-    """ultralytics' own predict on lists of arrays.
-
-    Used as documented it computes on one thread: importing it before torch sets OMP_NUM_THREADS to 1. It is measured
-    like this, and with all cores, as everybody else.
-    """
-    from ultralytics import YOLO
-
-    torch.set_num_threads(threads or work.cores)
-    nms = work.recipe.label.nms(read_header(work.weights).yaml)
-    settings = {"conf": nms.floor, "iou": nms.iou, "max_det": nms.max_det, "imgsz": TILE_PX, "device": "cpu"}
-    model = YOLO(str(work.checkpoint))
-
-    def predict(images: list[Image], batch: int) -> list:
-        parts = (images[start : start + batch] for start in range(0, len(images), batch))
-        return [result for part in parts for result in model.predict(part, verbose=False, **settings)]
-
-    rows = work.rows[:: max(1, len(work.rows) // num_tiles)] if num_tiles else work.rows
-    batch = _fastest(_TRIED, partial(predict, _read_bgr(rows[: max(_TRIED)])))
-    timing = _timed(_tenths(rows), _read_bgr, partial(predict, batch=batch), boxes=_boxes_of_result)
-    return replace(timing, note=f"batches of {batch}, {len(rows)} tiles")
-
-
-def _sahi(work: Work, num_tiles: int) -> Timing:
-    """SAHI on strips of a scene one tile high. Below a confidence of 0.1 it merges slices by NMS, whatever is asked."""
-    from sahi import AutoDetectionModel
-    from sahi.predict import get_sliced_prediction
-
-    torch.set_num_threads(work.cores)
-    logging.getLogger("sahi").setLevel(logging.ERROR)  # it says at every call that it merges by NMS
-    options: dict[str, Any] = {"model_path": str(work.checkpoint), "image_size": TILE_PX, "device": "cpu"}
-    options["confidence_threshold"] = work.recipe.label.floor
-    model = AutoDetectionModel.from_pretrained("ultralytics", **options)
-    slicing: dict[str, Any] = {"slice_height": TILE_PX, "slice_width": TILE_PX, "perform_standard_pred": False}
-    slicing |= {"overlap_height_ratio": 0, "overlap_width_ratio": 0}
-
-    def predict(strip: Image, batch: int) -> list:
-        return get_sliced_prediction(strip, model, **slicing, batch_size=batch, verbose=0).object_prediction_list
-
-    strips = [list(group) for _, group in itertools.groupby(work.rows, lambda row: (row["scene_id"], row["window"][1]))]
-    strips = strips[:: max(1, min(len(work.rows) // num_tiles, len(strips) // 5))]
-    batch = _fastest(_TRIED, partial(predict, _read_strip(strips[0])))
-    timing = _timed(strips, _read_strip, partial(predict, batch=batch))
-    return replace(timing, note=f"batches of {batch}, {sum(map(len, strips))} tiles")
-
-
-def _with_engine(recipe: Recipe, engine: str, precision: str) -> Recipe:
-    label = recipe.label.model_copy(update={"engine": engine, "precision": precision})
-    return recipe.model_copy(update={"label": label})
-
-
-def _timed(
-    groups: Sequence[list[dict]],
-    read: Callable[[list[dict]], T],
-    work: Callable[[T], list],
-    boxes: Callable[[Any], Boxes] | None = None,
-) -> Timing:
-    """The time of ``work`` over all tiles, group by group; reading pixels and taking boxes is not counted."""
-    events, found, elapsed, finished = [], [], 0.0, 0
-    for rows in groups:
-        pixels = read(rows)
-        started = time.monotonic()
-        results = work(pixels)
-        elapsed, finished = elapsed + time.monotonic() - started, finished + len(rows)
-        events.append((elapsed, finished))
-        found += [boxes(result) for result in results] if boxes else []
-        print(f"  {finished} tiles, {finished / elapsed:.1f} tiles/s", flush=True)
-    return Timing(events, found if boxes else None)
-
-
-def _tenths(rows: list[dict]) -> list[list[dict]]:
-    step = -(-len(rows) // 10)
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
-def _fastest(sizes: Sequence[int], work: Callable[..., object]) -> int:
-    """The batch size with which ``work`` takes least time, after one call to warm up."""
-    work(batch=sizes[0])
-    seconds = {}
-    for size in sizes:
-        started = time.monotonic()
-        work(batch=size)
-        seconds[size] = time.monotonic() - started
-    return min(seconds, key=lambda size: seconds[size])
-
-
-def _read(rows: list[dict]) -> list[Image]:
-    reader = TileReader()
-    return [reader.read(row) for row in rows]
-
-
-def _read_bgr(rows: list[dict]) -> list[Image]:
-    return [np.ascontiguousarray(image[..., ::-1]) for image in _read(rows)]
-
-
-def _read_strip(rows: list[dict]) -> Image:
-    return np.concatenate(_read(rows), axis=1)
-
-
-def _boxes(boxes_N4: NDArray, scores_N: NDArray, class_ids_N: NDArray) -> Boxes:
-    """Those that can take part in the comparison."""
-    keep = scores_N > _THRESHOLD - 2 * _SCORE
-    return Boxes(boxes_N4[keep].astype(np.float64), scores_N[keep].astype(np.float64), class_ids_N[keep].astype(int))
-
-
-def _boxes_of_result(result: Any) -> Boxes:
-    found = result.boxes.data.numpy()
-    return _boxes(found[:, :4], found[:, 4], found[:, 5])
-
-
 # What is told of them.
 
 
@@ -406,42 +219,50 @@ def _matched(boxes: Sequence[Boxes], others: Sequence[Boxes]) -> tuple[int, int]
     """
     hits = total = 0
     for mine, other in zip(boxes, others, strict=True):
-        asked = mine.scores_N > _THRESHOLD
-        near = iou_matrix(mine.boxes_N4[asked], other.boxes_N4) >= _IOU
-        near &= np.abs(mine.scores_N[asked, None] - other.scores_N[None]) <= _SCORE
+        asked = mine.scores_N > THRESHOLD
+        near = iou_matrix(mine.boxes_N4[asked], other.boxes_N4) >= IOU
+        near &= np.abs(mine.scores_N[asked, None] - other.scores_N[None]) <= SCORE
         near &= mine.class_ids_N[asked, None] == other.class_ids_N[None]
         hits += int(near.any(axis=1).sum())
         total += int(asked.sum())
     return hits, total
 
 
-def results(timings: dict[str, Timing], num_tiles: int) -> dict:
+def results(timings: Timings, num_tiles: int) -> dict:
     """All numbers, as the JSON file has them. The ratios without an engine's name are the fastest engine's."""
-    rates = {name: timing.tiles_per_s for name, timing in timings.items()}
+    rates = {name: _rate(runs) for name, runs in timings.items()}
     engines = [f"{engine}_{precision}" for engine, precision in _ENGINES]
     best = max(engines, key=lambda engine: rates[f"pipeline_{engine}"])
-    per_engine = {engine: _ratios(rates, engine) for engine in engines}
+    per_engine = {engine: _ratios(timings, engine, index) for index, engine in enumerate(engines)}
     flat = {f"{name}_{engine}": ratio for engine in engines for name, ratio in per_engine[engine].items()}
-    theirs = timings["ultralytics"].boxes or []
+    theirs = _in_order([run.boxes or [] for run in timings["ultralytics"]])
     return {
         "machine": machine(),
         "tiles": num_tiles,
         "best_engine": best,
         "tiles_per_s": rates,
-        "notes": {name: timing.note for name, timing in timings.items() if timing.note},
+        "rounds": {name: [_rate([run]) for run in runs] for name, runs in timings.items()},
+        "notes": {peer: ", ".join(dict.fromkeys(run.note for run in timings[peer])) for peer in _PEERS},
         "ratios": {**per_engine[best], **flat},
-        "agreement": {engine: agreement(theirs, timings[f"pipeline_{engine}"].boxes or []) for engine in engines},
+        "agreement": {engine: agreement(theirs, timings[f"pipeline_{engine}"][0].boxes or []) for engine in engines},
     }
 
 
-def _ratios(rates: dict[str, float], engine: str) -> dict[str, float]:
-    ours = rates[f"pipeline_{engine}"]
-    return {"vs_bare_engine": ours / rates[f"bare_{engine}"], **{f"vs_{peer}": ours / rates[peer] for peer in _PEERS}}
+def _ratios(timings: Timings, engine: str, index: int) -> dict[str, float]:
+    """Of an engine's pipeline to what ran just before and just after it."""
+    ours = _rate(timings[f"pipeline_{engine}"])
+    near = {f"vs_{peer}": ours / _rate(timings[peer][index : index + 2]) for peer in _PEERS}
+    return {"vs_bare_engine": ours / _rate(timings[f"bare_{engine}"]), **near}
+
+
+def _in_order(shares: Sequence[list[Boxes]]) -> list[Boxes]:
+    """What was found in every tile, of what was found in every n-th from the first, the second ... on."""
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 def _table(found: dict) -> str:
     rates, ratios, agreed = found["tiles_per_s"], found["ratios"], found["agreement"]
-    return "\n".join([*_head(found), *_engine_rows(rates, ratios, agreed), "", *_peer_rows(rates, found["notes"]), ""])
+    return "\n".join([*_head(found), *_engine_rows(rates, ratios, agreed), "", *_peer_rows(found), ""])
 
 
 def _head(found: dict) -> Iterator[str]:
@@ -466,10 +287,11 @@ def _engine_rows(rates: dict, ratios: dict, agreed: dict) -> Iterator[str]:
         yield f"| {name} | {rates[f'bare_{engine}']:.1f} | {rates[f'pipeline_{engine}']:.1f} | {factors} | {shares} |"
 
 
-def _peer_rows(rates: dict, notes: dict) -> Iterator[str]:
-    yield "| others | tiles/s | with |\n|---|---|---|"
+def _peer_rows(found: dict) -> Iterator[str]:
+    yield "| others | tiles/s | rounds | with |\n|---|---|---|---|"
     for peer in _PEERS:
-        yield f"| {peer.replace('_', ' ')} | {rates[peer]:.1f} | {notes[peer]} |"
+        rounds = ", ".join(f"{rate:.1f}" for rate in found["rounds"][peer])
+        yield f"| {peer.replace('_', ' ')} | {found['tiles_per_s'][peer]:.1f} | {rounds} | {found['notes'][peer]} |"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from softlabel.search.plan import Plan
 from softlabel.search.trials import Trial
 
 _LOOK_S = 5.0  # between looks at the nodes and the clock
+_LEARNED = 0.1  # of what a finished student reached: below it the best is as good as the worst
+_USUAL_MAP50 = 0.5  # until one has finished
 
 
 class Running(Protocol):
@@ -81,7 +83,11 @@ class Asker(Searcher):
 
 
 class Stopper(ASHAScheduler):
-    """ASHA (Li et al., arXiv:1810.05934) that lets some students be, and remembers those of earlier runs."""
+    """ASHA (Li et al., arXiv:1810.05934) that lets some students be, and remembers those of earlier runs.
+
+    Where no student of an age has found anything yet, as after a few epochs from scratch, none is stopped at that age:
+    who is ahead there by a thousandth is chance.
+    """
 
     def __init__(self, plan: Plan) -> None:
         search = plan.search
@@ -105,11 +111,16 @@ class Stopper(ASHAScheduler):
         return done
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Stop a student that is behind, unless it is to be complete or is about to be."""
+        """Stop a student that is behind, unless it is to be complete, or is about to be, or all are at the start."""
         found = super().on_trial_result(tune_controller, trial, result)
-        student = self._plan.trials[trial.config["number"]]
-        ends = result.get("epoch", 0) >= student.epochs
-        return TrialScheduler.CONTINUE if ends or self._plan.is_exempt(student) else found
+        student, epoch = self._plan.trials[trial.config["number"]], result.get("epoch", 0)
+        goes_on = epoch >= student.epochs or self._plan.is_exempt(student) or self._is_blind(epoch)
+        return TrialScheduler.CONTINUE if goes_on else found
+
+    def _is_blind(self, epoch: int) -> bool:
+        trials = self._plan.trials
+        finished = max((trial.best() for trial in trials if trial.is_full), default=_USUAL_MAP50)
+        return max(trial.best(epoch) for trial in trials) < _LEARNED * finished
 
 
 class Watch(tune.Callback):

@@ -71,8 +71,9 @@ CURVES = {
 GRID = np.linspace(0.05, 0.95, 1801)
 
 
-def simulated_search(curve, seed, *, trials=24, explore=0.6):
-    """A search whose students grow like real ones, reach ``curve`` and differ by seed; returns its answer."""
+def simulated_search(curve, seed, *, trials=24, explore=0.6, start=0):
+    """A search whose students grow like real ones after ``start`` epochs, reach ``curve`` and differ by seed; returns
+    its answer."""
     search = {"trials": trials, "explore": explore, "grace_epochs": 3}
     recipe = tiny_recipe(seed=seed, search=search)
     args = {**recipe.train.student.args, "epochs": EPOCHS}
@@ -88,7 +89,8 @@ def simulated_search(curve, seed, *, trials=24, explore=0.6):
         final = finals.setdefault(trial.number, float(curve(trial.values[KEY]) + rng.normal(0, NOISE)))
         trial.status = "finished"
         for epoch in range(trial.epoch + 1, EPOCHS + 1):
-            grown = final * (1 - np.exp(-epoch / 4)) / (1 - np.exp(-EPOCHS / 4)) + rng.normal(0, NOISE / 3)
+            share = max(0.0, 1 - np.exp((start - epoch) / 4)) / (1 - np.exp((start - EPOCHS) / 4))
+            grown = final * share + rng.normal(0, NOISE / 3)
             trial.history.append({"epoch": epoch, "map50": float(grown if epoch < EPOCHS else final), "seconds": 1.0})
             if stopper.on_trial_result(None, tune_trial, {"epoch": epoch, "map50": trial.best()}) == "STOP":
                 trial.status = "stopped"
@@ -137,3 +139,10 @@ def test_stopping_early_saves_epochs():
     _, plan = simulated_search(CURVES["low peak"], 0)
     assert all(any(t.is_full for t in plan.trials if t.values == values) for values in plan.references)
     assert all(trial.epoch == EPOCHS for trial in plan.trials if plan.is_exempt(trial))
+
+
+def test_nobody_is_stopped_while_none_has_found_anything():
+    """ASHA's rungs are at 3 and 9 epochs; at 3 there is nothing but noise."""
+    _, plan = simulated_search(CURVES["low peak"], 0, explore=1.0, start=6)
+    stopped = [trial.epoch for trial in plan.trials if trial.status == "stopped"]
+    assert stopped and set(stopped) == {9}
