@@ -207,9 +207,11 @@ class Search(_Section):
     explore: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="share of the trials and of the time after which the leaders are repeated with other seeds"
     )
-    stop_early: bool = Field(True, description="ASHA: students that fall behind others of their age are stopped")
-    grace_epochs: Annotated[int, Field(gt=0)] = Field(3, description="epochs that every student may train")
-    reduction_factor: Annotated[float, Field(gt=1)] = Field(3, description="of ASHA: one in so many goes on")
+    stop_early: bool = Field(True, description="ASHA: students wait until they are among the best of their age")
+    grace_epochs: Annotated[int, Field(gt=0)] = Field(3, description="epochs that every student trains")
+    reduction_factor: Annotated[float, Field(gt=1)] = Field(
+        3, description="of ASHA: one in so many goes on, and waits again after so many times as many epochs"
+    )
     subset: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the training tiles, the same ones each time, on which values are tried first"
     )

@@ -13,11 +13,16 @@ from typing import Any
 @dataclass
 class _Student:
     job: Any
+    until: int | None
     status: str = "waiting"  # training, stopped, finished, failed
     reason: str = ""
     failures: int = 0
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+
+    def is_held(self, epochs: int) -> bool:
+        """Whether nobody has said yet if it goes on."""
+        return self.status == "training" and self.until is not None and epochs >= self.until
 
 
 @dataclass
@@ -44,10 +49,14 @@ class Desk:
         self._changed = asyncio.Condition()
         self._began, self._ready_after = time.monotonic(), dict[int, float]()
 
-    async def submit(self, name: str, job: Any) -> None:
-        """Ask for a student; one that was stopped goes on, one that is being trained already is left to it."""
+    async def submit(self, name: str, job: Any, until: int | None = None) -> None:
+        """Ask for a student; one that was stopped goes on, one that is being trained already is left to it.
+
+        After epoch ``until`` its group waits for ``extend`` or ``stop``; None: it is trained to its end.
+        """
         async with self._changed:
-            student = self._students.setdefault(name, _Student(job))
+            student = self._students.setdefault(name, _Student(job, until))
+            student.until = until
             if student.status == "stopped":
                 student.status = "training" if self._in_hand(name) else "waiting"
             if student.status == "waiting" and name not in self._queue:
@@ -85,6 +94,7 @@ class Desk:
                 return False
             student.history, student.seconds = history, seconds
             self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._closed or not student.is_held(len(history)))
             return student.status == "training" and not self._closed
 
     async def end(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
@@ -118,6 +128,12 @@ class Desk:
                 student.status = "stopped"
             if name in self._queue:
                 self._queue.remove(name)
+            self._changed.notify_all()
+
+    async def extend(self, name: str, until: int | None) -> None:
+        """A student need not wait where it was to."""
+        async with self._changed:
+            self._students[name].until = until
             self._changed.notify_all()
 
     async def lose(self, nodes: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Which student next: first what people would try, then what Optuna asks for, then the leaders with other seeds.
+"""Which student next: first what people would try, then what Optuna asks for, then the leaders with other seeds. And
+how far each is trained: to a rung, where it waits until it is among the best there.
 
 Pure: no clock, no disk and no Ray of its own, so that whole searches can be simulated.
 """
@@ -10,16 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from softlabel.config import Recipe, Search, with_values
 from softlabel.search.curve import Curve
-from softlabel.search.space import Values, distributions, first_points, grid, to_unit
+from softlabel.search.space import Values, distributions, first_points, grid, rounded, to_unit
 from softlabel.search.trials import Role, Trial, evidence
 
 _NUM_RANDOM = 4  # points before a sampler has anything to go by; the first points come on top
 _MAX_FAILED_IN_A_ROW = 5
 _HURRY = 1.1  # a student is not begun if the time left is shorter than so many of those before
+_LEARNED = 0.1  # of what a finished student reached: where the best has less, it is as good as the worst
+_USUAL_MAP50 = 0.5  # until one has finished
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -27,6 +30,12 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 class Plan:
     """The students of a search so far, and which comes next.
+
+    Students are stopped early by ASHA (Li et al., arXiv:1810.05934, algorithm 2): each waits after ``grace_epochs``,
+    and after ``reduction_factor`` times as many, until it is in the best one in ``reduction_factor`` of those that came
+    so far, and then goes on from where it was. (Ray's scheduler of that name never takes one up again, so it has to
+    train whoever leads at the moment to the end.) Where none of an age has found anything yet, as after a few epochs
+    from scratch, nobody waits at that age: who is ahead there by a thousandth is chance.
 
     Args:
         recipe: Its ``search`` section and seed are used.
@@ -44,18 +53,18 @@ class Plan:
         self.references = first_points(recipe, f1_confidence)
         self._budget_s = budget_s
         self._distributions = distributions(recipe.search.space)
-        self._study = optuna.create_study(direction="maximize")
-        self._asked: dict[int, optuna.trial.Trial] = {}
-        for trial in self.trials:
-            if trial.role != "repeat" and trial.status != "running":
-                self._remember(trial)
+        self._until = {trial.number: self._next_rung(trial, trial.epoch) for trial in self._unfinished}
 
     def next(self, elapsed_s: float) -> Trial | None:
         """The next student to train; None if there shall be no other, or not before one of those running has ended."""
         if self._unfinished:
             return self._unfinished.pop(0)
-        if self.has_failed() or len(self.trials) >= self.search.trials or not self._has_time(elapsed_s):
+        if self.has_failed() or not self._has_time(elapsed_s):
             return None
+        if (trial := self._promoted()) and self._share(elapsed_s) < self.search.explore:
+            return self._go_on(trial, trial.role)
+        if len(self.trials) >= self.search.trials:
+            return self._complete_leader()
         tried = [trial.values for trial in self.trials]
         first = next((values for values in self.references if values not in tried), None)
         if self.search.sampler != "grid" and first is not None:
@@ -64,24 +73,27 @@ class Plan:
             return self._explore()
         return self._repeat()
 
-    def ended(self, trial: Trial) -> None:
-        """Take note of a student that finished, was stopped or failed."""
-        if trial.role == "repeat":
-            return
-        asked = self._asked.pop(trial.number, None)
-        if asked is None:
-            self._remember(trial)
-        else:
-            self._study.tell(asked, _value(trial, self.trials))
+    def until(self, trial: Trial) -> int | None:
+        """The epoch after which a student waits; None if it is trained to its end."""
+        return self._until[trial.number]
+
+    def advance(self, trial: Trial, epoch: int) -> None:
+        """Let a student that has come to where it would wait go on, if it may at once."""
+        rung = self._until[trial.number]
+        if rung is not None and epoch >= rung and (self._is_blind(rung) or _is_in(trial, self._best(rung))):
+            self._until[trial.number] = self._next_rung(trial, rung + 1)
+
+    def is_over(self) -> bool:
+        """Whether there is nothing more to train, given the time."""
+        if any(trial.status == "running" for trial in self.trials):
+            return False
+        open_ = len(self.trials) < self.search.trials or self._promoted() or self._incomplete_leader()
+        return self.has_failed() or not open_
 
     def has_failed(self) -> bool:
         """Whether nothing but failures came of the first students: the search itself is at fault, not a value."""
         ended = [trial for trial in self.trials if trial.status != "running"]
         return len(ended) >= _MAX_FAILED_IN_A_ROW and all(trial.status == "failed" for trial in ended)
-
-    def is_exempt(self, trial: Trial) -> bool:
-        """Whether a student must not be stopped early: one that is trained to know its values better."""
-        return not self.search.stop_early or trial.role == "repeat"
 
     def leaders(self) -> list[Values]:
         """The tried values, by what is known of their mAP now, best first."""
@@ -92,30 +104,98 @@ class Plan:
         means, _ = self._curve().mean_and_sd(to_unit(self.search.space, points))
         return [points[i] for i in np.argsort(-means, kind="stable")]
 
+    def waiting(self, most: int) -> list[Trial]:
+        """Of the students that wait at each rung the best ones, so many at most."""
+        rungs = [0, *self._rungs()]
+        found = []
+        for rung, above in zip(rungs, [*rungs[1:], np.inf], strict=True):
+            here = [trial for trial in self.trials if trial.status == "stopped" and rung <= trial.epoch < above]
+            found += sorted(here, key=Trial.best, reverse=True)[:most]
+        return found
+
+    def _rungs(self) -> list[int]:
+        """The ages at which students wait."""
+        rungs, rung = [], float(self.search.grace_epochs)
+        while self.search.stop_early and rung < max((trial.epochs for trial in self.trials), default=0):
+            rungs.append(round(rung))
+            rung *= self.search.reduction_factor
+        return list(dict.fromkeys(rungs))
+
+    def _next_rung(self, trial: Trial, epoch: int) -> int | None:
+        """Where a student waits next from an epoch on (at it, if that is a rung); a repeated one nowhere."""
+        rungs = [] if trial.role == "repeat" else self._rungs()
+        return next((rung for rung in rungs if epoch <= rung < trial.epochs), None)
+
+    def _explored(self) -> list[Trial]:
+        """Students of values that were tried, without those that have another seed to know them better."""
+        tried = [trial for trial in self.trials if trial.subset == self.search.subset]
+        return [trial for trial in tried if trial.role != "repeat" or trial.seed == self._recipe.seed]
+
+    def _best(self, rung: int) -> list[Trial]:
+        """The best one in ``reduction_factor`` of those that reached an age, at that age."""
+        reached = [trial for trial in self._explored() if trial.epoch >= rung and trial.status != "failed"]
+        reached.sort(key=lambda trial: -trial.best(rung))
+        return reached[: int(len(reached) / self.search.reduction_factor)]
+
+    def _is_blind(self, rung: int) -> bool:
+        finished = max((trial.best() for trial in self.trials if trial.is_full), default=_USUAL_MAP50)
+        return max(trial.best(rung) for trial in self.trials) < _LEARNED * finished
+
+    def _promoted(self) -> Trial | None:
+        """A student that waits and may go on, of the oldest that do."""
+        for rung in reversed(self._rungs()):
+            for trial in self._best(rung):
+                following = self._next_rung(trial, rung + 1) or trial.epochs
+                if trial.status == "stopped" and rung <= trial.epoch < following:
+                    return trial
+        return None
+
+    def _share(self, elapsed_s: float) -> float:
+        """Of the time that is over."""
+        return elapsed_s / self._budget_s if self._budget_s else 0.0
+
     def _is_exploring(self, elapsed_s: float) -> bool:
-        share = len(self.trials) / self.search.trials
-        if self._budget_s:
-            share = max(share, elapsed_s / self._budget_s)
         if self.search.sampler == "grid":
             return bool(self._untried())
-        return share < self.search.explore
+        if self._budget_s and self._budget_s - elapsed_s < 2 * _HURRY * self._whole_s(self.trials):
+            return False  # there is an answer only if the leader gets to the end
+        return max(len(self.trials) / self.search.trials, self._share(elapsed_s)) < self.search.explore
 
     def _has_time(self, elapsed_s: float) -> bool:
-        if not self._budget_s:
-            return True
-        whole = [trial.seconds for trial in self.trials if trial.is_full]
-        return self._budget_s - elapsed_s > (_HURRY * float(np.median(whole)) if whole else 0.0)
+        complete = [trial for trial in self.trials if trial.is_full]
+        return not self._budget_s or self._budget_s - elapsed_s > _HURRY * self._whole_s(complete)
+
+    def _whole_s(self, trials: Sequence[Trial]) -> float:
+        """Seconds that a student takes from beginning to end, by what these took so far; 0 if unknown."""
+        begun = [trial.seconds / trial.epoch * trial.epochs / trial.subset for trial in trials if trial.epoch]
+        return float(np.median(begun)) if begun else 0.0
 
     def _explore(self) -> Trial:
         if self.search.sampler == "grid":
             return self._begin(self._untried()[0], "explore")
         # A sampler per question: a resumed search draws what the undisturbed one would have drawn.
-        self._study.sampler = _sampler(self.search, self._recipe.seed + 1000 * len(self.trials))
-        asked = self._study.ask(self._distributions)
-        values = {key: round(value, 4) if isinstance(value, float) else value for key, value in asked.params.items()}
-        trial = self._begin(values, "explore")
-        self._asked[trial.number] = asked
-        return trial
+        sampler = _sampler(self.search, self._recipe.seed + 1000 * len(self.trials))
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.add_trials(self._told())
+        found = study.ask(self._distributions).params
+        return self._begin(rounded(self.search.space, found), "explore")
+
+    def _told(self) -> list[FrozenTrial]:
+        """What a sampler is told: what students would have reached, or, where nobody knows what they gain with age,
+        what all of them had at one age; that one that failed, as where no label is left, is worth nothing; who runs."""
+        trials = [trial for trial in self._explored() if trial.values.keys() == self._distributions.keys()]
+        known = [trial for trial in trials if trial.history and trial.status in ("finished", "stopped")]
+        values = {one.number: one.map50 for one in evidence(self.trials)}
+        if not all(trial.number in values for trial in known):
+            age = min(trial.epoch for trial in known)
+            values = {trial.number: trial.best(age) for trial in known}
+        values |= {trial.number: 0.0 for trial in trials if trial.status == "failed"}
+        told = [trial for trial in trials if trial.number in values or trial.status == "running"]
+        return [self._frozen(trial, values.get(trial.number)) for trial in told]
+
+    def _frozen(self, trial: Trial, value: float | None) -> FrozenTrial:
+        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+        return create_trial(state=state, params=trial.values, distributions=self._distributions, value=value)
 
     def _untried(self) -> list[Values]:
         tried = [trial.values for trial in self.trials]
@@ -134,8 +214,20 @@ class Plan:
         return self._begin(values, "repeat")
 
     def _begun_in_full(self) -> list[Trial]:
-        """Those that failed too, or values that cannot train would be tried for ever."""
-        return [trial for trial in self.trials if trial.subset == 1 and trial.status != "stopped"]
+        """Students with all tiles and without a rung to wait at; those that failed too, or values that cannot train
+        would be tried for ever."""
+        there = [trial for trial in self.trials if trial.subset == 1]
+        return [t for t in there if t.status != "stopped" and not (t.status == "running" and self._until[t.number])]
+
+    def _complete_leader(self) -> Trial | None:
+        values = self._incomplete_leader()
+        return None if values is None else self._begin(values, "repeat")
+
+    def _incomplete_leader(self) -> Values | None:
+        """The best values as far as is known, if no student of theirs is trained to the end, or being so: a search
+        answers with one that is."""
+        leader = next(iter(self.leaders()), None)
+        return None if leader in [trial.values for trial in self._begun_in_full()] else leader
 
     def _draw(self, points: list[Values]) -> Values:
         rng = np.random.default_rng([self._recipe.seed, len(self.trials)])
@@ -150,19 +242,18 @@ class Plan:
         same = [t for t in self.trials if t.values == values and t.subset == subset]
         stopped = next((trial for trial in same if trial.status == "stopped"), None)
         if role == "repeat" and stopped:
-            stopped.status, stopped.role = "running", "repeat"  # it goes on from its last epoch
-            return stopped
+            return self._go_on(stopped, role)
         epochs = with_values(self._recipe, values).train.student.args.get("epochs", 100)
         trial = Trial(len(self.trials), values, self._recipe.seed + len(same), subset, role, epochs)
         self.trials.append(trial)
+        self._until[trial.number] = self._next_rung(trial, 0)
         return trial
 
-    def _remember(self, trial: Trial) -> None:
-        if trial.values.keys() != self._distributions.keys() or not (trial.history or trial.status == "failed"):
-            return
-        self._study.add_trial(
-            create_trial(params=trial.values, distributions=self._distributions, value=_value(trial, self.trials))
-        )
+    def _go_on(self, trial: Trial, role: Role) -> Trial:
+        """Take up a student that waits, from its last epoch."""
+        trial.status, trial.role = "running", role
+        self._until[trial.number] = self._next_rung(trial, trial.epoch + 1)
+        return trial
 
 
 def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
@@ -172,13 +263,8 @@ def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
     return Curve(x, np.array([one.map50 for one in found]), np.array([one.extra_variance for one in found]))
 
 
-def _value(trial: Trial, trials: Sequence[Trial]) -> float:
-    """What a sampler is told: of a student that was stopped, what it would have reached; of one that failed, as where
-    no label is left, that it is worth nothing."""
-    if trial.status == "failed":
-        return 0.0
-    alone = [other for other in trials if other.is_full and other is not trial]
-    return next((one.map50 for one in evidence([*alone, trial]) if one.values is trial.values), trial.best())
+def _is_in(trial: Trial, trials: Sequence[Trial]) -> bool:
+    return any(trial is one for one in trials)
 
 
 def _distinct(points: Sequence[Values]) -> list[Values]:

@@ -36,7 +36,7 @@ from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 # Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
-_KEPT = 5  # states of stopped students, and weights of finished ones
+_KEPT = 5  # states of students that wait, at each rung, and weights of finished ones
 _OUT_OF_TIME = "out of time"
 _LEAVE_S = 60.0  # for worker groups to go home by themselves
 _MAX_ENDED = 5  # worker groups that Ray Train gave up, in all
@@ -185,7 +185,7 @@ class _Search:
 
     def train(self, num_groups: int) -> None:
         """Run Tune over worker groups until there is nothing more to do, or no time."""
-        if not (self._has_time() and self._has_work()):
+        if not self._has_time() or self.plan.is_over():
             return
         self.num_groups = num_groups
         print(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
@@ -198,8 +198,8 @@ class _Search:
                 metric="map50",
                 mode="max",
                 search_alg=Asker(self),
-                scheduler=Stopper(self.plan),
-                num_samples=2 * self.plan.search.trials,  # at most: a student may be stopped, and taken up again
+                scheduler=Stopper(self),
+                num_samples=-1,  # until the plan says so: a student that waited comes as another trial of Tune's
                 max_concurrent_trials=num_groups,
                 time_budget_s=None if self.budget_s is None else self.budget_s - self.elapsed_s(),
                 reuse_actors=True,
@@ -226,17 +226,19 @@ class _Search:
     def _has_time(self) -> bool:
         return self.budget_s is None or self.elapsed_s() < self.budget_s
 
-    def _has_work(self) -> bool:
-        plan = self.plan
-        running = any(trial.status == "running" for trial in plan.trials)
-        return running or (len(plan.trials) < plan.search.trials and not plan.has_failed())
-
     def begin(self, trial: Trial) -> None:
         """Hand a student to the desk."""
         job = self.inputs.job(trial)
         trial.folder = job.folder.name
         self.save(trial)
-        ray.get(self.desk.submit.remote(trial.name, job))
+        ray.get(self.desk.submit.remote(trial.name, job, self.plan.until(trial)))
+
+    def advance(self, trial: Trial, epoch: int) -> None:
+        """Let a student that has come to where it would wait go on, if it may."""
+        before = self.plan.until(trial)
+        self.plan.advance(trial, epoch)
+        if self.plan.until(trial) != before:
+            ray.get(self.desk.extend.remote(trial.name, self.plan.until(trial)))
 
     def end(self, trial: Trial, reason: str = "") -> None:
         """Take a student from the desk, whatever became of it."""
@@ -244,7 +246,6 @@ class _Search:
         self.look(trial)
         if trial.status == "running":
             trial.status, trial.reason = "stopped", reason
-        self.plan.ended(trial)
         self.save(trial)
         self._clean()
 
@@ -269,12 +270,12 @@ class _Search:
 
     def _clean(self) -> None:
         """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
-        leaders = self.plan.leaders()
-        for status, file in (("stopped", STATE), ("finished", WEIGHTS)):
-            there = [trial for trial in self.plan.trials if trial.status == status]
-            wanted = [values for values in leaders if any(trial.values == values for trial in there)][:_KEPT]
-            for trial in there:
-                if trial.values not in (*wanted, *self.plan.references):
+        waiting = [trial.values for trial in self.plan.waiting(_KEPT)]
+        finished = [trial for trial in self.plan.trials if trial.status == "finished"]
+        best = [values for values in self.plan.leaders() if any(trial.values == values for trial in finished)]
+        for status, file, wanted in (("stopped", STATE, waiting), ("finished", WEIGHTS, best[:_KEPT])):
+            for trial in self.plan.trials:
+                if trial.status == status and trial.values not in (*wanted, *self.plan.references):
                     (self._student(trial) / file).unlink(missing_ok=True)
         for trial in self.plan.trials:
             if trial.status == "failed":

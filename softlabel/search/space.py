@@ -1,6 +1,7 @@
 """What the search may vary: recipe keys and their values, as Optuna, a grid and a Gaussian process see them."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,18 @@ def contains(space: Mapping[str, Dimension], values: Values) -> bool:
         elif value is None or not dimension.min <= value <= dimension.max:
             return False
     return True
+
+
+def rounded(space: Mapping[str, Dimension], values: Values) -> Values:
+    """A point with fewer digits, a few thousand different ones over each range, and still in the space."""
+    return {key: _rounded(space[key], value) for key, value in values.items()}
+
+
+def _rounded(dimension: Dimension, value: Any) -> Any:
+    if dimension.min is None or dimension.max is None or not isinstance(value, float):
+        return value
+    digits = 3 - math.floor(math.log10(dimension.max - dimension.min))
+    return min(max(round(value, digits), dimension.min), dimension.max)
 
 
 def to_unit(space: Mapping[str, Dimension], points: list[Values]) -> NDArray[np.float64]:

@@ -64,6 +64,7 @@ class Trial:
 class Evidence:
     """What a student says of a full one of its values: mAP50, and the variance of saying so (0: it is one)."""
 
+    number: int
     values: Values
     map50: float
     extra_variance: float
@@ -78,14 +79,14 @@ def evidence(trials: Sequence[Trial]) -> list[Evidence]:
     """
     usable = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.history]
     full = [trial for trial in usable if trial.is_full]
-    found = [Evidence(trial.values, trial.best(), 0.0) for trial in full]
+    found = [Evidence(trial.number, trial.values, trial.best(), 0.0) for trial in full]
     for trial in usable:
         if not trial.is_full and (gains := _gains(trial, full, usable)):
             gain = float(np.mean(gains))
             unknown = _UNKNOWN_GAIN * gain if trial.status == "stopped" else 0.0
             extra = max(float(np.var(gains, ddof=1)), unknown**2, _LEAST_EXTRA_SD**2)
-            found.append(Evidence(trial.values, trial.best() + gain, extra))
-    return found or [Evidence(trial.values, trial.best(), 0.0) for trial in _oldest(usable)]
+            found.append(Evidence(trial.number, trial.values, trial.best() + gain, extra))
+    return found or [Evidence(trial.number, trial.values, trial.best(), 0.0) for trial in _oldest(usable)]
 
 
 def _gains(trial: Trial, full: list[Trial], usable: list[Trial]) -> list[float]:

@@ -1,20 +1,17 @@
 """How Ray Tune asks the plan, and what looks after a search while Tune runs."""
 
 import time
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from softlabel.search.plan import Plan
 from softlabel.search.trials import Trial
 
 _LOOK_S = 5.0  # between looks at the nodes and the clock
-_LEARNED = 0.1  # of what a finished student reached: below it the best is as good as the worst
-_USUAL_MAP50 = 0.5  # until one has finished
 
 
 class Running(Protocol):
@@ -30,6 +27,9 @@ class Running(Protocol):
 
     def look(self, trial: Trial) -> None:
         """What the desk knows of a student."""
+
+    def advance(self, trial: Trial, epoch: int) -> None:
+        """Tell the desk of a student that need not wait."""
 
     def end(self, trial: Trial) -> None:
         """Take a student from the desk."""
@@ -82,45 +82,23 @@ class Asker(Searcher):
         return {}
 
 
-class Stopper(ASHAScheduler):
-    """ASHA (Li et al., arXiv:1810.05934) that lets some students be, and remembers those of earlier runs.
+class Stopper(FIFOScheduler):
+    """Stops a student where the plan lets it wait. Tune asks it before it tells the searcher."""
 
-    Where no student of an age has found anything yet, as after a few epochs from scratch, none is stopped at that age:
-    who is ahead there by a thousandth is chance.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        search = plan.search
-        super().__init__(
-            time_attr="epoch",
-            max_t=100_000,
-            grace_period=search.grace_epochs,
-            reduction_factor=search.reduction_factor,
-            stop_last_trials=False,
-        )
-        self._plan = plan
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Learn what is compared, and compare it with what was before."""
-        done = super().set_search_properties(metric, mode, **spec)
-        for trial in self._plan.trials:
-            known = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={"number": trial.number})
-            self.on_trial_add(None, known)
-            for epoch in range(1, trial.epoch + 1):
-                super().on_trial_result(None, known, {"epoch": epoch, "map50": trial.best(epoch)})
-        return done
+    def __init__(self, run: Running) -> None:
+        super().__init__()
+        self._run = run
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Stop a student that is behind, unless it is to be complete, or is about to be, or all are at the start."""
-        found = super().on_trial_result(tune_controller, trial, result)
-        student, epoch = self._plan.trials[trial.config["number"]], result.get("epoch", 0)
-        goes_on = epoch >= student.epochs or self._plan.is_exempt(student) or self._is_blind(epoch)
-        return TrialScheduler.CONTINUE if goes_on else found
+        """Called after every epoch of a student."""
+        student, epoch = self._run.plan.trials[trial.config["number"]], result.get("epoch", 0)
+        self._run.look(student)
+        self._run.advance(student, epoch)
+        until = self._run.plan.until(student)
+        return TrialScheduler.CONTINUE if until is None or epoch < until else TrialScheduler.STOP
 
-    def _is_blind(self, epoch: int) -> bool:
-        trials = self._plan.trials
-        finished = max((trial.best() for trial in trials if trial.is_full), default=_USUAL_MAP50)
-        return max(trial.best(epoch) for trial in trials) < _LEARNED * finished
+    def __getstate__(self) -> dict:
+        return {}
 
 
 class Watch(tune.Callback):

@@ -10,6 +10,7 @@ from unittest import mock
 import psutil
 import pytest
 import ray
+import torch
 from conftest import CLASSES, tiny_recipe
 from drivers import SEARCH, Driver
 from ray.cluster_utils import Cluster
@@ -24,6 +25,7 @@ from softlabel.search.desk import Desk
 from softlabel.search.run import Inputs, num_groups, search
 from softlabel.store import is_done, read_json
 from softlabel.training.job import scaling
+from softlabel.training.targets import STATE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 KEY = "train.threshold"
@@ -125,6 +127,8 @@ def test_students_are_stopped_and_the_next_ones_start(eventful_search):
         assert [row["epoch"] for row in trial["history"]] == list(range(1, len(trial["history"]) + 1))
         assert is_done(student) == (trial["status"] == "finished")
         assert len(trial["history"]) == 3 or trial["status"] != "finished"
+        if trial["status"] == "stopped" and (student / STATE).exists():  # where it waits it has not trained on
+            assert torch.load(student / STATE, weights_only=True)["epoch"] + 1 == len(trial["history"]) < 3
     finished = ended(found, "finished")
     assert found["answer"]["values"] in [trial["values"] for trial in finished]
     assert 0 < found["start_up_share"] < 1 and found["cpu_hours"] > 0
@@ -153,14 +157,15 @@ def test_nothing_is_held_after_a_search(eventful_search):
 
 
 def test_the_disk_holds_what_may_be_asked_for_and_no_more(eventful_search):
-    """The fixture lets it keep three values' states and weights, beside those of the first points."""
+    """The fixture lets it keep three values' states at each of two rungs and three values' weights, beside those of the
+    first points."""
     _, folder, found, _ = eventful_search
     values = {trial["folder"]: str(trial["values"]) for trial in found["trials"]}
     students = {student.name: {path.name for path in student.iterdir()} for student in (folder / "students").iterdir()}
     assert students.keys() <= values.keys()  # one that failed at once left nothing
     references = {str(one) for one in found["references"]}
-    for name in ("state.pt", "weights.safetensors"):
-        assert len({values[student] for student, files in students.items() if name in files} - references) <= 3
+    for name, most in (("state.pt", 6), ("weights.safetensors", 3)):
+        assert len({values[student] for student, files in students.items() if name in files} - references) <= most
     best = [trial["folder"] for trial in ended(found, "finished") if trial["values"] == found["answer"]["values"]]
     assert best and all("weights.safetensors" in students[student] for student in best)
     assert not (folder / "ray").exists()
@@ -176,7 +181,7 @@ def test_a_search_that_is_there_is_not_begun_again(eventful_search):
 
 @pytest.mark.long
 def test_nothing_but_failures_is_an_error_that_says_why(weights, tiles, store, tmp_path):
-    recipe = searched(weights, 8, space={KEY: {"min": 0.99999, "max": 0.999999}})
+    recipe = searched(weights, 8, space={KEY: {"choices": [1.0]}})
     with pytest.raises(TrainingError, match=r"no student trained to the end .*no soft label of .* is above"):
         search(inputs(recipe, tmp_path, tiles, store), None, resume=False)
 

@@ -52,6 +52,43 @@ def test_a_stopped_student_is_put_down_and_may_go_on_later():
     run(story())
 
 
+def test_a_group_waits_where_its_student_does_until_somebody_decides():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a", 2)
+        await desk.take(0, "node", WAIT)
+        assert await desk.report(0, history(1), 1.0)
+        asking = asyncio.create_task(desk.report(0, history(2), 2.0))
+        assert (await desk.wait("a", 1))["history"] == history(2)
+        assert not asking.done()
+        await desk.extend("a", 3)
+        assert await asking
+        asking = asyncio.create_task(desk.report(0, history(3), 3.0))
+        await desk.wait("a", 2)
+        assert not asking.done()
+        await desk.stop("a")
+        assert not await asking
+        await desk.end(0, "stopped", "", [], 0.0)
+        await desk.submit("a", "job a")  # now to its end
+        assert await desk.take(0, "node", WAIT) == "job a"
+        assert await desk.report(0, history(4), 4.0)
+
+    run(story())
+
+
+def test_a_group_that_waits_goes_home_when_the_desk_closes():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a", 1)
+        await desk.take(0, "node", WAIT)
+        asking = asyncio.create_task(desk.report(0, history(1), 1.0))
+        await desk.wait("a", 0)
+        await desk.close()
+        assert not await asking
+
+    run(story())
+
+
 def test_a_student_taken_up_again_while_its_group_has_it_stays_there():
     async def story():
         desk = Desk(1)

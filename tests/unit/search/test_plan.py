@@ -1,5 +1,7 @@
 """Which student comes next, played through without a Ray."""
 
+from collections import Counter
+
 import pytest
 from conftest import tiny_recipe
 
@@ -9,22 +11,33 @@ from softlabel.search.trials import Trial
 KEY = "train.threshold"
 
 
-def play(plan, map50, *, stop=lambda trial: None, limit=200):
-    """Train every student that the plan asks for, in no time; ``stop`` gives the epoch at which one is stopped."""
+def play(plan, map50, limit=200):
+    """Train every student that the plan asks for, one at a time and in no time."""
     for _ in range(limit):
         trial = plan.next(0.0)
         if trial is None:
             return plan.trials
-        last = trial.epochs if plan.is_exempt(trial) else stop(trial) or trial.epochs
-        value = map50(trial)
-        trial.history = [{"epoch": e, "map50": value * e / trial.epochs, "seconds": 1.0} for e in range(1, last + 1)]
-        trial.status, trial.seconds = ("finished" if last == trial.epochs else "stopped"), float(last)
-        plan.ended(trial)
+        train(plan, trial, map50(trial))
     raise AssertionError("the plan never ends")
 
 
+def train(plan, trial, map50):
+    """Until it waits, or to its end."""
+    while trial.epoch < (plan.until(trial) or trial.epochs):
+        epoch = trial.epoch + 1
+        trial.history.append({"epoch": epoch, "map50": map50 * epoch / trial.epochs, "seconds": 1.0})
+        plan.advance(trial, epoch)
+    trial.status, trial.seconds = ("finished" if trial.epoch == trial.epochs else "stopped"), float(trial.epoch)
+
+
 def made(trials=12, **search):
-    return tiny_recipe(search={"trials": trials, **search})
+    """Students of three epochs; without rungs if nothing else is said."""
+    return tiny_recipe(search={"trials": trials, "stop_early": False, **search})
+
+
+def with_rungs(trials, **search):
+    """Students wait after one epoch and after two."""
+    return made(trials, stop_early=True, grace_epochs=1, reduction_factor=2, **search)
 
 
 def peak(trial):
@@ -65,14 +78,70 @@ def test_a_grid_is_tried_once_each_and_then_repeated():
     assert {trial.role for trial in trials[5:]} == {"repeat"} and len(trials) == 15
 
 
-def test_a_stopped_leader_goes_on_instead_of_starting_over():
-    """Everything explored is stopped after an epoch, and the best of it is better than the first points."""
-    plan = Plan(made(12, explore=0.7), [], None, None)
-    trials = play(plan, lambda trial: peak(trial) if trial.role == "first" else 0.9, stop=lambda trial: 2)
+def test_half_of_the_students_go_on_at_each_rung_and_the_leader_to_the_end():
+    plan = Plan(with_rungs(12, explore=1.0, sampler="random"), [], None, None)
+    trials = play(plan, peak)
+    assert len(trials) == 12 and plan.is_over()
+    epochs = Counter(trial.epoch for trial in trials)
+    assert epochs[1] >= 5 and epochs[3] <= 5, epochs
+    best = max(trials, key=peak)
+    assert best.status == "finished" and plan.leaders()[0] == best.values
+
+
+def test_the_best_of_those_that_wait_goes_on_once_enough_have_come():
+    plan = Plan(with_rungs(4, explore=1.0), [], None, None)
+    first, second = plan.next(0.0), plan.next(0.0)
+    train(plan, first, 0.6)
+    assert (first.status, first.epoch) == ("stopped", 1)  # alone it is not the better half of anything
+    train(plan, second, 0.5)
+    assert (second.status, second.epoch) == ("stopped", 1)
+    assert plan.next(0.0) is first and first.status == "running" and plan.until(first) == 2
+    third = plan.next(0.0)
+    train(plan, third, 0.55)
+    assert third.epoch == 1 and plan.next(0.0) is not third  # half of three is one, and that one has gone on
+
+
+def test_a_student_that_leads_does_not_wait():
+    plan = Plan(with_rungs(6, explore=1.0), [], None, None)
+    first, second = plan.next(0.0), plan.next(0.0)
+    train(plan, first, 0.5)
+    train(plan, second, 0.6)
+    assert second.epoch == 2
+
+
+def test_where_nobody_has_found_anything_nobody_waits():
+    plan = Plan(with_rungs(6, explore=1.0), [], None, None)
+    train(plan, trial := plan.next(0.0), 0.09)  # 0.03 after the first epoch, 0.06 after the second
+    assert trial.epoch == 2
+
+
+def test_a_leader_that_waits_goes_on_instead_of_starting_over():
+    plan = Plan(with_rungs(12, explore=0.7), [], None, None)
+    trials = play(plan, peak)
     taken_up = [trial for trial in trials if trial.role == "repeat" and trial.seed == 0]
     assert taken_up and all(trial.epoch == trial.epochs for trial in taken_up)
     keys = [(trial.values[KEY], trial.seed) for trial in trials]
     assert len(set(keys)) == len(keys)
+
+
+def test_those_kept_are_the_best_of_each_rung():
+    plan = Plan(with_rungs(14, explore=1.0), [], None, None)
+    play(plan, peak)
+    for rung in (1, 2):
+        here = sorted((t for t in plan.trials if t.status == "stopped" and t.epoch == rung), key=peak)
+        assert [t for t in plan.waiting(2) if t.epoch == rung] == here[::-1][:2]
+
+
+def test_what_waited_when_the_driver_died_is_decided_anew():
+    """It had come to its rung, and nobody had said yet whether it goes on."""
+    recipe = with_rungs(6, explore=1.0)
+    plan = Plan(recipe, [], None, None)
+    train(plan, plan.next(0.0), 0.6)
+    held = plan.next(0.0)
+    held.history.append({"epoch": 1, "map50": 0.1, "seconds": 1.0})
+    again = Plan(recipe, [Trial(**trial.to_dict()) for trial in plan.trials], None, None)
+    taken = again.next(0.0)
+    assert taken.number == held.number and again.until(taken) == 1
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
@@ -84,7 +153,6 @@ def test_what_was_running_when_the_driver_died_comes_first_and_the_rest_is_as_un
     plan = Plan(recipe, earlier, None, None)
     assert plan.next(0.0) is earlier[3]
     earlier[3].status = "finished"
-    plan.ended(earlier[3])
     found = play(plan, peak)
     assert found == undisturbed
 
@@ -101,7 +169,6 @@ def test_only_failures_end_the_search():
     for _ in range(5):
         trial = plan.next(0.0)
         trial.status, trial.reason = "failed", "no such thing"
-        plan.ended(trial)
     assert plan.has_failed() and plan.next(0.0) is None
 
 
@@ -111,7 +178,6 @@ def test_a_failure_among_others_is_passed_over():
         trial = plan.next(0.0)
         trial.status = "failed" if trial.values[KEY] > 0.6 else "finished"
         trial.history = [{"epoch": 1, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
-        plan.ended(trial)
     assert all(trial.values[KEY] <= 0.6 for trial in plan.trials if trial.role == "repeat")
     asked = [trial.status for trial in plan.trials if trial.role == "explore"]
     assert asked[len(asked) // 2 :].count("failed") <= 1  # the sampler has learned where nothing is to be had
@@ -122,9 +188,8 @@ def test_time_moves_on_to_repeating_and_ends_before_the_last_student_would_be_cu
     now = 0.0
     while trial := plan.next(now):
         now += 9.0
-        trial.history = [{"epoch": 4, "map50": peak(trial), "seconds": 9.0}]
+        trial.history = [{"epoch": e, "map50": peak(trial), "seconds": 3.0} for e in (1, 2, 3)]
         trial.status, trial.seconds = "finished", 9.0
-        plan.ended(trial)
     assert 81 <= now <= 100
     assert [trial.role for trial in plan.trials].index("repeat") == 6
 
@@ -142,6 +207,5 @@ def test_a_first_point_that_fails_is_not_tried_for_ever():
     while trial := plan.next(0.0):
         trial.status = "failed" if trial.values[KEY] >= 0.5 else "finished"
         trial.history = [{"epoch": 3, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
-        plan.ended(trial)
     assert sum(trial.values[KEY] == 0.5 for trial in plan.trials) <= 3
     assert len(plan.trials) == 20

@@ -7,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from softlabel.config import Search, with_values
 from softlabel.errors import RecipeError
-from softlabel.search.space import distributions, first_points, grid, to_unit
+from softlabel.search.space import distributions, first_points, grid, rounded, to_unit
 
 SPACE = Search.model_validate(
     {
@@ -83,3 +83,14 @@ def test_a_threshold_per_class_names_every_class():
         tiny_recipe(train={"threshold": {"car": 0.1, "ship": 0.3}})
     with pytest.raises(RecipeError, match=r"train\.threshold names car, plane, ship, boat"):
         with_values(tiny_recipe(), {"train.threshold.boat": 0.1})
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.05, 0.95), (0.0001, 0.01), (0.99999, 0.999999), (10.5, 900.0)])
+def test_rounded_values_stay_in_the_space_and_apart(low, high):
+    """A learning rate is not rounded like a threshold."""
+    space = Search.model_validate({"space": {"train.student.args.lr0": {"min": low, "max": high}}}).space
+    values = [
+        rounded(space, {"train.student.args.lr0": v})["train.student.args.lr0"] for v in np.linspace(low, high, 500)
+    ]
+    assert min(values) >= low and max(values) <= high and len(set(values)) == 500
+    np.testing.assert_allclose(values, np.linspace(low, high, 500), atol=(high - low) / 1000)
