@@ -1,5 +1,8 @@
 """What can go wrong by a user's doing. The CLI prints these as one line and exits with 2; all else is a bug."""
 
+NO_LABELS = "nothing to train on"
+"""How a TrainingError begins where a training set has no box: a search tells it from other failures."""
+
 
 class SoftlabelError(Exception):
     """A user's mistake: the message says what, where and what to do, in one line."""

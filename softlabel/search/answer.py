@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.config import Dimension, Search
+from softlabel.errors import NO_LABELS
 from softlabel.search.curve import Curve
 from softlabel.search.plan import curve_of
-from softlabel.search.space import Values, grid, to_unit
+from softlabel.search.space import THRESHOLD, Values, grid, to_unit
 from softlabel.search.trials import Trial
 
 CONFIDENCE = 0.9
@@ -24,9 +25,9 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         ``values``; ``map50`` (what a student of these values is expected to reach on the validation split, with a 90 %
         interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
         seeds); ``flat_probability`` and ``flat`` (more likely than not, mAP depends on nothing that was varied);
-        ``lines``: per varied key the values of a line through the best, with mean, low, high and the 90 % interval of
-        where the peak is (ranges only); ``against``: per reference the probability that the best beats it, the gain and
-        its 90 % interval.
+        ``lines``: per varied key the values of a line through the best, up to where no label is left, with mean, low,
+        high and the 90 % interval of where the peak is (ranges only); ``against``: per reference the probability that
+        the best beats it, the gain and its 90 % interval.
 
     Raises:
         ValueError: No student trained to the end.
@@ -46,13 +47,15 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         "noise": curve.noise,
         "flat_probability": curve.flat_probability,
         "flat": bool(curve.flat_probability > 0.5),
-        "lines": {key: _line(search, curve, best, key, rng) for key in search.space},
+        "lines": {key: _line(search, curve, best, key, trials, rng) for key in search.space},
         "against": [_against(search, curve, best, values, complete, rng) for values in references if values != best],
     }
 
 
-def _line(search: Search, curve: Curve, best: Values, key: str, rng: np.random.Generator) -> dict[str, Any]:
-    axis = _axis(key, search.space[key])
+def _line(
+    search: Search, curve: Curve, best: Values, key: str, trials: Sequence[Trial], rng: np.random.Generator
+) -> dict[str, Any]:
+    axis = [value for value in _axis(key, search.space[key]) if key != THRESHOLD or value < _no_labels_from(trials)]
     x = to_unit(search.space, [{**best, key: value} for value in axis])
     means, _ = curve.mean_and_sd(x)
     line: dict[str, Any] = {"at": axis, "mean": means.tolist()}
@@ -66,6 +69,12 @@ def _line(search: Search, curve: Curve, best: Values, key: str, rng: np.random.G
 
 def _axis(key: str, dimension: Dimension) -> list[Any]:
     return [next(iter(point.values())) for point in grid({key: dimension}, _LINE_POINTS)]
+
+
+def _no_labels_from(trials: Sequence[Trial]) -> float:
+    """The lowest threshold at which a student had nothing to train on: above it there is nothing either."""
+    without = [trial for trial in trials if trial.status == "failed" and trial.reason.startswith(NO_LABELS)]
+    return min((trial.values[THRESHOLD] for trial in without if THRESHOLD in trial.values), default=np.inf)
 
 
 def _peaks(samples: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:

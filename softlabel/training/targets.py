@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from softlabel.calibration import Calibration
 from softlabel.config import Threshold
-from softlabel.errors import TrainingError
+from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.records import LABELLED, Nms, Truth, detections_from_row
 from softlabel.store import digest, read_soft_labels, read_tiles
 
@@ -116,5 +116,5 @@ def _subset(targets: list[Target], share: float) -> list[Target]:
 
 def _checked(targets: list[Target], problem: str) -> list[Target]:
     if not any(len(target.boxes) for target in targets):
-        raise TrainingError(f"nothing to train on: {problem}")
+        raise TrainingError(f"{NO_LABELS}: {problem}")
     return targets

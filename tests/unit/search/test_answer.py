@@ -1,0 +1,31 @@
+"""What a search says in the end, of students that are made up."""
+
+import pytest
+from conftest import tiny_recipe
+
+from softlabel.errors import NO_LABELS
+from softlabel.search.answer import answer
+from softlabel.search.trials import Trial
+
+KEY = "train.threshold"
+
+
+def student(number, threshold, map50=None, reason=""):
+    history = [] if map50 is None else [{"epoch": 1, "map50": map50, "seconds": 1.0}]
+    status = "failed" if map50 is None else "finished"
+    return Trial(number, {KEY: threshold}, 0, 1.0, "explore", 1, status=status, reason=reason, history=history)
+
+
+FULL = [student(i, t, y) for i, (t, y) in enumerate([(0.1, 0.60), (0.3, 0.62), (0.5, 0.55)])]
+
+
+@pytest.mark.parametrize(
+    ("reason", "last"), [(f"{NO_LABELS}: no soft label is above 0.8", 0.79), ("its workers died 3 times", 0.95)]
+)
+def test_the_best_threshold_is_not_looked_for_where_no_label_is_left(reason, last):
+    failed = [student(3, 0.8, reason=reason), student(4, 0.9, reason=reason)]
+    found = answer(tiny_recipe().search, [*FULL, *failed], [{KEY: 0.5}])
+    line = found["lines"][KEY]
+    assert max(line["at"]) == pytest.approx(last) and line["peak_high"] <= last
+    assert len(line["at"]) == len(line["mean"]) == len(line["low"]) == len(line["high"])
+    assert found["values"] == {KEY: 0.3}
