@@ -72,9 +72,10 @@ def _axis(key: str, dimension: Dimension) -> list[Any]:
 
 
 def _no_labels_from(trials: Sequence[Trial]) -> float:
-    """The lowest threshold at which a student had nothing to train on: above it there is nothing either."""
-    without = [trial for trial in trials if trial.status == "failed" and trial.reason.startswith(NO_LABELS)]
-    return min((trial.values[THRESHOLD] for trial in without if THRESHOLD in trial.values), default=np.inf)
+    """The lowest threshold at which all tiles together had nothing to train on: above it there is nothing either."""
+    failed = [trial for trial in trials if trial.status == "failed" and trial.subset == 1]
+    without = [trial.values for trial in failed if trial.reason.startswith(NO_LABELS)]
+    return min((values[THRESHOLD] for values in without if THRESHOLD in values), default=np.inf)
 
 
 def _peaks(samples: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -10,20 +10,25 @@ from softlabel.search.trials import Trial
 KEY = "train.threshold"
 
 
-def student(number, threshold, map50=None, reason=""):
+def student(number, threshold, map50=None, reason="", subset=1.0):
     history = [] if map50 is None else [{"epoch": 1, "map50": map50, "seconds": 1.0}]
     status = "failed" if map50 is None else "finished"
-    return Trial(number, {KEY: threshold}, 0, 1.0, "explore", 1, status=status, reason=reason, history=history)
+    return Trial(number, {KEY: threshold}, 0, subset, "explore", 1, status=status, reason=reason, history=history)
 
 
 FULL = [student(i, t, y) for i, (t, y) in enumerate([(0.1, 0.60), (0.3, 0.62), (0.5, 0.55)])]
 
 
 @pytest.mark.parametrize(
-    ("reason", "last"), [(f"{NO_LABELS}: no soft label is above 0.8", 0.79), ("its workers died 3 times", 0.95)]
+    ("reason", "subset", "last"),
+    [
+        (f"{NO_LABELS}: no soft label is above 0.8", 1.0, 0.79),
+        (f"{NO_LABELS}: the 0.25 that is used has no box", 0.25, 0.95),  # the other tiles may have some
+        ("its workers died 3 times", 1.0, 0.95),
+    ],
 )
-def test_the_best_threshold_is_not_looked_for_where_no_label_is_left(reason, last):
-    failed = [student(3, 0.8, reason=reason), student(4, 0.9, reason=reason)]
+def test_the_best_threshold_is_not_looked_for_where_no_label_is_left(reason, subset, last):
+    failed = [student(3, 0.8, reason=reason, subset=subset), student(4, 0.9, reason=reason, subset=subset)]
     found = answer(tiny_recipe().search, [*FULL, *failed], [{KEY: 0.5}])
     line = found["lines"][KEY]
     assert max(line["at"]) == pytest.approx(last) and line["peak_high"] <= last
