@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32)
 
 
 class Labeller:
-    """Holds one teacher at a time, labels whole shards and commits them."""
+    """Holds one teacher at a time, labels whole shards and commits them; from several threads, if they like: one shard
+    at a time is in the model, while others are committed."""
 
     def __init__(
         self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int | None, batch_size: int | None
@@ -34,14 +36,16 @@ class Labeller:
         self._jobs, self._stores = jobs, stores
         self._threads, self._batch_size = threads, batch_size
         self._loaded: tuple[int, Detector] | None = None
+        self._in_model = threading.Lock()
 
     def __call__(self, read: pa.Table) -> pa.Table:
         """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
         index, shard, table = read["job"][0].as_py(), read["shard"][0].as_py(), tiles_of(read)
-        detector = self._detector(index)
-        started, first = time.monotonic(), time.time()
-        labels = self._label(table, index, shard)
-        busy_s = time.monotonic() - started
+        with self._in_model:
+            detector = self._detector(index)
+            started, first = time.monotonic(), time.time()
+            labels = self._label(table, index, shard)
+            busy_s = time.monotonic() - started
         self._commit(labels, index, shard)
         seen = table.filter(pc.is_null(table["reason"]))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()

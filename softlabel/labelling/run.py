@@ -211,7 +211,12 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             _Labeller,
             batch_size=1,  # row: a shard
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=room.least_actors, max_size=room.most_actors),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=room.least_actors,
+                max_size=room.most_actors,
+                max_concurrent_calls_per_actor=2,  # one shard is committed while the next is in the model
+                enable_true_multi_threading=True,
+            ),
             num_cpus=room.cpus_per_actor,
             num_gpus=room.execution.gpus_per_actor or None,
             max_restarts=_RAY_RETRIES,
