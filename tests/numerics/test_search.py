@@ -99,24 +99,20 @@ def searches(num):
     return [(curve, simulated_search(curve, seed)[0]) for seed, curve in enumerate(curves)]
 
 
-NUM = pytest.mark.parametrize("num", [15, pytest.param(40, marks=pytest.mark.long)])
-
-
-@NUM
-def test_the_interval_covers_the_peak_as_often_as_it_says(num):
-    lines = [(found["lines"][KEY], GRID[np.argmax(curve(GRID))]) for curve, found in searches(num)]
+def test_the_interval_covers_the_peak_as_often_as_it_says(is_long):
+    lines = [(found["lines"][KEY], GRID[np.argmax(curve(GRID))]) for curve, found in searches(40 if is_long else 15)]
     covered = [line["peak_low"] <= peak <= line["peak_high"] for line, peak in lines]
     assert np.mean(covered) >= 0.85, covered
 
 
-@NUM
-def test_the_choice_is_nearly_as_good_as_the_peak(num):
-    lost = [curve(GRID).max() - curve(found["values"][KEY]) for curve, found in searches(num)]
+def test_the_choice_is_nearly_as_good_as_the_peak(is_long):
+    found = searches(40 if is_long else 15)
+    lost = [curve(GRID).max() - curve(answered["values"][KEY]) for curve, answered in found]
     assert np.mean(lost) < 0.01, lost
 
 
-@pytest.mark.parametrize("num", [10, pytest.param(40, marks=pytest.mark.long)])
-def test_a_flat_curve_is_called_flat(num):
+def test_a_flat_curve_is_called_flat(is_long):
+    num = 40 if is_long else 10
     flat = [simulated_search(lambda t: 0.5 + 0 * t, seed)[0]["flat"] for seed in range(num)]
     assert np.mean(flat) >= 0.85
 
