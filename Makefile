@@ -1,4 +1,4 @@
-# Each target works alone on a fresh clone: Python 3.11 and make are all it needs.
+# Each target works alone on a fresh clone: Python 3.11 with venv, make, libGL and glib are all it needs.
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready

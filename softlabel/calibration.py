@@ -1,6 +1,6 @@
 """What a teacher's scores are worth: per class a rising mapping from score to the share of such boxes that are right.
 
-Stored labels keep their raw scores; a mapping is a filter when a training set is made (DESIGN, promise 1).
+Stored labels keep their raw scores; a mapping is a filter when a training set is made.
 """
 
 import json

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"softlabel {arguments.verb}: no space left{where}: free some and run the same again", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
-        print(f"softlabel {arguments.verb}: stopped; the same command goes on from here", file=sys.stderr)
+        again = "the same command with --resume" if arguments.verb == "search" else "the same command"
+        print(f"softlabel {arguments.verb}: stopped; {again} goes on from here", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     return 0
 

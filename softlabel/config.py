@@ -106,9 +106,9 @@ class OwlVit(_Section):
 
 
 class Label(_Section):
-    """A teacher over tiles. One low floor; thresholds are filters on what is kept (DESIGN, promise 1)."""
+    """A teacher over tiles. One low floor; thresholds are filters on what is kept."""
 
-    weights: str | None = Field(None, description="the teacher's .safetensors, for `softlabel label` alone")
+    weights: str | None = Field(None, description="the teacher's .safetensors; `experiment` trains its own")
     owlvit: OwlVit | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
@@ -240,10 +240,10 @@ class Execution(_Section):
         None, description="CPUs that read tiles ahead of each labelling actor; null: 2 with GPUs, 0.25 without"
     )
     batch_size: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="tiles per forward pass when labelling; null: found by trying"
+        None, description="tiles per forward pass when labelling; null: on CUDA found by trying, on a CPU 4"
     )
     stall_minutes: Annotated[float, Field(gt=0)] = Field(
-        30, description="labelling ends with an error when no tile was finished for so long"
+        30, description="labelling ends with an error when no shard (64 tiles) was finished for so long"
     )
     workers: Annotated[int, Field(gt=0)] = Field(1, description="training workers (DDP ranks)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1

@@ -106,7 +106,7 @@ class Detections:
         return self.scores.argmax(axis=1) if len(self.scores) else np.zeros(0, np.int64)
 
     def above(self, threshold: float | NDArray[np.float32]) -> "Detections":
-        """Those whose best score is strictly above ``threshold``: the same as labelling at it (DESIGN, promise 1).
+        """Those whose best score is strictly above ``threshold``: the same as labelling at it.
 
         One threshold for all, or (K,) one per class; the best class's counts.
         """

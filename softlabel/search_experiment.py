@@ -76,7 +76,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         write_json(run_dir / "search.json", results)
         write_search_report(run_dir / "search.html", results)
     print(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
-    print(f"train the final student: softlabel train --config {run_dir / 'best.yaml'} --run-dir {run_dir}")
+    print(f"train the final student: {_final_command(run_dir)}")
     return results
 
 
@@ -146,12 +146,19 @@ def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[s
 def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, chosen: Sequence[dict]) -> None:
     """The recipe of the final student, and the weights of the best there is."""
     students = [trial for trial in chosen if trial["values"] == values]
-    best = max(students, key=lambda trial: max(row["map50"] for row in trial["history"]), default={"seed": recipe.seed})
+    best = max(students, key=lambda trial: max(row["map50"] for row in trial["history"]), default=None)
     final = with_values(recipe, values)
     train = final.train.model_copy(update={"labels": "soft"})
-    final = final.model_copy(update={"name": f"{recipe.name}-best", "seed": best["seed"], "train": train})
-    header = f"# The final student of the search over {', '.join(values)}: softlabel train --config best.yaml\n"
+    # The seed stays: scenes and splits are dealt by it, and the labels that are there are of those.
+    final = final.model_copy(update={"name": f"{recipe.name}-best", "train": train})
+    header = f"# The final student of the search over {', '.join(values)}: {_final_command(run_dir)}\n"
     write_text(run_dir / "best.yaml", header + dump_recipe(final))
-    if students:
+    if best:
         weights = _weights(folder, best).read_bytes()
         commit(run_dir / "best.safetensors", lambda path: path.write_bytes(weights))
+    else:
+        (run_dir / "best.safetensors").unlink(missing_ok=True)  # of an earlier answer
+
+
+def _final_command(run_dir: Path) -> str:
+    return f"softlabel train --config {run_dir / 'best.yaml'} --run-dir {run_dir}"

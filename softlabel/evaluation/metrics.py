@@ -1,6 +1,6 @@
 """The one metric implementation: detections against truth, by COCO's rules (hotcoco, equal to pycocotools).
 
-Every table, early stopping and the best epoch read these numbers (DESIGN, promise 7). One matching serves them all
+Every table, early stopping and the best epoch read these numbers. One matching serves them all
 (matching.py). How good labels are and whether two results differ is in quality.py.
 
 Shape suffixes: N detections, K classes, C confidences.

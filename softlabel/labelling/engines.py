@@ -24,7 +24,7 @@ from torch import nn
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CUDA_BATCH = 64  # the first size tried
 _CPU_BATCH = 4  # 4 and 8 are equally fast, 16 and 32 slower: so much memory is fetched anew for each pass
 

@@ -57,7 +57,6 @@ class Labeller:
             "boxes": pc.sum(pc.list_value_length(labels["boxes"])).as_py() or 0,
             "pixels": pixels or 0,
             "km2": pc.sum(seen["km2"]).as_py() or 0.0,
-            "read_s": read["read_s"][0].as_py(),
             "busy_s": busy_s,
             "begin": first,
             "end": time.time(),

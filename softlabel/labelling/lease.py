@@ -22,6 +22,7 @@ from softlabel.store import write_text
 LEASE = "lease.json"
 BEAT_S = 2.0
 DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
+_KEYS = ("id", "host", "pid", "space", "beat")
 
 
 class Lease:
@@ -34,7 +35,7 @@ class Lease:
     def __init__(self, folder: Path, *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
         self._path = folder / LEASE
         self._beat_s, self._dead_after_s = beat_s, dead_after_s
-        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "space": _pid_space()}
         self._ended = threading.Event()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._keep, name="softlabel-lease", daemon=True)
@@ -50,12 +51,19 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._lost is None:
-            self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # a share that is gone: the next run finds a dead one's lease
+            found = self._read()
+            if found is not None and found["id"] == self._owner["id"]:
+                self._path.unlink(missing_ok=True)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether no other driver has taken the lease over, as after a long pause of this machine."""
+        return self._lost is None
 
     def check(self) -> None:
-        """Raise StoreError once another driver has taken the lease over, as after a long pause of this machine."""
-        if self._lost is not None:
+        """Raise StoreError once another driver has."""
+        if not self.is_held:
             raise StoreError(f"{self._path.parent} was taken over by {self._lost}: this run stops")
 
     def _create(self) -> bool:
@@ -85,7 +93,7 @@ class Lease:
 
     def _died_here(self, lease: dict) -> bool:
         """Whether the holder was a process of this machine that is no more."""
-        if lease["host"] != self._owner["host"]:
+        if (lease["host"], lease["space"]) != (self._owner["host"], self._owner["space"]):
             return False
         try:
             os.kill(lease["pid"], 0)
@@ -109,15 +117,15 @@ class Lease:
     def _keep(self) -> None:
         beat = 0
         while not self._ended.wait(self._beat_s):
-            found = self._read()
-            if found is not None and found["id"] != self._owner["id"]:
-                self._lost = _who(found)
-                return
-            beat += 1
             try:
+                found = self._read()
+                if found is not None and found["id"] != self._owner["id"]:
+                    self._lost = _who(found)
+                    return
+                beat += 1
                 write_text(self._path, self._text(beat))
             except OSError:
-                continue  # a full disk ends the run where rows are written, in its own words
+                continue  # a full disk ends the run where rows are written, in its own words; a share may come back
 
     def _read(self) -> dict | None:
         try:
@@ -127,6 +135,14 @@ class Lease:
 
     def _text(self, beat: int) -> str:
         return json.dumps({**self._owner, "beat": beat})
+
+
+def _pid_space() -> str | None:
+    """What process numbers count in: two containers may have one host name. None where there are no such spaces."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _write_new(path: Path, text: str) -> bool:
@@ -142,9 +158,9 @@ def _parse(text: str) -> dict:
     """A lease. What is none, as one whose holder died before it wrote anything, is one that stands still."""
     try:
         found = json.loads(text)
-        return {key: found[key] for key in ("id", "host", "pid", "beat")}
-    except (ValueError, KeyError, TypeError):
-        return {"id": None, "host": None, "pid": None, "beat": None}
+        return {key: found.get(key) for key in _KEYS}
+    except (ValueError, AttributeError):
+        return dict.fromkeys(_KEYS)
 
 
 def _who(lease: dict) -> str:

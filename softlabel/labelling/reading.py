@@ -5,7 +5,6 @@ A row, since Ray Data may put together several blocks, and cut blocks in two, bu
 A tile that cannot be read carries its reason instead, and so does one that killed its process before.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,10 +45,9 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         read: One tile row to uint8 (H, W, 3); raises SceneError.
 
     Returns:
-        One row: job, shard, read_s (seconds that reading took), and for `tiles_of` lists with a value per tile: its id,
-        height, width, pixels, km2, reason (null where it was read) and retryable.
+        One row: job, shard, and for `tiles_of` lists with a value per tile: its id, height, width, pixels, km2, reason
+        (null where it was read) and retryable.
     """
-    started = time.monotonic()
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
     path = shard_file(store, shard)
     if path.exists():
@@ -62,7 +60,6 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
             images.append(image)
             reasons.append(reason)
             retryable.append(retry)
-    seconds = time.monotonic() - started
     tiles = pa.table(
         {
             "tile_id": pa.array([row["tile_id"] for row in rows], pa.string()),
@@ -75,12 +72,12 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         }
     )
     lists = {name: _as_list(tiles[name].chunk(0)) for name in tiles.column_names}
-    return pa.table({"job": [index], "shard": [shard], "read_s": [seconds], **lists})
+    return pa.table({"job": [index], "shard": [shard], **lists})
 
 
 def tiles_of(row: pa.Table) -> pa.Table:
     """A row per tile, of the one row that ``read_shard`` made; nothing is copied."""
-    lists = (name for name in row.column_names if name not in ("job", "shard", "read_s"))
+    lists = (name for name in row.column_names if name not in ("job", "shard"))
     return pa.table({name: row[name].chunk(0).flatten() for name in lists})
 
 

@@ -1,7 +1,6 @@
 """How actors and readers share a cluster: plain arithmetic on the recipe's ``execution`` and what is there."""
 
 import math
-import os
 from dataclasses import dataclass
 
 from softlabel.config import Execution
@@ -48,14 +47,18 @@ class Room:
             return self.execution.cpus_per_actor
         if self.execution.gpus_per_actor:
             return 1.0
-        share = sum(self.node_cpus) / self.most_actors
-        free = min(share, max(self.node_cpus)) - self.reader_cpus_per_actor
-        return max(0.25, math.floor(free * 100) / 100)
+        shares = (node / count for node in self.node_cpus for count in range(1, self.most_actors + 1))
+        share = max(share for share in shares if self._places(share) >= min(self.most_actors, self._places(0.25)))
+        return max(0.25, math.floor((share - self.reader_cpus_per_actor) * 100) / 100)
+
+    def _places(self, cpus: float) -> int:
+        """For how many actors of so many CPUs there is room: each is on one node."""
+        return sum(math.floor(node / cpus + 1e-9) for node in self.node_cpus)
 
     @property
     def threads(self) -> int:
-        """Of one actor's forward pass: what it reserves, rounded up, and no more than the machine has."""
-        return min(os.cpu_count() or 1, math.ceil(self.cpus_per_actor))
+        """Of one actor's forward pass: what it reserves, rounded up."""
+        return math.ceil(self.cpus_per_actor)
 
     def check(self) -> None:
         """Refuse what could never start: an actor pool that takes every CPU starves the readers, without a word.

@@ -92,15 +92,15 @@ def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path, *, retry_reje
 
     Raises:
         StoreError: A store was made by something else, another run is writing it, its counts do not balance, too many
-            tiles were rejected, no tile was finished for long, or there is no space left.
+            tiles were rejected, no shard was finished for long, or there is no space left.
     """
     folders = [job.folder(run_dir) for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
         _claim(folder, job, recipe)
-    is_open = [not is_done(folder) or (retry_rejected and _has_retryable(folder)) for folder in folders]
-    opened = [i for i, value in enumerate(is_open) if value]
+    opened = [i for i, folder in enumerate(folders) if _is_open(folder, retry_rejected)]
     with ExitStack() as held:
         leases = [held.enter_context(Lease(folders[i])) for i in opened]
+        opened = [i for i in opened if _is_open(folders[i], retry_rejected)]  # whoever held one may have finished it
         for i in opened:
             (folders[i] / DONE).unlink(missing_ok=True)
         speed = _label_missing(recipe.execution, jobs, folders, _work(jobs, folders, opened, retry_rejected), leases)
@@ -124,8 +124,8 @@ def _claim(folder: Path, job: LabelJob, recipe: Recipe) -> None:
         raise StoreError(f"{folder} was made by something else ({differences}): use another --run-dir")
 
 
-def _has_retryable(folder: Path) -> bool:
-    return bool(summary(folder).get("retryable"))
+def _is_open(folder: Path, retry_rejected: bool) -> bool:
+    return not is_done(folder) or (retry_rejected and bool(summary(folder).get("retryable")))
 
 
 def _work(jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool) -> Work:
@@ -149,10 +149,10 @@ def _label_missing(
         return speed
     room = _room(execution)
     print(f"labelling {sum(work.values())} tiles in {len(work)} shards")
-    failures = 0
+    failures, most_deaths = 0, _deaths(folders)
     with tqdm(total=sum(work.values()), unit="tile", desc="labelling", mininterval=2) as bar:
         while work:
-            before = len(work), _deaths(folders)
+            before = len(work)
             try:
                 for row in _results(room, jobs, folders, work):
                     for lease in leases:
@@ -164,7 +164,9 @@ def _label_missing(
             except RayError as error:
                 _raise_unless_lost(error, folders)
                 _drop_committed(folders, work, bar)
-                failures = 0 if (len(work), _deaths(folders)) != before else failures + 1
+                deaths = _deaths(folders)  # of readers that live, too: only more than ever is a step towards a culprit
+                failures = 0 if len(work) < before or deaths > most_deaths else failures + 1
+                most_deaths = max(deaths, most_deaths)
                 if failures > execution.max_failures:
                     raise StoreError(f"labelling got no further in {failures} runs: {_one_line(error)}") from error
                 tqdm.write(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
@@ -240,7 +242,7 @@ class _Labeller:
     def __init__(self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int, batch_size: int | None) -> None:
         from softlabel.labelling.labeller import Labeller  # imports torch, which the driver does without
 
-        self._labeller = Labeller(jobs, stores, threads, batch_size)
+        self._labeller = Labeller(jobs, stores, min(threads, os.cpu_count() or 1), batch_size)
         self._names = [job.name for job in jobs]
         self._counters = {
             key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
@@ -289,7 +291,7 @@ def _stalled(execution: Execution, folders: Sequence[Path], error: ExecutionTime
     in_hand = ", ".join(busy[:5]) or "nothing, so the stages wait for a place to run"
     free = ray.available_resources()
     return (
-        f"no tile was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}; free are "
+        f"no shard of tiles was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}; free are "
         f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU. The same command goes on from here; where tiles "
         "are that slow, raise execution.stall_minutes"
     )
@@ -307,6 +309,8 @@ def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
     if counts[LABELLED] + counts[REJECTED] != counts["requested"]:
         raise StoreError(f"{folder} does not balance ({dict(counts)}): delete it and label again")
     journal.forget_all(folder)
+    for left in folder.glob(".shard-*"):  # by processes that died while they committed
+        left.unlink(missing_ok=True)
     finish(folder, {"name": job.name, **counts, "speed": speed.summary() if speed.tiles else None})
     print(
         f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled + {counts[REJECTED]} rejected"

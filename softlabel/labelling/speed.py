@@ -12,11 +12,10 @@ class Speed:
     tiles: int = 0
     pixels: int = 0
     km2: float = 0.0
-    read_s: float = 0.0
     busy_s: float = 0.0
     first: float = float("inf")
     last: float = 0.0
-    begun: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
 
     def add(self, row: dict) -> None:
@@ -24,10 +23,10 @@ class Speed:
         self.tiles += row["tiles"] - row["rejected"]
         self.pixels += row["pixels"]
         self.km2 += row["km2"]
-        self.read_s += row["read_s"]
         self.busy_s += row["busy_s"]
         self.first, self.last = min(self.first, row["begin"]), max(self.last, row["end"])
-        self.begun.setdefault(row["actor"], row["begin"])
+        begin, end = self.spans.get(row["actor"], (float("inf"), 0.0))
+        self.spans[row["actor"]] = min(begin, row["begin"]), max(end, row["end"])
         self.devices.add(row["device"])
 
     @property
@@ -37,8 +36,8 @@ class Speed:
 
     @property
     def busy(self) -> float:
-        """Share of the actors' time, in [0, 1], in which the model worked on tiles."""
-        present = sum(self.last - begun for begun in self.begun.values())
+        """Share in [0, 1] of the time from each actor's first shard to its last in which its model worked on tiles."""
+        present = sum(end - begin for begin, end in self.spans.values())
         return min(1.0, self.busy_s / max(present, 1e-9))
 
     @property
@@ -53,7 +52,7 @@ class Speed:
             "tiles_per_s": round(self.tiles / self.seconds, 3),
             "megapixels_per_s": round(self.pixels / 1e6 / self.seconds, 3),
             "km2_per_s": round(self.km2 / self.seconds, 6) if self.km2 else None,
-            "actors": len(self.begun),
+            "actors": len(self.spans),
             "devices": sorted(self.devices),
             "busy": round(self.busy, 3),
             "limit": self.limit,

@@ -103,7 +103,7 @@ def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
 def yolo_fingerprint(
     weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32"
 ) -> dict:
-    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+    """All that decides which boxes a teacher finds in given pixels.
 
     Args:
         weights: The weights file.
@@ -127,7 +127,7 @@ def yolo_fingerprint(
 
 
 def owlvit_fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str) -> dict:
-    """All that decides which boxes a teacher finds in given pixels (DESIGN, promise 1).
+    """All that decides which boxes a teacher finds in given pixels.
 
     Args:
         folder: As ``local_folder`` gives it.

@@ -26,8 +26,8 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
         seeds); ``flat_probability`` and ``flat`` (more likely than not, mAP depends on nothing that was varied);
         ``lines``: per varied key the values of a line through the best, up to where no label is left, with mean, low,
-        high and the 90 % interval of where the peak is (ranges only); ``against``: per reference the probability that
-        the best beats it, the gain and its 90 % interval.
+        high and the 90 % interval of where the peak is (ranges only); ``against``: per reference at which a label
+        is left the probability that the best beats it, the gain and its 90 % interval.
 
     Raises:
         ValueError: No student trained to the end.
@@ -48,7 +48,11 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         "flat_probability": curve.flat_probability,
         "flat": bool(curve.flat_probability > 0.5),
         "lines": {key: _line(search, curve, best, key, trials, rng) for key in search.space},
-        "against": [_against(search, curve, best, values, complete, rng) for values in references if values != best],
+        "against": [
+            _against(search, curve, best, values, complete, rng)
+            for values in references
+            if values != best and values.get(THRESHOLD, 0.0) < _no_labels_from(trials)
+        ],
     }
 
 

@@ -4,7 +4,6 @@ A class of plain asyncio; run.py makes a Ray actor of it.
 """
 
 import asyncio
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,12 @@ class _Student:
 
 @dataclass
 class _Group:
-    """What a worker group has in hand, and where its first worker runs."""
+    """What a worker group has in hand, where its first worker runs, and how often that asked: of a worker that died the
+    last question is still open, and must not be answered."""
 
     student: str | None = None
     node: str = ""
+    asked: int = 0
 
 
 class Desk:
@@ -47,7 +48,6 @@ class Desk:
         self._queue: deque[str] = deque()
         self._closed = False
         self._changed = asyncio.Condition()
-        self._began, self._ready_after = time.monotonic(), dict[int, float]()
 
     async def submit(self, name: str, job: Any, until: int | None = None) -> None:
         """Ask for a student; one that was stopped goes on, one that is being trained already is left to it.
@@ -70,14 +70,17 @@ class Desk:
         """
         async with self._changed:
             hand = self._groups.setdefault(group, _Group())
-            hand.node = node
-            self._ready_after.setdefault(group, time.monotonic() - self._began)
+            hand.node, hand.asked = node, hand.asked + 1
+            asked = hand.asked
             if hand.student and self._try_again(hand.student):
                 return self._students[hand.student].job
             hand.student = None
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._queue or self._closed), timeout_s)
+                ready = self._changed.wait_for(lambda: self._queue or self._closed or hand.asked != asked)
+                await asyncio.wait_for(ready, timeout_s)
             except TimeoutError:
+                return "wait"
+            if hand.asked != asked:
                 return "wait"
             if self._closed:
                 return "close"
@@ -101,10 +104,20 @@ class Desk:
         """A group puts its student down: finished, stopped or failed."""
         async with self._changed:
             if student := self._student_of(group):
+                again = status == "stopped" and student.status == "training" and not self._closed
+                if again:  # asked for again while it was being put down
+                    status = "waiting"
+                    self._queue.appendleft(self._groups[group].student or "")
                 student.status, student.reason = status, reason
                 student.history, student.seconds = history or student.history, seconds or student.seconds
             self._groups[group].student = None
             self._changed.notify_all()
+
+    async def stumble(self, group: int, reason: str) -> None:
+        """A group says why it is about to begin again with its student."""
+        async with self._changed:
+            if student := self._student_of(group):
+                student.reason = reason
 
     async def wait(self, name: str, epochs_seen: int) -> dict:
         """What there is of a student once it has done another epoch, or has ended."""
@@ -116,8 +129,8 @@ class Desk:
             return self.look(name)
 
     def look(self, name: str) -> dict:
-        """What there is of a student now: status, reason, history and seconds."""
-        student = self._students[name]
+        """What there is of a student now: status, reason, history and seconds; nothing of one never submitted."""
+        student = self._students.get(name) or _Student(None, None)
         return {key: getattr(student, key) for key in ("status", "reason", "history", "seconds")}
 
     async def stop(self, name: str) -> None:
@@ -139,12 +152,11 @@ class Desk:
     async def lose(self, nodes: list[str]) -> None:
         """Nodes are gone: what their groups had in hand goes to whoever is free next."""
         async with self._changed:
-            for hand in self._groups.values():
-                if hand.node in nodes and hand.student:
-                    if self._students[hand.student].status == "training" and self._try_again(hand.student):
-                        self._students[hand.student].status = "waiting"
-                        self._queue.appendleft(hand.student)
-                    hand.student, hand.node = None, ""
+            for hand in (hand for hand in self._groups.values() if hand.node in nodes):
+                if hand.student and self._try_again(hand.student):
+                    self._students[hand.student].status = "waiting"
+                    self._queue.appendleft(hand.student)
+                hand.student, hand.node, hand.asked = None, "", hand.asked + 1
             self._changed.notify_all()
 
     async def close(self) -> None:
@@ -152,10 +164,6 @@ class Desk:
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-    async def ready_after(self) -> dict[int, float]:
-        """Seconds from the start to a group's first call, by group."""
-        return dict(self._ready_after)
 
     def _in_hand(self, name: str) -> bool:
         return any(hand.student == name for hand in self._groups.values())
@@ -171,6 +179,9 @@ class Desk:
         student.failures += 1
         if student.failures <= self._max_failures:
             return True
-        student.status, student.reason = "failed", f"its workers died {student.failures} times"
+        student.status = "failed"
+        student.reason = f"its workers died {student.failures} times" + (
+            f": {student.reason}" if student.reason else ""
+        )
         self._changed.notify_all()
         return False

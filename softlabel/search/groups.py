@@ -71,7 +71,10 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
     except Exception as error:  # whatever a recipe's values or the data bring about
         status, reason = "failed", words(error)
         if ray.train.get_context().get_world_size() > 1:  # the other ranks wait for this one: begin the group again
-            ray.get(desk.end.remote(group, status, reason, [], 0.0))
+            if isinstance(error, SoftlabelError):
+                ray.get(desk.end.remote(group, status, reason, [], 0.0))
+            else:  # maybe no more than that another rank has died
+                ray.get(desk.stumble.remote(group, reason))
             raise
     if is_first():
         history, seconds = (done["history"], done["seconds"]) if done else ([], 0.0)

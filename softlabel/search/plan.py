@@ -61,7 +61,7 @@ class Plan:
             return self._unfinished.pop(0)
         if self.has_failed() or not self._has_time(elapsed_s):
             return None
-        if (trial := self._promoted()) and self._share(elapsed_s) < self.search.explore:
+        if trial := self._promoted(elapsed_s):
             return self._go_on(trial, trial.role)
         if len(self.trials) >= self.search.trials:
             return self._complete_leader()
@@ -83,11 +83,11 @@ class Plan:
         if rung is not None and epoch >= rung and (self._is_blind(rung) or _is_in(trial, self._best(rung))):
             self._until[trial.number] = self._next_rung(trial, rung + 1)
 
-    def is_over(self) -> bool:
-        """Whether there is nothing more to train, given the time."""
+    def is_over(self, elapsed_s: float) -> bool:
+        """Whether there is nothing more to train, were there time."""
         if any(trial.status == "running" for trial in self.trials):
             return False
-        open_ = len(self.trials) < self.search.trials or self._promoted() or self._incomplete_leader()
+        open_ = len(self.trials) < self.search.trials or self._promoted(elapsed_s) or self._incomplete_leader()
         return self.has_failed() or not open_
 
     def has_failed(self) -> bool:
@@ -141,8 +141,10 @@ class Plan:
         finished = max((trial.best() for trial in self.trials if trial.is_full), default=_USUAL_MAP50)
         return max(trial.best(rung) for trial in self.trials) < _LEARNED * finished
 
-    def _promoted(self) -> Trial | None:
-        """A student that waits and may go on, of the oldest that do."""
+    def _promoted(self, elapsed_s: float) -> Trial | None:
+        """A student that waits and may go on, of the oldest that do; none once the leaders are repeated."""
+        if self._share(elapsed_s) >= self.search.explore:
+            return None
         for rung in reversed(self._rungs()):
             for trial in self._best(rung):
                 following = self._next_rung(trial, rung + 1) or trial.epochs
@@ -206,7 +208,8 @@ class Plan:
         at random has its peak (Thompson, 1933), which is where the answer may still change."""
         leaders = self.leaders()
         if not leaders:
-            return None if any(trial.status == "running" for trial in self.trials) else self._explore()
+            is_used_up = self.search.sampler == "grid" and not self._untried()
+            return None if is_used_up or any(trial.status == "running" for trial in self.trials) else self._explore()
         anchors = _distinct([leaders[0], *self.references])
         seeds = Counter(anchors.index(trial.values) for trial in self._begun_in_full() if trial.values in anchors)
         fewest = min(range(len(anchors)), key=lambda i: seeds[i])

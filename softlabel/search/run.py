@@ -35,8 +35,11 @@ from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 
 # Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+# Else Ctrl-C reads as the end of the budget: an answer is written, and the test split is looked at.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 _KEPT = 5  # states of students that wait, at each rung, and weights of finished ones
+_SPARE = 15  # weights more while it runs, since who is the sixth now may be the best in the end
 _OUT_OF_TIME = "out of time"
 _LEAVE_S = 60.0  # for worker groups to go home by themselves
 _MAX_ENDED = 5  # worker groups that Ray Train gave up, in all
@@ -161,7 +164,8 @@ class _Search:
         self.inputs, self.folder, self._lease = inputs, inputs.folder, lease
         self.budget_s, self._began = budget_s, time.monotonic()
         self._before = read_json(self._clock) if self._clock.exists() else {"seconds": 0.0, "capacity_s": 0.0}
-        trials = [Trial(**read_json(path)) for path in sorted((self.folder / "trials").glob("*.json"))]
+        trials = [Trial(**read_json(path)) for path in (self.folder / "trials").glob("*.json")]
+        trials.sort(key=lambda trial: trial.number)
         for trial in trials if self._has_time() else []:
             if trial.reason == _OUT_OF_TIME:
                 trial.status, trial.reason = "running", ""
@@ -185,7 +189,7 @@ class _Search:
 
     def train(self, num_groups: int) -> None:
         """Run Tune over worker groups until there is nothing more to do, or no time."""
-        if not self._has_time() or self.plan.is_over():
+        if not self._has_time() or self.plan.is_over(self.elapsed_s()):
             return
         self.num_groups = num_groups
         print(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
@@ -217,9 +221,6 @@ class _Search:
         )
         try:
             tuner.fit()
-            for trial in self.plan.trials:
-                if trial.status == "running":
-                    self.end(trial, _OUT_OF_TIME)
         finally:
             self._close()
 
@@ -240,14 +241,12 @@ class _Search:
         if self.plan.until(trial) != before:
             ray.get(self.desk.extend.remote(trial.name, self.plan.until(trial)))
 
-    def end(self, trial: Trial, reason: str = "") -> None:
+    def end(self, trial: Trial) -> None:
         """Take a student from the desk, whatever became of it."""
         ray.get(self.desk.stop.remote(trial.name))
         self.look(trial)
-        if trial.status == "running":
-            trial.status, trial.reason = "stopped", reason
         self.save(trial)
-        self._clean()
+        self._clean(_KEPT + _SPARE)
 
     def look(self, trial: Trial) -> None:
         """What the desk knows of a student."""
@@ -268,12 +267,12 @@ class _Search:
         capacity = self._before["capacity_s"] + seconds * self.num_groups
         write_json(self._clock, {"seconds": self._before["seconds"] + seconds, "capacity_s": capacity})
 
-    def _clean(self) -> None:
+    def _clean(self, weights: int) -> None:
         """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
         waiting = [trial.values for trial in self.plan.waiting(_KEPT)]
-        finished = [trial for trial in self.plan.trials if trial.status == "finished"]
-        best = [values for values in self.plan.leaders() if any(trial.values == values for trial in finished)]
-        for status, file, wanted in (("stopped", STATE, waiting), ("finished", WEIGHTS, best[:_KEPT])):
+        full = [trial.values for trial in self.plan.trials if trial.is_full]
+        best = [values for values in self.plan.leaders() if values in full]
+        for status, file, wanted in (("stopped", STATE, waiting), ("finished", WEIGHTS, best[:weights])):
             for trial in self.plan.trials:
                 if trial.status == status and trial.values not in (*wanted, *self.plan.references):
                     (self._student(trial) / file).unlink(missing_ok=True)
@@ -309,14 +308,29 @@ class _Search:
         _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
         for group in staying:
             ray.cancel(group, force=True)
+        if self._lease.is_held:  # else all of it is another driver's now
+            self._settle()
         ray.kill(self.desk)  # Tune keeps a handle
-        self._clean()  # a student that was stopped has written its state once more since
+
+    def _settle(self) -> None:
+        """Once the groups have gone home: what became of the students that were in hand, and what the disk may lose."""
+        for trial in self.plan.trials:
+            if trial.status == "running":
+                self.look(trial)
+                if trial.status == "stopped":  # with the groups, and not by the plan
+                    trial.status = "running"
+                self.save(trial)
+        self._clean(_KEPT)
         self.save_clock()
         shutil.rmtree(self.folder / "ray", ignore_errors=True)
 
     def finish(self) -> Path:
         """Write search.json."""
         trials = self.plan.trials
+        for trial in trials:
+            if trial.status == "running":
+                trial.status, trial.reason = "stopped", _OUT_OF_TIME
+                self.save(trial)
         if not any(trial.is_full for trial in trials):
             reasons = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
             raise TrainingError(

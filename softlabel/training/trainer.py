@@ -327,7 +327,8 @@ class SoftLabelTrainer(DetectionTrainer):
         )
         commit(self._job.folder / STATE, lambda path: torch.save(self._state_now(), path))
         ray.train.report({"job": self._job.name, **epoch, **metrics})
-        self.stop = not self._goes_on(self._history, self._seconds()) or self.stop
+        if not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
+            self.stop = not self._goes_on(self._history, self._seconds())
         self._share_end()
 
     def _share_end(self) -> None:

@@ -87,7 +87,7 @@ def add_node(cluster):
 
 
 def workers(cluster, name):
-    """The processes of a stage on the cluster's nodes, busy ones first."""
+    """The processes of a stage on the cluster's nodes."""
     found = []
     for node in cluster.worker_nodes:
         for raylet in node.all_processes.get("raylet", []):
@@ -207,7 +207,7 @@ def test_a_stall_ends_with_what_waited_for_what(many_tiles, run_dir, small_tiles
     env = poison(tmp_path / "poison", "time.sleep(3600)", POISONED_FOR_READING=stuck)
     driver = Driver(many_tiles(stall_minutes=0.75), run_dir, env=env)
     assert driver.wait() == 2
-    assert "no tile was finished for 0.75 minutes" in driver.said and f"reading {stuck}" in driver.said
+    assert "no shard of tiles was finished for 0.75 minutes" in driver.said and f"reading {stuck}" in driver.said
     assert "Traceback" not in driver.said.splitlines()[-1]
 
 

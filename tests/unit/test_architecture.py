@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN, layout): read from the sources, so that no import is missed."""
+"""Who may import whom: read from the sources, so that no import is missed."""
 
 import ast
 import subprocess

@@ -1,5 +1,6 @@
 """One driver per store: a living one is respected, a dead one is succeeded, by one newcomer only."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -48,6 +49,42 @@ def test_a_lease_that_stands_still_is_taken_over(tmp_path):
     write_lease(tmp_path)
     with Lease(tmp_path, **FAST):
         assert json.loads((tmp_path / LEASE).read_text())["pid"] == os.getpid()
+
+
+def test_a_share_that_is_away_for_a_moment_costs_no_lease(tmp_path, monkeypatch):
+    failed, read = threading.Event(), Lease._read
+
+    def failing(lease):
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.ESTALE, "stale file handle")
+        return read(lease)
+
+    with Lease(tmp_path, **FAST) as lease:
+        monkeypatch.setattr(Lease, "_read", failing)
+        assert failed.wait(30)
+        beat = read(lease)["beat"]
+        for _ in range(600):
+            if read(lease)["beat"] > beat:
+                break
+            threading.Event().wait(0.05)
+        assert read(lease)["beat"] > beat
+        lease.check()
+
+
+def test_a_lost_lease_is_not_removed_before_anybody_noticed(tmp_path):
+    with Lease(tmp_path, beat_s=600):
+        write_lease(tmp_path)
+    assert json.loads((tmp_path / LEASE).read_text())["id"] == "other"
+
+
+def test_process_numbers_of_another_container_say_nothing(tmp_path):
+    """No process has that number here, and the host has the same name."""
+    write_lease(tmp_path, host=socket.gethostname(), pid=2**22 + 1, space="pid:[1]")
+    lease = Lease(tmp_path)
+    assert not lease._died_here(lease._read())
+    write_lease(tmp_path, **{**lease._owner, "pid": 2**22 + 1})
+    assert lease._died_here(lease._read())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}'])

@@ -7,7 +7,7 @@ from softlabel.labelling.speed import Speed
 
 
 def shard(actor, begin, end, busy_s, **values):
-    row = {"tiles": 10, "rejected": 0, "pixels": 1_000_000, "km2": 0.0, "read_s": 1.0, "device": "cpu"}
+    row = {"tiles": 10, "rejected": 0, "pixels": 1_000_000, "km2": 0.0, "device": "cpu"}
     return {**row, "actor": actor, "begin": begin, "end": end, "busy_s": busy_s, **values}
 
 
@@ -20,16 +20,23 @@ def test_rates_count_from_the_first_shard_to_the_last():
     assert found["seconds"] == 5 and found["tiles_per_s"] == pytest.approx(26 / 5)
     assert found["megapixels_per_s"] == pytest.approx(3 / 5) and found["km2_per_s"] == pytest.approx(8 / 5)
     assert found["actors"] == 2 and found["devices"] == ["cpu", "cuda 0"]
-    assert found["busy"] == pytest.approx(8 / 9, abs=1e-3) and found["limit"] == "model"
-    assert speed.line() == "5.2 tiles/s, 0.6 megapixels/s, 1.6 km2/s; model busy 89%, limit: model"
+    assert found["busy"] == 1 and found["limit"] == "model"
+    assert speed.line() == "5.2 tiles/s, 0.6 megapixels/s, 1.6 km2/s; model busy 100%, limit: model"
 
 
 def test_an_idle_model_waits_for_reading():
     speed = Speed()
+    speed.add(shard("a", 9.0, 10.0, 1.0))  # a row may come before that of an earlier shard
     speed.add(shard("a", 0.0, 1.0, 1.0))
-    speed.add(shard("a", 9.0, 10.0, 1.0))
     assert speed.busy == pytest.approx(0.2) and speed.limit == "reading"
     assert speed.summary()["km2_per_s"] is None and "km2" not in speed.line()
+
+
+def test_an_actor_that_is_gone_waits_for_nothing():
+    speed = Speed()
+    speed.add(shard("killed", 0.0, 50.0, 50.0))
+    speed.add(shard("its successor", 50.0, 100.0, 50.0))
+    assert speed.busy == pytest.approx(1.0) and speed.limit == "model"
 
 
 def tile(crs, transform, window=(0, 0, 1000, 500)):

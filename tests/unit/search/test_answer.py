@@ -34,3 +34,9 @@ def test_the_best_threshold_is_not_looked_for_where_no_label_is_left(reason, sub
     assert max(line["at"]) == pytest.approx(last) and line["peak_high"] <= last
     assert len(line["at"]) == len(line["mean"]) == len(line["low"]) == len(line["high"])
     assert found["values"] == {KEY: 0.3}
+
+
+def test_nothing_is_said_of_a_threshold_that_leaves_no_label():
+    failed = student(3, 0.45, reason=f"{NO_LABELS}: no soft label is above 0.45")
+    found = answer(tiny_recipe().search, [*FULL[:2], failed], [{KEY: 0.1}, {KEY: 0.5}])
+    assert [row["values"] for row in found["against"]] == [{KEY: 0.1}]

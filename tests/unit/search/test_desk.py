@@ -102,6 +102,42 @@ def test_a_student_taken_up_again_while_its_group_has_it_stays_there():
     run(story())
 
 
+def test_a_student_asked_for_again_while_it_is_put_down_goes_on():
+    async def story():
+        desk = Desk(1)
+        await desk.submit("a", "job a")
+        await desk.take(0, "node", WAIT)
+        await desk.stop("a")
+        assert not await desk.report(0, history(1), 1.0)
+        await desk.submit("a", "job a")
+        await desk.end(0, "stopped", "", [], 0.0)
+        assert await desk.take(1, "node", WAIT) == "job a"
+
+    run(story())
+
+
+def test_the_question_of_a_worker_that_died_takes_no_student():
+    async def story():
+        desk = Desk(1)
+        of_the_dead = asyncio.create_task(desk.take(0, "node", 5))
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(desk.take(0, "node", 5))
+        await asyncio.sleep(0)
+        await desk.submit("a", "job a")
+        assert await asking == "job a" and await of_the_dead == "wait"
+        waiting = asyncio.create_task(desk.take(1, "lost", 5))
+        await asyncio.sleep(0)
+        await desk.lose(["lost"])
+        await desk.submit("b", "job b")
+        assert await waiting == "wait" and await desk.take(2, "node", WAIT) == "job b"
+
+    run(story())
+
+
+def test_a_student_that_was_never_handed_in_is_nothing_yet():
+    assert Desk(1).look("a") == {"status": "waiting", "reason": "", "history": [], "seconds": 0.0}
+
+
 def test_a_student_that_nobody_took_can_be_stopped():
     async def story():
         desk = Desk(1)
@@ -120,9 +156,12 @@ def test_a_group_whose_workers_died_gets_its_student_again_so_often(failures):
         await desk.submit("a", "job a")
         for _ in range(1 + failures):
             assert await desk.take(0, "node", WAIT) == "job a"
+        await desk.stumble(0, "RuntimeError: connection closed by peer")
         waiting = asyncio.create_task(desk.wait("a", 0))
         assert await desk.take(0, "node", WAIT) == "wait"
-        assert (await waiting)["reason"] == f"its workers died {failures + 1} times"
+        assert (await waiting)["reason"] == (
+            f"its workers died {failures + 1} times: RuntimeError: connection closed by peer"
+        )
 
     run(story())
 

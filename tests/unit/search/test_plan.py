@@ -78,10 +78,17 @@ def test_a_grid_is_tried_once_each_and_then_repeated():
     assert {trial.role for trial in trials[5:]} == {"repeat"} and len(trials) == 15
 
 
+def test_a_grid_of_which_nothing_trains_comes_to_an_end():
+    plan = Plan(made(15, sampler="grid", grid_points=2), [], None, None)
+    for _ in range(2):
+        plan.next(0.0).status = "failed"
+    assert plan.next(0.0) is None
+
+
 def test_half_of_the_students_go_on_at_each_rung_and_the_leader_to_the_end():
     plan = Plan(with_rungs(12, explore=1.0, sampler="random"), [], None, None)
     trials = play(plan, peak)
-    assert len(trials) == 12 and plan.is_over()
+    assert len(trials) == 12 and plan.is_over(0.0)
     epochs = Counter(trial.epoch for trial in trials)
     assert epochs[1] >= 5 and epochs[3] <= 5, epochs
     best = max(trials, key=peak)
