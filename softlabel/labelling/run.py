@@ -291,9 +291,9 @@ def _stalled(execution: Execution, folders: Sequence[Path], error: ExecutionTime
     in_hand = ", ".join(busy[:5]) or "nothing, so the stages wait for a place to run"
     free = ray.available_resources()
     return (
-        f"no shard of tiles was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}; "
-        f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU are free. The same command goes on from here; where "
-        "tiles are that slow, raise execution.stall_minutes"
+        f"no shard of tiles was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}. Free: "
+        f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. The same command goes on from here; where tiles are "
+        "that slow, raise execution.stall_minutes"
     )
 
 
