@@ -45,7 +45,8 @@ class Labeller:
             detector = self._detector(index)
             started, first = time.monotonic(), time.time()
             labels = self._label(table, index, shard)
-            busy_s = time.monotonic() - started
+            busy_s, device = time.monotonic() - started, _device(detector)
+            del detector  # else the next teacher is loaded beside it
         self._commit(labels, index, shard)
         seen = table.filter(pc.is_null(table["reason"]))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
@@ -61,7 +62,7 @@ class Labeller:
             "begin": first,
             "end": time.time(),
             "actor": f"{socket.gethostname()}:{os.getpid()}",
-            "device": _device(detector),
+            "device": device,
         }
         return pa.table({key: [value] for key, value in row.items()})
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+from ray.data.context import AutoscalingConfig
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 from ray.util.metrics import Counter as MetricCounter
@@ -56,6 +57,7 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 # The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
+_CALLS = 2  # of an actor at once: one shard is committed while the next is in the model
 _REJECTED_SCHEMA = pa.schema(
     [
         pa.field("tile_id", pa.string(), nullable=False),
@@ -198,6 +200,11 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
     context.target_max_block_size = None  # a block is a shard, whatever its size
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
     context.execution_no_progress_timeout_s = room.execution.stall_minutes * 60
+    # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
+    growth = AutoscalingConfig()
+    growth.actor_pool_util_upscaling_threshold /= _CALLS
+    growth.actor_pool_util_downscaling_threshold /= _CALLS
+    context.autoscaling_config = growth
     items = [{"job": i, "shard": shard} for i, shard in work]
     labelled = (
         ray.data.from_items(items, override_num_blocks=len(items))
@@ -216,7 +223,7 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             compute=ray.data.ActorPoolStrategy(
                 min_size=room.least_actors,
                 max_size=room.most_actors,
-                max_concurrent_calls_per_actor=2,  # one shard is committed while the next is in the model
+                max_concurrent_calls_per_actor=_CALLS,
                 enable_true_multi_threading=True,
             ),
             num_cpus=room.cpus_per_actor,
