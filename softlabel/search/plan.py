@@ -18,7 +18,7 @@ from softlabel.search.curve import Curve
 from softlabel.search.space import Values, distributions, first_points, grid, rounded, to_unit
 from softlabel.search.trials import Role, Trial, evidence
 
-_NUM_TOLD = {"tpe": 4, "gp": 2}  # values before which a sampler asks at random; the first points are among them
+_NUM_RANDOM = 4  # values before which a sampler asks at random; the first points are among them
 _MAX_FAILED_IN_A_ROW = 5
 _HURRY = 1.1  # a student is not begun if the time left is shorter than so many of those before
 _LEARNED = 0.1  # of what a finished student reached: where the best has less, it is as good as the worst
@@ -281,7 +281,7 @@ def _distinct(points: Sequence[Values]) -> list[Values]:
 def _sampler(search: Search, seed: int) -> BaseSampler:
     if search.sampler == "tpe":
         several = len(search.space) > 1
-        return TPESampler(n_startup_trials=_NUM_TOLD["tpe"], multivariate=several, constant_liar=True, seed=seed)
+        return TPESampler(n_startup_trials=_NUM_RANDOM, multivariate=several, constant_liar=True, seed=seed)
     if search.sampler == "gp":
-        return GPSampler(n_startup_trials=_NUM_TOLD["gp"], deterministic_objective=False, seed=seed)
+        return GPSampler(n_startup_trials=_NUM_RANDOM, deterministic_objective=False, seed=seed)
     return RandomSampler(seed=seed)

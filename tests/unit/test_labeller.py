@@ -25,25 +25,23 @@ def test_one_shard_is_committed_while_another_is_in_the_model(weights, tmp_path)
     job, store = label_job(tiny_recipe(), "teacher", weights, tiles, None), tmp_path / "store"
     labeller = Labeller([job], [store], 1, None)
     read = [read_shard(0, job, store, shard, pixels) for shard in range(2)]
-    # The first commit waits until the other shard has been through the model, and each finds itself alone there.
-    in_model, through = threading.Lock(), threading.Semaphore(0)
+    # Each commit waits for the other to begin, and each shard finds itself alone in the model.
+    in_model, both = threading.Lock(), threading.Barrier(2, timeout=60)
     detect, write_table = YoloDetector.detect, module.write_table
 
     def alone(detector, images):
         assert in_model.acquire(blocking=False)
         found = detect(detector, images)
         in_model.release()
-        through.release()
         return found
 
-    def when_both_are_through(path, table):
-        assert through.acquire(timeout=60) and through.acquire(timeout=60)
-        through.release(2)
+    def together(path, table):
+        both.wait()
         write_table(path, table)
 
     with (
         mock.patch.object(YoloDetector, "detect", alone),
-        mock.patch.object(module, "write_table", when_both_are_through),
+        mock.patch.object(module, "write_table", together),
         ThreadPoolExecutor(2) as calls,
     ):
         rows = [row for table in calls.map(labeller, read) for row in table.to_pylist()]
