@@ -17,6 +17,16 @@ def history(epochs):
     return [{"epoch": i + 1, "map50": 0.1 * i, "seconds": 1.0} for i in range(epochs)]
 
 
+async def stopped_in_hand():
+    """A desk whose first group has heard that its student is not wanted any more, and has not put it down yet."""
+    desk = Desk(1)
+    await desk.submit("a", "job a")
+    await desk.take(0, "node", WAIT)
+    await desk.stop("a")
+    assert not await desk.report(0, history(1), 1.0)
+    return desk
+
+
 def test_a_student_goes_through_a_group():
     async def story():
         desk = Desk(1)
@@ -38,11 +48,7 @@ def test_a_student_goes_through_a_group():
 
 def test_a_stopped_student_is_put_down_and_may_go_on_later():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a")
-        await desk.take(0, "node", WAIT)
-        await desk.stop("a")
-        assert not await desk.report(0, history(1), 1.0)
+        desk = await stopped_in_hand()
         await desk.end(0, "stopped", "", [], 0.0)
         assert desk.look("a")["history"] == history(1)
         await desk.submit("a", "job a")
@@ -104,13 +110,10 @@ def test_a_student_taken_up_again_while_its_group_has_it_stays_there():
 
 def test_a_student_asked_for_again_while_it_is_put_down_goes_on():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a")
-        await desk.take(0, "node", WAIT)
-        await desk.stop("a")
-        assert not await desk.report(0, history(1), 1.0)
+        desk = await stopped_in_hand()
         await desk.submit("a", "job a")
         await desk.end(0, "stopped", "", [], 0.0)
+        assert desk.look("a")["status"] == "waiting"  # else who waits for it takes it for ended
         assert await desk.take(1, "node", WAIT) == "job a"
 
     run(story())
