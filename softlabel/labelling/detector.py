@@ -94,27 +94,43 @@ class Detector:
         Returns:
             Per tile the boxes in tile pixels, clipped to the tile, best first.
         """
-        return self._run(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry))
+        return self.start(images)()
 
-    def _run(self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]]) -> list[T]:
+    def start(self, images: Sequence[Image]) -> Callable[[], list[Detections]]:
+        """``detect`` in two: once every tile is on its way, what waits for the last ones and gives the soft labels.
+
+        One thread at a time may start; the next tiles may be started while the last ones are waited for.
+        """
+        return self._start(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry))
+
+    def _start(
+        self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]]
+    ) -> Callable[[], list[T]]:
         """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
-        results: dict[int, T] = {}
-        for (height, width, _), indices in by_shape.items():
-            found = self._run_shape(images, indices, self.geometry((height, width)), use)
-            results.update(zip(indices, found, strict=True))
-        return [results[index] for index in range(len(images))]
+        started = [
+            (indices, self._start_shape(images, indices, self.geometry((height, width)), use))
+            for (height, width, _), indices in by_shape.items()
+        ]
 
-    def _run_shape(
+        def finish() -> list[T]:
+            results: dict[int, T] = {}
+            for indices, finish_shape in started:
+                results.update(zip(indices, finish_shape(), strict=True))
+            return [results[index] for index in range(len(images))]
+
+        return finish
+
+    def _start_shape(
         self,
         images: Sequence[Image],
         indices: list[int],
         geometry: Geometry,
         use: Callable[[Outputs, Geometry, list[int]], list[T]],
-    ) -> list[T]:
-        return self._engine.run(
+    ) -> Callable[[], list[T]]:
+        return self._engine.start(
             (geometry.apply(images[index]) for index in indices),
             lambda outputs: use(outputs, geometry, indices[outputs.first : outputs.first + len(outputs.decoded)]),
         )

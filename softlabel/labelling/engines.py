@@ -66,15 +66,19 @@ class Network(nn.Module):
 class Engine(Protocol):
     """Runs one network over tiles."""
 
-    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+    def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         """Forward passes over any number of images of one shape.
+
+        One thread at a time may start some. While it, or another, waits for the last of them, the next may be started:
+        else cores are idle at the end of every call.
 
         Args:
             images: uint8 (H, W, 3) RGB, sides multiples of the model's stride. Taken as they are needed.
             use: Called with each pass's outputs, not always in order; gives one result per image of the pass.
 
         Returns:
-            The results in the order of the images.
+            Once every image is in a pass, what waits for the last passes and gives the results in the order of the
+            images.
         """
         ...
 
@@ -133,13 +137,13 @@ class _Torch:
         self._trying = batch_size is None
         self._batch_size = batch_size or (_CUDA_BATCH if device.type == "cuda" else _CPU_BATCH)
 
-    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+    def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         source, waiting = iter(images), list[Pixels]()
         results: list[T] = []
         while True:
             waiting += islice(source, max(0, self._batch_size - len(waiting)))
             if not waiting:
-                return results
+                return lambda: results
             batch = waiting[: self._batch_size]
             # What is compiled for one shape fills its last batch up; a tile's boxes do not depend on its batch.
             size = self._batch_size if self._whole_batches else len(batch)
@@ -175,7 +179,7 @@ class _TorchThreads:
         # Each thread has a number of threads of its own, beside that of the process.
         self._pool = ThreadPoolExecutor(threads, "engine", initializer=torch.set_num_threads, initargs=(1,))
 
-    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+    def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         source, running = iter(images), deque[Future[Outputs]]()
         results: list[T] = []
         first = 0
@@ -183,11 +187,14 @@ class _TorchThreads:
             while batch := list(islice(source, self._batch_size)):
                 running.append(self._pool.submit(self._outputs, np.stack(batch), first))
                 first += len(batch)
-                if len(running) > self._threads:
+                if len(running) > 2 * self._threads:
                     results += use(running.popleft().result())
-            while running:
-                results += use(running.popleft().result())
-        return results
+
+        def finish() -> list[T]:
+            with _one_torch_thread():
+                return results + [result for last in running for result in use(last.result())]
+
+        return finish
 
     def _outputs(self, tiles: Pixels, first: int) -> Outputs:
         with torch.inference_mode():
@@ -225,7 +232,7 @@ class _OpenVino:
         self._core = ov.Core()
         self._queues: dict[tuple[int, ...] | None, Any] = {}
 
-    def run(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> list[T]:
+    def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         finished: SimpleQueue[Outputs] = SimpleQueue()
         found: dict[int, T] = {}
 
@@ -236,28 +243,25 @@ class _OpenVino:
 
         queue = None
         with _one_torch_thread():
-            try:
-                for index, image in enumerate(images):
-                    queue = queue or self._queue(image.shape, finished)
-                    queue.start_async({0: image[None]}, index)  # waits while every request is busy
-                    take_finished()
-            finally:
-                if queue is not None:
-                    queue.wait_all()
-            take_finished()
-        return [found[index] for index in range(len(found))]
+            for index, image in enumerate(images):
+                queue = queue or self._queue(image.shape)
+                queue.start_async({0: image[None]}, (finished, index))  # waits while every request is busy
+                take_finished()
 
-    def _queue(self, shape: tuple[int, ...], finished: "SimpleQueue[Outputs]") -> Any:
+        def finish() -> list[T]:
+            with _one_torch_thread():
+                if queue is not None:
+                    queue.wait_all()  # for one pass of each request, whoever started it: ours are among them
+                take_finished()
+            return [found[index] for index in range(len(found))]
+
+        return finish
+
+    def _queue(self, shape: tuple[int, ...]) -> Any:
         """Requests for the square shape that most tiles have, some 4 % faster, or for any other."""
         key = shape if shape[0] == shape[1] else None
         if key not in self._queues:
             self._queues[key] = self._compile(key)
-
-        def put(request: Any, index: int) -> None:
-            decoded = torch.from_numpy(request.get_output_tensor().data.copy())  # the next image overwrites it
-            finished.put(Outputs(index, decoded, None))
-
-        self._queues[key].set_callback(put)
         return self._queues[key]
 
     def _compile(self, shape: tuple[int, ...] | None) -> Any:
@@ -268,7 +272,15 @@ class _OpenVino:
             model.reshape([1, *shape])
         compiled = self._core.compile_model(model, "CPU", self._settings)
         # Twice as many requests as run at a time, so that none waits for Python to hand it its next image.
-        return ov.AsyncInferQueue(compiled, 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        queue = ov.AsyncInferQueue(compiled, 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        queue.set_callback(_put)
+        return queue
+
+
+def _put(request: Any, whose: "tuple[SimpleQueue[Outputs], int]") -> None:
+    finished, index = whose
+    decoded = torch.from_numpy(request.get_output_tensor().data.copy())  # the next image overwrites it
+    finished.put(Outputs(index, decoded, None))
 
 
 class _DecodedOnly(nn.Module):

@@ -29,6 +29,11 @@ class Journal:
         self._suspects = {tile_id for tile_ids in deaths for tile_id in tile_ids}
         self._deaths = Counter(tile_ids[0] for tile_ids in deaths if len(tile_ids) == 1)
 
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a process died with tiles of this shard in hand."""
+        return bool(self._suspects)
+
     def groups(self, tile_ids: Sequence[str]) -> list[list[int]]:
         """Indices of the tiles to take at once: all of them, or each alone once a process died on one of them."""
         if self._suspects.isdisjoint(tile_ids):

@@ -4,7 +4,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +28,9 @@ _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32)
 
 
 class Labeller:
-    """Holds one teacher at a time, labels whole shards and commits them; from several threads, if they like: one shard
-    at a time is in the model, while others are committed."""
+    """Holds one teacher at a time, labels whole shards and commits them; from several threads, if they like: while the
+    last tiles of one shard are in the model the next shard's follow, and others are committed. A model that waits
+    between shards leaves cores idle."""
 
     def __init__(
         self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int | None, batch_size: int | None
@@ -36,17 +38,19 @@ class Labeller:
         self._jobs, self._stores = jobs, stores
         self._threads, self._batch_size = threads, batch_size
         self._loaded: tuple[int, Detector] | None = None
-        self._in_model = threading.Lock()
+        # A shard has the first while its tiles are handed to the model, the second while it waits for the last of them.
+        self._entrance, self._exit = threading.Lock(), threading.RLock()
+        self._busy_until = 0.0
 
     def __call__(self, read: pa.Table) -> pa.Table:
         """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
         index, shard, table = read["job"][0].as_py(), read["shard"][0].as_py(), tiles_of(read)
-        with self._in_model:
-            detector = self._detector(index)
-            started, first = time.monotonic(), time.time()
-            labels = self._label(table, index, shard)
-            busy_s, device = time.monotonic() - started, _device(detector)
-            del detector  # else the next teacher is loaded beside it
+        journal = Journal(self._stores[index], shard, LABELLING)
+        with self._turn(alone=journal.has_suspects or self._jobs[index].with_losses) as handed_over:
+            labels, began, device = self._label(table, index, shard, journal, handed_over)
+            handed_over()  # for a shard without a tile that can be read
+            ended = time.time()
+            busy_s, self._busy_until = ended - max(began, self._busy_until), ended
         self._commit(labels, index, shard)
         seen = table.filter(pc.is_null(table["reason"]))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
@@ -59,21 +63,43 @@ class Labeller:
             "pixels": pixels or 0,
             "km2": pc.sum(seen["km2"]).as_py() or 0.0,
             "busy_s": busy_s,
-            "begin": first,
+            "begin": began,
             "end": time.time(),
             "actor": f"{socket.gethostname()}:{os.getpid()}",
             "device": device,
         }
         return pa.table({key: [value] for key, value in row.items()})
 
-    def _label(self, table: pa.Table, index: int, shard: int) -> pa.Table:
+    @contextmanager
+    def _turn(self, *, alone: bool) -> Iterator[Callable[[], None]]:
+        """In the model, behind the shards that came before; what it yields lets the next shard in.
+
+        Alone, nothing else is in the model until the end: so a tile that kills the process is known, and losses are
+        computed by one thread.
+        """
+        with ExitStack() as at_exit, ExitStack() as at_entrance:
+            at_entrance.enter_context(self._entrance)
+            if alone:
+                at_exit.enter_context(self._exit)
+
+            def handed_over() -> None:
+                if not alone:
+                    at_exit.enter_context(self._exit)
+                    at_entrance.close()
+
+            yield handed_over
+
+    def _label(
+        self, table: pa.Table, index: int, shard: int, journal: Journal, handed_over: Callable[[], None]
+    ) -> tuple[pa.Table, float, str]:
+        """Soft labels of a shard, since when the model had it, and where that is."""
         job, detector = self._jobs[index], self._detector(index)
+        began = time.time()
         tile_ids, images = table["tile_id"].to_pylist(), images_of(table)
         reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
         truths = _read_truths(job, shard) if job.with_losses else None
         found: list[Detections] = [_NOTHING] * len(tile_ids)
         losses: list[list[float] | None] = [None] * len(tile_ids)
-        journal = Journal(self._stores[index], shard, LABELLING)
         readable = [i for i, reason in enumerate(reasons) if reason is None]
         for group in journal.groups([tile_ids[i] for i in readable]):
             chosen = [readable[i] for i in group]
@@ -83,13 +109,14 @@ class Labeller:
             elif chosen:
                 with journal.in_hand([tile_ids[i] for i in chosen]):
                     drawn = None if truths is None else [truths[tile_ids[i]] for i in chosen]
-                    answers = _detect(detector, [images[i] for i in chosen], drawn)
+                    answers = _detect(detector, [images[i] for i in chosen], drawn, handed_over)
                 for i, (detections, terms) in zip(chosen, answers, strict=True):
                     found[i], losses[i] = detections, terms
         labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable)
-        if truths is None:
-            return labels
-        return labels.replace_schema_metadata({LOSS_NAMES: ",".join(cast(YoloDetector, detector).loss_names())})
+        if truths is not None:
+            names = ",".join(cast(YoloDetector, detector).loss_names())
+            labels = labels.replace_schema_metadata({LOSS_NAMES: names})
+        return labels, began, _device(detector)
 
     def _commit(self, labels: pa.Table, index: int, shard: int) -> None:
         """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
@@ -107,8 +134,11 @@ class Labeller:
 
     def _detector(self, index: int) -> Detector:
         if self._loaded is None or self._loaded[0] != index:
-            self._loaded = None  # two teachers at once may not fit on a GPU
-            self._loaded = index, self._load(self._jobs[index])
+            with (
+                self._exit
+            ):  # two teachers at once may not fit on a GPU, so the last shard of the one before ends first
+                self._loaded = None
+                self._loaded = index, self._load(self._jobs[index])
         return self._loaded[1]
 
     def _load(self, job: LabelJob) -> Detector:
@@ -126,11 +156,13 @@ def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:
 
 
 def _detect(
-    detector: Detector, images: list[np.ndarray], truths: list[Truth] | None
+    detector: Detector, images: list[np.ndarray], truths: list[Truth] | None, handed_over: Callable[[], None]
 ) -> list[tuple[Detections, list[float] | None]]:
     try:
         if truths is None:
-            return [(detections, None) for detections in detector.detect(images)]
+            finish = detector.start(images)
+            handed_over()
+            return [(detections, None) for detections in finish()]
         return list(cast(YoloDetector, detector).detect_with_losses(images, truths))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RecipeError(f"a batch does not fit in memory ({error}): lower execution.batch_size") from None

@@ -57,7 +57,7 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 # The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
-_CALLS = 2  # of an actor at once: one shard is committed while the next is in the model
+_CALLS = 2  # of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next
 _REJECTED_SCHEMA = pa.schema(
     [
         pa.field("tile_id", pa.string(), nullable=False),

@@ -150,7 +150,7 @@ class YoloDetector(Detector):
                 )
             ]
 
-        return self._run(images, both)
+        return self._start(images, both)()
 
     def loss_names(self) -> list[str]:
         """The loss that each term of ``losses`` is part of, in order."""

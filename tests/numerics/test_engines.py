@@ -88,7 +88,7 @@ def scaled(found, box_px, score):
 def decoded(detector, shape):
     """Everything that a model says of two images, (2, 4 + K (+ 1), all anchors), before anything is left out."""
     images = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
-    return torch.stack(detector._engine.run(iter(images), lambda outputs: list(outputs.decoded.clone())))
+    return torch.stack(detector._engine.start(iter(images), lambda outputs: list(outputs.decoded.clone()))())
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (64, 96), (96, 32), (96, 96)])
@@ -193,7 +193,7 @@ def run_counting(engine, count):
     def use(outputs: Outputs):
         return list(zip(range(outputs.first, count), outputs.decoded.flatten().tolist(), strict=False))
 
-    assert engine.run(iter(images), use) == [(index, 48.0 * index) for index in range(count)]
+    assert engine.start(iter(images), use)() == [(index, 48.0 * index) for index in range(count)]
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_size_that_fits_is_kept():

@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
+import pytest
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
 from softlabel.labelling import labeller as module
+from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.reading import read_shard
 from softlabel.labelling.teachers import label_job
@@ -20,31 +22,72 @@ def pixels(row):
     return np.random.default_rng(row["window"][0]).integers(0, 256, (128, 128, 3), np.uint8)
 
 
-def test_one_shard_is_committed_while_another_is_in_the_model(weights, tmp_path):
+@pytest.fixture
+def shards(weights, tmp_path):
+    """A job of two shards with two tiles each, its store, a labeller, and what was read of the shards."""
     tiles = write_tiles(tmp_path, [made_tile("scene", (128 * i, 0, 128, 128)) for i in range(4)], shard_tiles=2)
     job, store = label_job(tiny_recipe(), "teacher", weights, tiles, None), tmp_path / "store"
-    labeller = Labeller([job], [store], 1, None)
-    read = [read_shard(0, job, store, shard, pixels) for shard in range(2)]
-    # Each commit waits for the other to begin, and each shard finds itself alone in the model.
-    in_model, both = threading.Lock(), threading.Barrier(2, timeout=60)
-    detect, write_table = YoloDetector.detect, module.write_table
+    return job, store, [read_shard(0, job, store, shard, pixels) for shard in range(2)]
 
-    def alone(detector, images):
-        assert in_model.acquire(blocking=False)
-        found = detect(detector, images)
-        in_model.release()
-        return found
+
+def label_both(job, store, read):
+    """Both shards at once; the rows that say how it went."""
+    labeller = Labeller([job], [store], 1, None)
+    with ThreadPoolExecutor(2) as calls:
+        rows = [row for table in calls.map(labeller, read) for row in table.to_pylist()]
+    assert [row["shard"] for row in rows] == [0, 1]
+    found = [tile_id for shard in range(2) for tile_id in read_table(shard_file(store, shard))["tile_id"].to_pylist()]
+    assert found == [f"scene#{128 * i}_0_128x128" for i in range(4)]
+    return rows
+
+
+def test_one_shard_starts_while_another_waits_for_its_last_tiles(shards):
+    starting, second = threading.Lock(), threading.Event()
+    start, calls = YoloDetector.start, []
+
+    def start_alone(detector, images):
+        assert starting.acquire(blocking=False)
+        calls.append(images)
+        finish = start(detector, images)
+        starting.release()
+        if len(calls) == 1:
+            return lambda: finish() if second.wait(60) else pytest.fail("the second shard did not start")
+        second.set()
+        return finish
+
+    with mock.patch.object(YoloDetector, "start", start_alone):
+        rows = label_both(*shards)
+    together_s = max(row["end"] for row in rows) - min(row["begin"] for row in rows)
+    assert sum(row["busy_s"] for row in rows) <= together_s  # what both were in the model counts once
+
+
+def test_one_shard_is_committed_while_another_is_in_the_model(shards):
+    # Each commit waits for the other to begin.
+    both, write_table = threading.Barrier(2, timeout=60), module.write_table
 
     def together(path, table):
         both.wait()
         write_table(path, table)
 
-    with (
-        mock.patch.object(YoloDetector, "detect", alone),
-        mock.patch.object(module, "write_table", together),
-        ThreadPoolExecutor(2) as calls,
-    ):
-        rows = [row for table in calls.map(labeller, read) for row in table.to_pylist()]
-    assert [row["shard"] for row in rows] == [0, 1]
-    found = [tile_id for shard in range(2) for tile_id in read_table(shard_file(store, shard))["tile_id"].to_pylist()]
-    assert found == [f"scene#{128 * i}_0_128x128" for i in range(4)]
+    with mock.patch.object(module, "write_table", together):
+        label_both(*shards)
+
+
+def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
+    job, store, read = shards
+    Journal(store, 1, LABELLING)._note({"begin": ["scene#256_0_128x128"], "at": 0.0})  # and no end
+    in_model, start = threading.Lock(), YoloDetector.start
+
+    def start_alone(detector, images):
+        assert in_model.acquire(blocking=False)
+        finish = start(detector, images)
+
+        def finish_alone():
+            found = finish()
+            in_model.release()
+            return found
+
+        return finish_alone
+
+    with mock.patch.object(YoloDetector, "start", start_alone):
+        label_both(job, store, read)
