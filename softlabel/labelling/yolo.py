@@ -182,7 +182,7 @@ class _YoloNetwork(Network):
         self.model, self.dtype = model, torch.float32
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return self.model(tiles.permute(0, 3, 1, 2).to(self.dtype) / 255)
+        return self.model((tiles.to(self.dtype) / 255).permute(0, 3, 1, 2))
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Everything up to the head's last convolutions; the decoding after them stays in float32."""
