@@ -168,13 +168,17 @@ def _suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tens
     """
     best, class_ids = decoded[4 : 4 + num_classes].max(0)
     chosen = (best > nms.floor).nonzero().flatten()
-    if len(chosen) > _MAX_CANDIDATES:
-        chosen = chosen[best[chosen].topk(_MAX_CANDIDATES).indices]
+    chosen = chosen[best[chosen].argsort(descending=True, stable=True)[:_MAX_CANDIDATES]]
     rows, best, class_ids = decoded[:, chosen].T, best[chosen], class_ids[chosen]
     half = rows[:, 2:4] / 2
     boxes = torch.cat((rows[:, :2] - half, rows[:, :2] + half), 1)
     apart = boxes + class_ids[:, None] * _CLASS_APART_PX
-    kept = torch.ops.torchvision.nms(apart, best, nms.iou)[: nms.max_det + 1]
+    # Worse boxes never decide on better ones: the best few suffice where they leave more than is wanted.
+    most = nms.max_det + 1
+    tried = most + most // 4
+    while len(kept := torch.ops.torchvision.nms(apart[:tried], best[:tried], nms.iou)) < most and tried < len(best):
+        tried *= 2
+    kept = kept[:most]
     return torch.cat((boxes[kept], rows[kept, 4:]), 1)
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from ultralytics.utils.nms import non_max_suppression
 
+from softlabel.boxes import iou_matrix
 from softlabel.errors import RecipeError, WeightsError
+from softlabel.labelling.detector import _suppressed
 from softlabel.labelling.header import Header
 from softlabel.labelling.losses import mean_losses
 from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
@@ -45,6 +47,21 @@ def test_filtering_at_a_threshold_equals_labelling_at_it(model, images, threshol
         np.testing.assert_array_equal(filtered.boxes, labelled.boxes)
         np.testing.assert_array_equal(filtered.scores, labelled.scores)
         np.testing.assert_array_equal(filtered.objectness, labelled.objectness)
+
+
+@pytest.mark.parametrize("crowd", [1, 3, 30])  # boxes around each object, so that NMS leaves all, a third, few
+@pytest.mark.parametrize("max_det", [5, 60, 1000])
+def test_what_a_cut_tile_keeps_is_the_best_of_what_nms_keeps_of_all(crowd, max_det):
+    rng = np.random.default_rng(crowd)
+    centres_2A = np.repeat(rng.uniform(0, 2000, (2, 900 // crowd)), crowd, axis=1) + rng.normal(0, 1, (2, 900))
+    decoded = torch.from_numpy(np.concatenate([centres_2A, np.full((2, 900), 20.0), rng.random((3, 900))])).float()
+    everything = _suppressed(decoded, 3, Nms(floor=0.1, max_det=10_000))
+    kept = _suppressed(decoded, 3, Nms(floor=0.1, max_det=max_det))
+    assert torch.equal(kept, everything[: max_det + 1])
+    boxes, best, class_ids = everything[:, :4], *everything[:, 4:].max(1)
+    assert (best.diff() <= 0).all()
+    near = iou_matrix(boxes.double().numpy(), boxes.double().numpy()) > 0.7 + 1e-6
+    assert not (near & (class_ids[:, None] == class_ids).numpy() & ~np.eye(len(boxes), dtype=bool)).any()
 
 
 def test_saturation_is_said_and_only_where_something_was_cut(model, images):
