@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -171,13 +171,15 @@ class _TorchThreads:
 
     Threads that share one pass wait for each other after every layer. Where something else runs beside them, as the
     readers of tiles do, a single core taken away stops them all: on two busy cores this was 3 to 5 times as fast.
-    They share the model: the grid that its head keeps follows the tiles' shape, one and the same for all of a run.
+    They share the model, and with it the grid that its head keeps for one shape of tiles: those of another shape wait.
     """
 
     def __init__(self, network: Network, batch_size: int, threads: int) -> None:
         self._network, self._batch_size, self._threads = network, batch_size, threads
         # Each thread has a number of threads of its own, beside that of the process.
         self._pool = ThreadPoolExecutor(threads, "engine", initializer=torch.set_num_threads, initargs=(1,))
+        self._shape: tuple[int, ...] | None = None
+        self._passes: list[Future[Outputs]] = []  # of that shape, that may be running
 
     def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         source, running = iter(images), deque[Future[Outputs]]()
@@ -185,7 +187,7 @@ class _TorchThreads:
         first = 0
         with _one_torch_thread():
             while batch := list(islice(source, self._batch_size)):
-                running.append(self._pool.submit(self._outputs, np.stack(batch), first))
+                running.append(self._submit(np.stack(batch), first))
                 first += len(batch)
                 if len(running) > 2 * self._threads:
                     results += use(running.popleft().result())
@@ -195,6 +197,14 @@ class _TorchThreads:
                 return results + [result for last in running for result in use(last.result())]
 
         return finish
+
+    def _submit(self, tiles: Pixels, first: int) -> Future[Outputs]:
+        if tiles.shape[1:] != self._shape:
+            wait(self._passes)
+            self._shape = tiles.shape[1:]
+        submitted = self._pool.submit(self._outputs, tiles, first)
+        self._passes = [*(one for one in self._passes if not one.done()), submitted]
+        return submitted
 
     def _outputs(self, tiles: Pixels, first: int) -> Outputs:
         with torch.inference_mode():

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -121,6 +122,24 @@ def test_passes_beside_each_other_come_back_in_order(model, images, reference, b
     before = torch.get_num_threads()
     assert_agree(detector(model, threads=3, batch_size=batch_size).detect(images), reference)
     assert torch.get_num_threads() == before
+
+
+def test_tiles_of_another_shape_wait_for_those_before():
+    square, oblong = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)
+    oblong_began, seen = threading.Event(), []
+
+    class Watching(engines.Network):
+        def forward(self, tiles):
+            if tiles.shape[1:3] == (4, 4):
+                seen.append(oblong_began.wait(0.5))
+            else:
+                oblong_began.set()
+            return tiles.sum((1, 2, 3))[:, None, None].float(), None
+
+    engine = engines._TorchThreads(Watching(), 1, 2)
+    finishes = [engine.start([image] * 2, lambda outputs: list(outputs.decoded)) for image in (square, oblong)]
+    assert [len(finish()) for finish in finishes] == [2, 2]
+    assert seen == [False, False]
 
 
 def test_pixels_may_be_read_only_or_a_view(openvino, model, images, reference):
