@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_passes_beside_each_other_come_back_in_order(model, images, reference, b
     before = torch.get_num_threads()
     assert_agree(detector(model, threads=3, batch_size=batch_size).detect(images), reference)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("settings", [{"threads": 2, "batch_size": 2}, {"engine": "openvino"}], ids=str)
+def test_tiles_may_be_started_while_others_are_waited_for(model, images, reference, settings):
+    if "engine" in settings:
+        need_openvino()
+    one, order = detector(model, **settings), list(range(len(images)))
+    with ThreadPoolExecutor() as waiting:
+        found = []
+        for turn in range(6):
+            turned = order[turn:] + order[:turn]  # so that shapes change between and within
+            found.append((turned, waiting.submit(one.start([images[i] for i in turned]))))
+        for turned, result in found:
+            assert_agree(result.result(), [reference[i] for i in turned])
 
 
 def test_tiles_of_another_shape_wait_for_those_before():
