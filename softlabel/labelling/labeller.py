@@ -134,9 +134,8 @@ class Labeller:
 
     def _detector(self, index: int) -> Detector:
         if self._loaded is None or self._loaded[0] != index:
-            with (
-                self._exit
-            ):  # two teachers at once may not fit on a GPU, so the last shard of the one before ends first
+            # Two at once may not fit on a GPU: first the last shard of the one before leaves it.
+            with self._exit:
                 self._loaded = None
                 self._loaded = index, self._load(self._jobs[index])
         return self._loaded[1]

@@ -62,15 +62,26 @@ def test_one_shard_starts_while_another_waits_for_its_last_tiles(shards):
 
 
 def test_one_shard_is_committed_while_another_is_in_the_model(shards):
-    # Each commit waits for the other to begin.
-    both, write_table = threading.Barrier(2, timeout=60), module.write_table
+    # Each commit waits for the other to begin, and each shard finds itself alone among those that start.
+    starting, both = threading.Lock(), threading.Barrier(2, timeout=60)
+    start, write_table, met = YoloDetector.start, module.write_table, []
+
+    def start_alone(detector, images):
+        assert starting.acquire(blocking=False)
+        finish = start(detector, images)
+        starting.release()
+        return finish
 
     def together(path, table):
-        both.wait()
+        met.append(both.wait())
         write_table(path, table)
 
-    with mock.patch.object(module, "write_table", together):
+    with (
+        mock.patch.object(YoloDetector, "start", start_alone),
+        mock.patch.object(module, "write_table", together),
+    ):
         label_both(*shards)
+    assert sorted(met) == [0, 1]
 
 
 def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
