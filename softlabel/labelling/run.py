@@ -57,6 +57,16 @@ os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
 # The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
+# Of an actor on a CPU, whose every pass asks for some 100 MB of activations: glibc gives them back and fetches them
+# anew, page by page. Kept, and in huge pages, they are there: PyTorch labels 4 % more tiles.
+_KEEP_MEMORY = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={1 << 30}",
+        f"glibc.malloc.trim_threshold={1 << 32}",
+        f"glibc.malloc.top_pad={1 << 26}",
+    )
+)
 _CALLS = 2  # of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next
 _REJECTED_SCHEMA = pa.schema(
     [
@@ -230,6 +240,7 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             num_gpus=room.execution.gpus_per_actor or None,
             max_restarts=_RAY_RETRIES,
             max_task_retries=_RAY_RETRIES,
+            runtime_env={"env_vars": {"GLIBC_TUNABLES": _KEEP_MEMORY}},
             fn_constructor_args=(jobs, folders, room.threads, room.execution.batch_size),
         )
     )

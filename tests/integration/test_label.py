@@ -5,10 +5,12 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
 
@@ -272,3 +274,17 @@ def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
     assert 0 < speed["busy"] <= 1 and speed["limit"] in ("model", "reading")
     assert speed["megapixels_per_s"] == pytest.approx(speed["tiles_per_s"] * 64 * 64 / 1e6, rel=0.05)
     assert speed["km2_per_s"] > 0
+
+
+def test_an_actor_keeps_the_memory_of_a_pass_for_the_next(recipe, weights, tiles, tmp_path, monkeypatch):
+    class Measured(labelling._Labeller):
+        def __call__(self, read):
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                [torch.ones(1 << 22) for _ in range(3)]  # 48 MiB, 12,288 pages of 4 KiB
+            (tmp_path / "faults").write_text(str(getrusage(RUSAGE_SELF).ru_minflt - before))
+            return super().__call__(read)
+
+    monkeypatch.setattr(labelling, "_Labeller", Measured)
+    label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], tmp_path)
+    assert int((tmp_path / "faults").read_text()) < 2 * 12_288
