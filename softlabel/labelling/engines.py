@@ -74,7 +74,8 @@ class Engine(Protocol):
 
         Args:
             images: uint8 (H, W, 3) RGB, sides multiples of the model's stride. Taken as they are needed.
-            use: Called with each pass's outputs, not always in order; gives one result per image of the pass.
+            use: Called with each pass's outputs, not always in order, maybe by several threads at once; gives one
+                result per image of the pass.
 
         Returns:
             Once every image is in a pass, what waits for the last passes and gives the results in the order of the
@@ -176,39 +177,38 @@ class _TorchThreads:
 
     def __init__(self, network: Network, batch_size: int, threads: int) -> None:
         self._network, self._batch_size, self._threads = network, batch_size, threads
-        # Each thread has a number of threads of its own, beside that of the process.
-        self._pool = ThreadPoolExecutor(threads, "engine", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(threads, "engine", initializer=_one_thread_for_good)
         self._shape: tuple[int, ...] | None = None
-        self._passes: list[Future[Outputs]] = []  # of that shape, that may be running
+        self._passes: list[Future[list]] = []  # of that shape, that may be running
 
     def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
-        source, running = iter(images), deque[Future[Outputs]]()
+        source, running = iter(images), deque[Future[list[T]]]()
         results: list[T] = []
         first = 0
-        with _one_torch_thread():
-            while batch := list(islice(source, self._batch_size)):
-                running.append(self._submit(np.stack(batch), first))
-                first += len(batch)
-                if len(running) > 2 * self._threads:
-                    results += use(running.popleft().result())
+        while batch := list(islice(source, self._batch_size)):
+            running.append(self._submit(np.stack(batch), first, use))
+            first += len(batch)
+            if len(running) > 2 * self._threads:
+                results += running.popleft().result()
+        return lambda: results + [result for last in running for result in last.result()]
 
-        def finish() -> list[T]:
-            with _one_torch_thread():
-                return results + [result for last in running for result in use(last.result())]
-
-        return finish
-
-    def _submit(self, tiles: Pixels, first: int) -> Future[Outputs]:
+    def _submit(self, tiles: Pixels, first: int, use: Callable[[Outputs], list[T]]) -> Future[list[T]]:
         if tiles.shape[1:] != self._shape:
             wait(self._passes)
             self._shape = tiles.shape[1:]
-        submitted = self._pool.submit(self._outputs, tiles, first)
+        # Used where it was made: outputs are many times as large as what is made of them.
+        submitted = self._pool.submit(lambda: use(self._outputs(tiles, first)))
         self._passes = [*(one for one in self._passes if not one.done()), submitted]
         return submitted
 
     def _outputs(self, tiles: Pixels, first: int) -> Outputs:
         with torch.inference_mode():
             return Outputs(first, *self._network(torch.from_numpy(tiles)))
+
+
+def _one_thread_for_good() -> None:
+    torch.get_num_threads()  # or the thread's first work would set the number of the process over the one set here
+    torch.set_num_threads(1)
 
 
 @contextmanager

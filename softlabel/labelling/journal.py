@@ -1,8 +1,8 @@
 """Which tile killed its process: a note before tiles are touched and one after, on disk, where it outlives the process.
 
 Tiles whose note has no end were in hand when their process died. Their shard is then taken tile by tile. One death may
-be chance (a machine reclaimed, a worker killed from outside); a tile that was alone in hand at several deaths is taken
-for the cause, and is left out with that reason.
+be chance (a machine reclaimed, a worker killed from outside); a tile that was then alone in hand at several deaths is
+taken for the cause, and is left out with that reason.
 """
 
 import json
@@ -26,8 +26,8 @@ class Journal:
         self._path = store / FOLDER / f"shard-{shard:06d}.{stage}.jsonl"
         self._stage = stage
         deaths = list(_unended(self._path))
-        self._suspects = {tile_id for tile_ids in deaths for tile_id in tile_ids}
-        self._deaths = Counter(tile_ids[0] for tile_ids in deaths if len(tile_ids) == 1)
+        self._suspects = {tile_id for note in deaths for tile_id in note["begin"]}
+        self._deaths = Counter(note["begin"][0] for note in deaths if note.get("alone"))
 
     @property
     def has_suspects(self) -> bool:
@@ -50,7 +50,9 @@ class Journal:
     @contextmanager
     def in_hand(self, tile_ids: Sequence[str]) -> Iterator[None]:
         """Note that these tiles are being worked on, and afterwards, however that ended, that the process lives."""
-        self._note({"begin": list(tile_ids), "at": time.time()})
+        # The only tile of its shard may have others beside it, of another shard, until that has suspects.
+        alone = self.has_suspects and len(tile_ids) == 1
+        self._note({"begin": list(tile_ids), "alone": alone, "at": time.time()})
         try:
             yield
         finally:
@@ -95,12 +97,12 @@ def in_hand(store: Path) -> list[tuple[str, str, float]]:
     return found
 
 
-def _unended(path: Path) -> Iterator[list[str]]:
-    begun: list[str] | None = None
+def _unended(path: Path) -> Iterator[dict[str, Any]]:
+    begun: dict[str, Any] | None = None
     for note in _notes(path):
         if begun is not None and "begin" in note:
             yield begun
-        begun = note.get("begin")
+        begun = note if "begin" in note else None
     if begun is not None:
         yield begun
 

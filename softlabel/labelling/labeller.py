@@ -163,7 +163,10 @@ def _detect(
             handed_over()
             return [(detections, None) for detections in finish()]
         return list(cast(YoloDetector, detector).detect_with_losses(images, truths))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):  # PyTorch has no class for it on a CPU
+            raise
         raise RecipeError(f"a batch does not fit in memory ({error}): lower execution.batch_size") from None
 
 

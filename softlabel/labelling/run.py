@@ -24,7 +24,6 @@ from ray.data.context import AutoscalingConfig
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 from ray.util.metrics import Counter as MetricCounter
-from ray.util.metrics import Gauge
 from tqdm import tqdm
 
 from softlabel.config import Execution, Recipe, dump_recipe
@@ -266,7 +265,6 @@ class _Labeller:
             key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
             for key in ("tiles", "rejected", "boxes", "pixels", "busy_s", "km2")
         }
-        self._rate = Gauge("softlabel_tiles_per_s", "tiles per second of model time", ("job",))
 
     def __call__(self, read: pa.Table) -> pa.Table:
         result = self._labeller(read)
@@ -275,7 +273,6 @@ class _Labeller:
         for key, counter in self._counters.items():
             if row[key] > 0:
                 counter.inc(row[key], tags)
-        self._rate.set(row["tiles"] / max(row["busy_s"], 1e-9), tags)
         return result
 
 

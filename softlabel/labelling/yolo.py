@@ -1,5 +1,6 @@
 """A YOLO detector that keeps the class vector of every box."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,7 @@ class YoloDetector(Detector):
         self._model = model.eval().float().fuse(verbose=False)
         self._gives_losses = (engine, precision) == ("pytorch", "float32")
         self._loss: TileLoss | None = None
+        self._losing = threading.Lock()  # a criterion notes the normaliser of the tile that it is at
         super().__init__(
             _YoloNetwork(self._model),
             int(model.model[-1].nc),
@@ -142,13 +144,10 @@ class YoloDetector(Detector):
             raise ValueError("losses need engine pytorch in float32")
 
         def both(outputs: Outputs, geometry: Geometry, indices: list[int]) -> list[tuple[Detections, list[float]]]:
-            letterbox = cast(_Letterbox, geometry)
-            return [
-                (kept, self._tile_loss(outputs.raw, position, letterbox, truths[index]))
-                for position, (index, kept) in enumerate(
-                    zip(indices, self._keep(outputs.decoded, geometry), strict=True)
-                )
-            ]
+            letterbox, found = cast(_Letterbox, geometry), self._keep(outputs.decoded, geometry)
+            with self._losing:
+                losses = [self._tile_loss(outputs.raw, i, letterbox, truths[index]) for i, index in enumerate(indices)]
+            return list(zip(found, losses, strict=True))
 
         return self._start(images, both)()
 

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -139,6 +140,10 @@ def test_tiles_may_be_started_while_others_are_waited_for(model, images, referen
             assert_agree(result.result(), [reference[i] for i in turned])
 
 
+def split(outputs):
+    return list(outputs.decoded)
+
+
 def test_tiles_of_another_shape_wait_for_those_before():
     square, oblong = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)
     oblong_began, seen = threading.Event(), []
@@ -152,9 +157,46 @@ def test_tiles_of_another_shape_wait_for_those_before():
             return tiles.sum((1, 2, 3))[:, None, None].float(), None
 
     engine = engines._TorchThreads(Watching(), 1, 2)
-    finishes = [engine.start([image] * 2, lambda outputs: list(outputs.decoded)) for image in (square, oblong)]
+    finishes = [engine.start([image] * 2, split) for image in (square, oblong)]
     assert [len(finish()) for finish in finishes] == [2, 2]
     assert seen == [False, False]
+
+
+def test_outputs_of_passes_are_not_kept():
+    made, most_alive = [], []
+
+    class Watched(engines.Network):
+        def forward(self, tiles):
+            raw = torch.zeros(1000)
+            made.append(weakref.ref(raw))
+            most_alive.append(sum(one() is not None for one in made))
+            return tiles.sum((1, 2, 3))[:, None, None].float(), raw
+
+    engine = engines._TorchThreads(Watched(), 1, 2)
+    images = [np.zeros((4, side, 3), np.uint8) for side in (4, 8, 12, 16) for _ in range(8)]
+    finishes = [engine.start([image], split) for image in images]
+    assert all(len(finish()) == 1 for finish in finishes)
+    assert len(made) == len(images) and max(most_alive) <= 2
+
+
+def test_a_pass_keeps_to_its_thread_whatever_the_process_may_use():
+    set_by_others, before, threads = threading.Event(), torch.get_num_threads(), []
+
+    class Watched(engines.Network):
+        def forward(self, tiles):
+            set_by_others.wait()
+            torch.ones(1 << 20).exp()  # work enough for several threads
+            threads.append(torch.get_num_threads())
+            return tiles.sum((1, 2, 3))[:, None, None].float(), None
+
+    finish = engines._TorchThreads(Watched(), 1, 2).start([np.zeros((4, 4, 3), np.uint8)] * 4, split)
+    try:
+        torch.set_num_threads(4)
+        set_by_others.set()
+        finish()
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1] * 4
 
 
 def test_pixels_may_be_read_only_or_a_view(openvino, model, images, reference):

@@ -31,8 +31,8 @@ print("done")
 """
 
 
-def work(store, deadly):
-    return subprocess.run([sys.executable, "-c", WORK, str(store), deadly, *TILES], capture_output=True, text=True)
+def work(store, deadly, tiles=TILES):
+    return subprocess.run([sys.executable, "-c", WORK, str(store), deadly, *tiles], capture_output=True, text=True)
 
 
 def test_a_deadly_tile_is_found_and_left_out(tmp_path):
@@ -45,6 +45,14 @@ def test_a_deadly_tile_is_found_and_left_out(tmp_path):
         "done",
     ]
     assert journal.deaths(tmp_path) == 1 + MAX_DEATHS
+
+
+def test_the_only_tile_of_a_shard_is_not_alone_before_its_shard_is(tmp_path):
+    for _ in range(MAX_DEATHS):  # the first may be another's, of a shard that was in the model beside it
+        assert work(tmp_path, "c", ["c"]).returncode != 0
+    assert not Journal(tmp_path, 7, READING).verdict("c")
+    assert work(tmp_path, "c", ["c"]).returncode != 0
+    assert "3 times" in Journal(tmp_path, 7, READING).verdict("c")
 
 
 def test_a_chance_death_costs_no_tile(tmp_path):

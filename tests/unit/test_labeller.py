@@ -6,9 +6,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
+from softlabel.errors import RecipeError
 from softlabel.labelling import labeller as module
 from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
@@ -102,3 +104,27 @@ def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
 
     with mock.patch.object(YoloDetector, "start", start_alone):
         label_both(job, store, read)
+
+
+OF_THE_MACHINE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(OF_THE_MACHINE)], ids=repr
+)
+def test_a_batch_too_large_for_the_memory_is_said_to_be(shards, error):
+    job, store, read = shards
+    with (
+        mock.patch.object(YoloDetector, "start", side_effect=error),
+        pytest.raises(RecipeError, match=r"lower execution\.batch_size"),
+    ):
+        Labeller([job], [store], 1, None)(read[0])
+
+
+def test_another_error_is_not_taken_for_too_little_memory(shards):
+    job, store, read = shards
+    with (
+        mock.patch.object(YoloDetector, "start", side_effect=RuntimeError("shapes differ")),
+        pytest.raises(RuntimeError, match="shapes differ"),
+    ):
+        Labeller([job], [store], 1, None)(read[0])
