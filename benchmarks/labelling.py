@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +35,7 @@ from softlabel.config import Recipe, load_recipe
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import list_scenes
 from softlabel.labelling.header import read_header
+from softlabel.labelling.run import KEEP_MEMORY
 from softlabel.labelling.weights import load_model
 from softlabel.store import commit, digest
 
@@ -41,6 +43,7 @@ _COLUMNS = 40  # tiles side by side in a scene
 _CLASSES = ("plane", "ship", "car")
 _ENGINES = (("pytorch", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 _PEERS = ("sahi", "ultralytics", "ultralytics_one_thread")
+_COMPARED = ("bare_engine", "bare_engine_kept_memory", *_PEERS)
 _ROUNDS = len(_ENGINES) + 1  # of the others: before the first engine, between them, and after the last
 
 Timings = dict[str, list[Timing]]
@@ -115,8 +118,21 @@ def _race(work: Work, peers_of: int) -> Timings:
         run(f"bare_{engine}_{precision}", bare, Share(0, 2), engine, precision)
         run(f"pipeline_{engine}_{precision}", pipeline, engine, precision)
         run(f"bare_{engine}_{precision}", bare, Share(1, 2), engine, precision)
+        with _environment(GLIBC_TUNABLES=KEEP_MEMORY):
+            run(f"kept_{engine}_{precision}", bare, Share(0, 1), engine, precision)
         run_peers(index + 1)
     return timings
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Of the processes that are started meanwhile."""
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
 
 
 def _rate(timings: Sequence[Timing]) -> float:
@@ -252,7 +268,8 @@ def _ratios(timings: Timings, engine: str, index: int) -> dict[str, float]:
     """Of an engine's pipeline to what ran just before and just after it."""
     ours = _rate(timings[f"pipeline_{engine}"])
     near = {f"vs_{peer}": ours / _rate(timings[peer][index : index + 2]) for peer in _PEERS}
-    return {"vs_bare_engine": ours / _rate(timings[f"bare_{engine}"]), **near}
+    bare_too = {"vs_bare_engine": f"bare_{engine}", "vs_bare_engine_kept_memory": f"kept_{engine}"}
+    return {**{name: ours / _rate(timings[bare]) for name, bare in bare_too.items()}, **near}
 
 
 def _in_order(shares: Sequence[list[Boxes]]) -> list[Boxes]:
@@ -274,12 +291,12 @@ def _head(found: dict) -> Iterator[str]:
 
 def _engine_rows(rates: dict, ratios: dict, agreed: dict) -> Iterator[str]:
     yield (
-        "| engine | bare | pipeline | of bare | x SAHI | x ultralytics, all cores |"
+        "| engine | bare | pipeline | of bare | of bare, memory kept | x SAHI | x ultralytics, all cores |"
         " x ultralytics as it comes, one thread | their boxes matched | ours matched |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for engine, matched in agreed.items():
-        factors = " | ".join(f"{ratios[f'vs_{name}_{engine}']:.2f}" for name in ("bare_engine", *_PEERS))
+        factors = " | ".join(f"{ratios[f'vs_{name}_{engine}']:.2f}" for name in _COMPARED)
         shares = " | ".join(
             f"{matched[f'matched_of_{whose}']:.2%} of {matched[f'boxes_of_{whose}']}" for whose in ("theirs", "ours")
         )

@@ -58,7 +58,7 @@ warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
 # Of an actor on a CPU, whose every pass asks for some 100 MB of activations: glibc gives them back and fetches them
 # anew, page by page. Kept, and in huge pages, they are there: PyTorch labels 4 % more tiles.
-_KEEP_MEMORY = ":".join(
+KEEP_MEMORY = ":".join(
     (
         "glibc.malloc.hugetlb=1",
         f"glibc.malloc.mmap_threshold={1 << 30}",
@@ -239,7 +239,7 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             num_gpus=room.execution.gpus_per_actor or None,
             max_restarts=_RAY_RETRIES,
             max_task_retries=_RAY_RETRIES,
-            runtime_env={"env_vars": {"GLIBC_TUNABLES": _KEEP_MEMORY}},
+            runtime_env={"env_vars": {"GLIBC_TUNABLES": KEEP_MEMORY}},
             fn_constructor_args=(jobs, folders, room.threads, room.execution.batch_size),
         )
     )
