@@ -411,6 +411,7 @@ def _gather(value: Any) -> list[Any]:
 
 def _seed_epoch(trainer: SoftLabelTrainer) -> None:
     """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
+    trainer.train_loader.reset()  # an iterator draws a seed of its own when it is made, which is once a run otherwise
     seed = trainer.args.seed + ray.train.get_context().get_world_rank() + 1000 * (trainer.epoch + 1)
     trainer.train_loader.generator.manual_seed(seed)
     random.seed(seed)
