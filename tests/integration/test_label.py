@@ -1,15 +1,19 @@
 """Labelling on a real Ray: every tile once, whatever happens to scenes and shards."""
 
+import re
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from urllib.request import urlopen
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
@@ -288,3 +292,17 @@ def test_an_actor_keeps_the_memory_of_a_pass_for_the_next(recipe, weights, tiles
     monkeypatch.setattr(labelling, "_Labeller", Measured)
     label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], tmp_path)
     assert int((tmp_path / "faults").read_text()) < 2 * 12_288
+
+
+def test_what_was_labelled_is_counted_on_ray_s_dashboard(recipe, weights, tiles, tmp_path):
+    (folder,) = label(recipe, [label_job(recipe, "counted", weights, tiles, None)], tmp_path)
+    metrics = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    deadline, counted = time.monotonic() + 60, dict[str, float]()
+    while "tiles" not in counted and time.monotonic() < deadline:
+        lines = urlopen(metrics, timeout=30).read().decode().splitlines()
+        found = (re.match(r'ray_softlabel_(\w+)_total\{.*job="counted".*\} (.+)', line) for line in lines)
+        counted = {one[1]: float(one[2]) for one in found if one}
+    told = summary(folder)
+    assert (counted["tiles"], counted["boxes"]) == (told["requested"], told["boxes"])
+    assert counted["pixels"] == sum(width * height for *_, width, height in (t["window"] for t in read_tiles(tiles)))
+    assert counted["busy_s"] > 0 and counted["km2"] > 0
