@@ -16,11 +16,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -118,21 +118,10 @@ def _race(work: Work, peers_of: int) -> Timings:
         run(f"bare_{engine}_{precision}", bare, Share(0, 2), engine, precision)
         run(f"pipeline_{engine}_{precision}", pipeline, engine, precision)
         run(f"bare_{engine}_{precision}", bare, Share(1, 2), engine, precision)
-        with _environment(GLIBC_TUNABLES=KEEP_MEMORY):
+        with patch.dict(os.environ, GLIBC_TUNABLES=KEEP_MEMORY):
             run(f"kept_{engine}_{precision}", bare, Share(0, 1), engine, precision)
         run_peers(index + 1)
     return timings
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Of the processes that are started meanwhile."""
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
 
 
 def _rate(timings: Sequence[Timing]) -> float:

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ from softlabel.errors import RecipeError
 from softlabel.labelling import engine_choice, engines
 from softlabel.labelling.engine_choice import resolve
 from softlabel.labelling.engines import Outputs
+from softlabel.labelling.losses import TileLoss
 from softlabel.labelling.teachers import yolo_fingerprint
 from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import Nms, Truth
@@ -301,6 +303,23 @@ def test_what_is_compiled_for_one_size_gets_no_other():
     forward = Counting(most=4)
     run_counting(engines._Torch(forward, torch.device("cpu"), 4, whole_batches=True), 9)
     assert forward.batches == [4, 4, 4]
+
+
+def test_losses_of_passes_beside_each_other_are_taken_one_at_a_time(model, images, monkeypatch):
+    taking, of_one = threading.Lock(), TileLoss.__call__
+    truths = [Truth(np.array([[5, 5, 30, 35]], np.float32), np.array([1], np.int32), np.array([False]))] * len(images)
+
+    def alone(loss, *arguments):
+        assert taking.acquire(blocking=False)
+        time.sleep(0.01)  # a thread that does not wait for its turn comes now
+        found = of_one(loss, *arguments)
+        taking.release()
+        return found
+
+    expected = detector(model).losses(images, truths)
+    monkeypatch.setattr(TileLoss, "__call__", alone)
+    found = detector(model, threads=3, batch_size=1).losses(images, truths)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 def test_losses_come_from_pytorch_in_float32_alone(bfloat16, images):
