@@ -5,11 +5,13 @@ precision of the convolutions: a coordinate of a few hundred pixels, or a grid's
 pixels in bfloat16. TensorRT is written from its documentation; it has not run where this was tested.
 """
 
+import copy
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -172,43 +174,35 @@ class _TorchThreads:
 
     Threads that share one pass wait for each other after every layer. Where something else runs beside them, as the
     readers of tiles do, a single core taken away stops them all: on two busy cores this was 3 to 5 times as fast.
-    They share the model, and with it the grid that its head keeps for one shape of tiles: those of another shape wait.
+    They share every tensor of the network, but not its modules: a head keeps the grid of the last shape it saw.
     """
 
     def __init__(self, network: Network, batch_size: int, threads: int) -> None:
         self._network, self._batch_size, self._threads = network, batch_size, threads
-        self._pool = ThreadPoolExecutor(threads, "engine", initializer=_one_thread_for_good)
-        self._shape: tuple[int, ...] | None = None
-        self._passes: list[Future[list]] = []  # of that shape, that may be running
+        self._of_thread = threading.local()
+        self._pool = ThreadPoolExecutor(threads, "engine", initializer=self._set_up_thread)
 
     def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         source, running = iter(images), deque[Future[list[T]]]()
         results: list[T] = []
         first = 0
         while batch := list(islice(source, self._batch_size)):
-            running.append(self._submit(np.stack(batch), first, use))
+            running.append(self._pool.submit(self._used, np.stack(batch), first, use))
             first += len(batch)
             if len(running) > 2 * self._threads:
                 results += running.popleft().result()
         return lambda: results + [result for last in running for result in last.result()]
 
-    def _submit(self, tiles: Pixels, first: int, use: Callable[[Outputs], list[T]]) -> Future[list[T]]:
-        if tiles.shape[1:] != self._shape:
-            wait(self._passes)
-            self._shape = tiles.shape[1:]
-        # Used where it was made: outputs are many times as large as what is made of them.
-        submitted = self._pool.submit(lambda: use(self._outputs(tiles, first)))
-        self._passes = [*(one for one in self._passes if not one.done()), submitted]
-        return submitted
+    def _set_up_thread(self) -> None:
+        torch.get_num_threads()  # or the thread's first work would set the number of the process over the one set here
+        torch.set_num_threads(1)
+        shared = {id(tensor): tensor for tensor in (*self._network.parameters(), *self._network.buffers())}
+        self._of_thread.network = copy.deepcopy(self._network, shared)
 
-    def _outputs(self, tiles: Pixels, first: int) -> Outputs:
+    def _used(self, tiles: Pixels, first: int, use: Callable[[Outputs], list[T]]) -> list[T]:
         with torch.inference_mode():
-            return Outputs(first, *self._network(torch.from_numpy(tiles)))
-
-
-def _one_thread_for_good() -> None:
-    torch.get_num_threads()  # or the thread's first work would set the number of the process over the one set here
-    torch.set_num_threads(1)
+            outputs = Outputs(first, *self._of_thread.network(torch.from_numpy(tiles)))
+        return use(outputs)  # used where they were made: they are many times as large as what is made of them
 
 
 @contextmanager

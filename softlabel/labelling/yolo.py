@@ -1,7 +1,7 @@
 """A YOLO detector that keeps the class vector of every box."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,6 +173,18 @@ def _conv_silu(conv: nn.Conv2d, features: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _decode_in_float32(decode: Callable[[list], torch.Tensor], raw: list[torch.Tensor]) -> torch.Tensor:
+    """AnchorDetect's decoding of what was computed in a lower precision."""
+    return decode([out.float() for out in raw])
+
+
+def _infer_in_float32(infer: Callable[[dict], torch.Tensor], raw: dict) -> torch.Tensor:
+    """The same of ultralytics' Detect."""
+    # Of the features only shape and type matter here: the grid takes both from them.
+    features = [level[:, :1].float() for level in raw["feats"]]
+    return infer({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
+
+
 class _YoloNetwork(Network):
     """One of ultralytics' detection models, or a YOLOv5."""
 
@@ -189,18 +201,11 @@ class _YoloNetwork(Network):
         *layers, head = self.model.model
         for module in [*layers, *(child for name, child in head.named_children() if name != "dfl")]:
             module.to(dtype)
+        # Partials, which a copy of the network takes along: closures would decode with the head they were made for.
         if isinstance(head, AnchorDetect):
-            decode_anchors = head._decode
-            head._decode = lambda raw: decode_anchors([out.float() for out in raw])  # type: ignore[method-assign]
-            return
-        decode = head._inference
-
-        def in_float32(raw: dict) -> torch.Tensor:
-            # Of the features only shape and type matter here: the grid takes both from them.
-            features = [level[:, :1].float() for level in raw["feats"]]
-            return decode({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
-
-        head._inference = in_float32
+            head._decode = partial(_decode_in_float32, head._decode)  # type: ignore[method-assign]
+        else:
+            head._inference = partial(_infer_in_float32, head._inference)
 
     def fuse_activations(self) -> None:
         """Of every convolution with a SiLU: its output is written to memory once and not twice."""

@@ -128,40 +128,61 @@ def test_passes_beside_each_other_come_back_in_order(model, images, reference, b
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("settings", [{"threads": 2, "batch_size": 2}, {"engine": "openvino"}], ids=str)
-def test_tiles_may_be_started_while_others_are_waited_for(model, images, reference, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [{"threads": 2, "batch_size": 2}, {"threads": 3, "batch_size": 1, "precision": "bfloat16"}, {"engine": "openvino"}],
+    ids=str,
+)
+def test_tiles_may_be_started_while_others_are_waited_for(model, images, settings):
     if "engine" in settings:
         need_openvino()
     one, order = detector(model, **settings), list(range(len(images)))
+    alone = [one.detect([image])[0] for image in images]
     with ThreadPoolExecutor() as waiting:
         found = []
         for turn in range(6):
             turned = order[turn:] + order[:turn]  # so that shapes change between and within
             found.append((turned, waiting.submit(one.start([images[i] for i in turned]))))
         for turned, result in found:
-            assert_agree(result.result(), [reference[i] for i in turned])
+            assert_agree(result.result(), [alone[i] for i in turned])
 
 
 def split(outputs):
     return list(outputs.decoded)
 
 
-def test_tiles_of_another_shape_wait_for_those_before():
-    square, oblong = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)
-    oblong_began, seen = threading.Event(), []
+def test_tiles_of_other_shapes_do_not_wait_for_each_other():
+    together = threading.Barrier(2, timeout=30)
 
-    class Watching(engines.Network):
+    class Meeting(engines.Network):
         def forward(self, tiles):
-            if tiles.shape[1:3] == (4, 4):
-                seen.append(oblong_began.wait(0.5))
-            else:
-                oblong_began.set()
+            together.wait()
             return tiles.sum((1, 2, 3))[:, None, None].float(), None
 
-    engine = engines._TorchThreads(Watching(), 1, 2)
-    finishes = [engine.start([image] * 2, split) for image in (square, oblong)]
-    assert [len(finish()) for finish in finishes] == [2, 2]
-    assert seen == [False, False]
+    engine = engines._TorchThreads(Meeting(), 1, 2)
+    finishes = [engine.start([np.zeros((4, side, 3), np.uint8)], split) for side in (4, 8)]
+    assert [len(finish()) for finish in finishes] == [1, 1]
+
+
+def test_threads_share_the_tensors_of_a_network():
+    """As many copies as threads would not fit where one does."""
+    seen, together = set(), threading.Barrier(2, timeout=30)
+
+    class Weighted(engines.Network):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.register_buffer("mean", torch.ones(1))
+
+        def forward(self, tiles):
+            together.wait()
+            seen.add((id(self), self.weight.data_ptr(), self.mean.data_ptr()))
+            return tiles.sum((1, 2, 3))[:, None, None].float(), None
+
+    network = Weighted()
+    engines._TorchThreads(network, 1, 2).start([np.zeros((4, 4, 3), np.uint8)] * 2, split)()
+    modules, *tensors = (set(values) for values in zip(*seen, strict=True))
+    assert len(modules) == 2 and tensors == [{network.weight.data_ptr()}, {network.mean.data_ptr()}]
 
 
 def test_outputs_of_passes_are_not_kept():
