@@ -28,6 +28,8 @@ def sentences(results: dict) -> list[str]:
             f"The curve is flat within noise (probability {found['flat_probability']:.0%}): students differ by "
             f"{found['noise']:.3f} mAP50 from one seed to another, and by no more from one value to another."
         )
+    if found["compared"] == 1:
+        lines.append("No student of another value got far enough to compare it: whether one is better is not known.")
     lines += [_peak(key, line) for key, line in found["lines"].items() if "peak_low" in line]
     lines += [_against(row) for row in found["against"]]
     lines += [_test(row, found["values"]) for row in results["test"]]

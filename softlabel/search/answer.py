@@ -10,8 +10,8 @@ from softlabel.config import Dimension, Search
 from softlabel.errors import NO_LABELS
 from softlabel.search.curve import Curve
 from softlabel.search.plan import curve_of
-from softlabel.search.space import THRESHOLD, Values, grid, to_unit
-from softlabel.search.trials import Trial
+from softlabel.search.space import THRESHOLD, Values, distinct, grid, to_unit
+from softlabel.search.trials import Trial, evidence
 
 CONFIDENCE = 0.9
 _SAMPLES = 4000
@@ -24,7 +24,8 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
     Returns:
         ``values``; ``map50`` (what a student of these values is expected to reach on the validation split, with a 90 %
         interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
-        seeds); ``flat_probability`` and ``flat`` (more likely than not, mAP depends on nothing that was varied);
+        seeds); ``compared`` (of how many values the students got far enough to compare them); ``flat_probability`` and
+        ``flat`` (more likely than not, mAP depends on nothing that was varied; one value says nothing of that);
         ``lines``: per varied key the values of a line through the best, up to where no label is left, with mean, low,
         high and the 90 % interval of where the peak is (ranges only); ``against``: per reference at which a label
         is left the probability that the best beats it, the gain and its 90 % interval.
@@ -33,10 +34,11 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         ValueError: No student trained to the end.
     """
     complete = [trial.values for trial in trials if trial.is_full]
-    points = [values for i, values in enumerate(complete) if values not in complete[:i]]
+    points = distinct(complete)
     if not points:
         raise ValueError("no student trained to the end")
     curve = curve_of(search, trials)
+    compared = len(distinct([one.values for one in evidence(trials)]))
     means, sds = curve.mean_and_sd(to_unit(search.space, points))
     best = points[int(np.argmax(means))]
     rng = np.random.default_rng(0)
@@ -46,7 +48,8 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         "students": complete.count(best),
         "noise": curve.noise,
         "flat_probability": curve.flat_probability,
-        "flat": bool(curve.flat_probability > 0.5),
+        "compared": compared,
+        "flat": bool(compared > 1 and curve.flat_probability > 0.5),
         "lines": {key: _line(search, curve, best, key, trials, rng) for key in search.space},
         "against": [
             _against(search, curve, best, values, complete, rng)

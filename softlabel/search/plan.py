@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from softlabel.config import Recipe, Search, with_values
 from softlabel.search.curve import Curve
-from softlabel.search.space import Values, distributions, first_points, grid, rounded, to_unit
+from softlabel.search.space import Values, distinct, distributions, first_points, grid, rounded, to_unit
 from softlabel.search.trials import Role, Trial, evidence
 
 _NUM_RANDOM = 4  # values before which a sampler asks at random; the first points are among them
@@ -98,7 +98,7 @@ class Plan:
     def leaders(self) -> list[Values]:
         """The tried values, by what is known of their mAP now, best first."""
         found = evidence(self.trials)
-        points = _distinct([one.values for one in found])
+        points = distinct([one.values for one in found])
         if not points:
             return []
         means, _ = self._curve().mean_and_sd(to_unit(self.search.space, points))
@@ -210,7 +210,7 @@ class Plan:
         if not leaders:
             is_used_up = self.search.sampler == "grid" and not self._untried()
             return None if is_used_up or any(trial.status == "running" for trial in self.trials) else self._explore()
-        anchors = _distinct([leaders[0], *self.references])
+        anchors = distinct([leaders[0], *self.references])
         seeds = Counter(anchors.index(trial.values) for trial in self._begun_in_full() if trial.values in anchors)
         fewest = min(range(len(anchors)), key=lambda i: seeds[i])
         values = anchors[fewest] if seeds[fewest] < self.search.seeds else self._draw(leaders)
@@ -268,14 +268,6 @@ def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
 
 def _is_in(trial: Trial, trials: Sequence[Trial]) -> bool:
     return any(trial is one for one in trials)
-
-
-def _distinct(points: Sequence[Values]) -> list[Values]:
-    found: list[Values] = []
-    for point in points:
-        if point not in found:
-            found.append(point)
-    return found
 
 
 def _sampler(search: Search, seed: int) -> BaseSampler:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,15 @@ def contains(space: Mapping[str, Dimension], values: Values) -> bool:
         elif value is None or not dimension.min <= value <= dimension.max:
             return False
     return True
+
+
+def distinct(points: Sequence[Values]) -> list[Values]:
+    """Each point once, in the order of their first."""
+    found: list[Values] = []
+    for point in points:
+        if point not in found:
+            found.append(point)
+    return found
 
 
 def rounded(space: Mapping[str, Dimension], values: Values) -> Values:

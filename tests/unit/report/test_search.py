@@ -82,6 +82,12 @@ def test_a_flat_curve_is_said_to_be_flat():
     assert any("flat within noise" in sentence for sentence in sentences(made(lambda t: 0.5, noise=0.02)))
 
 
+def test_one_value_says_nothing_of_others(peaked):
+    alone = {**peaked, "answer": {**peaked["answer"], "compared": 1}}
+    assert "whether one is better is not known" in format_answer(alone)
+    assert "not known" not in format_answer(peaked)
+
+
 def test_the_page_has_curve_choices_labels_and_every_student(peaked, tmp_path):
     write_search_report(tmp_path / "search.html", peaked)
     page = (tmp_path / "search.html").read_text()

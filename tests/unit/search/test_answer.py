@@ -40,3 +40,20 @@ def test_nothing_is_said_of_a_threshold_that_leaves_no_label():
     failed = student(3, 0.45, reason=f"{NO_LABELS}: no soft label is above 0.45")
     found = answer(tiny_recipe().search, [*FULL[:2], failed], [{KEY: 0.1}, {KEY: 0.5}])
     assert [row["values"] for row in found["against"]] == [{KEY: 0.1}]
+
+
+def test_one_value_is_no_flat_curve():
+    """A budget may end with one student in full: what those that stopped would have gained is not known then."""
+    history = [{"epoch": 1, "map50": 0.3, "seconds": 1.0}]
+    stopped = [
+        Trial(i, {KEY: t}, 0, 1.0, "explore", 2, status="stopped", history=history) for i, t in [(1, 0.5), (2, 0.7)]
+    ]
+    for seeds in (1, 3):
+        full = [
+            Trial(0, {KEY: 0.3}, seed, 1.0, "explore", 1, status="finished", history=history) for seed in range(seeds)
+        ]
+        found = answer(tiny_recipe().search, full, [])
+        assert found["compared"] == 1 and not found["flat"]
+    found = answer(tiny_recipe().search, [*full[:1], *stopped], [])
+    assert found["compared"] == 1 and not found["flat"]
+    assert answer(tiny_recipe().search, FULL, [])["compared"] == 3
