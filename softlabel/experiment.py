@@ -21,7 +21,7 @@ import numpy as np
 import softlabel
 from softlabel.config import Recipe, dump_recipe
 from softlabel.evaluation.quality import drop, loss_difference_percent
-from softlabel.evaluation.run import curves, difference, evaluate_store, numbers, quality
+from softlabel.evaluation.run import QUALITY_THRESHOLDS, curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.job import LabelJob
@@ -37,7 +37,6 @@ from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
 
-_QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 _OVERLAYS = 8
 _OTHER = {1: 2, 2: 1}
 _FUSE_ABOVE, _FUSE_IOU = 0.05, 0.55  # as `softlabel fuse` has them
@@ -177,7 +176,7 @@ def _results(
         if row["labels"] == "soft":
             row["drop"] = difference(recipe, tiles, "test", found[reference], found[row["name"]])
             row["drop"]["per_class"] = _class_drops(by_name[reference], row)
-    thresholds = sorted({*_QUALITY_THRESHOLDS, *recipe.train.thresholds})
+    thresholds = sorted({*QUALITY_THRESHOLDS, *recipe.train.thresholds})
     label_quality = [
         {"train_set": f"train_{number}", "teacher": summary(store)["name"], **row}
         for by_set in stores.values()

@@ -11,21 +11,19 @@ import numpy as np
 from softlabel.calibration import calibration_of
 from softlabel.config import Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError
-from softlabel.evaluation.run import evaluate_store, numbers, quality
+from softlabel.evaluation.run import QUALITY_THRESHOLDS, evaluate_store, numbers, quality
 from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job, recipe_label_job
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
-from softlabel.search.run import Inputs, search
+from softlabel.search.run import Inputs, check_space, search
 from softlabel.search.space import Values
 from softlabel.store import commit, read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS
-
-_QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 
 
 def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, resume: bool) -> dict:
@@ -38,6 +36,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         budget_s: Seconds for the search; what comes before it is not counted.
         resume: Go on with an earlier search.
     """
+    check_space(recipe)  # teacher and labels may take hours
     steps = Steps(run_dir, total=7)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     with steps.next("tiles"):
@@ -51,7 +50,8 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     with steps.next(f"label {split} and {val_split}"):
         (store,) = label(taught, [recipe_label_job(taught, tiles)], run_dir)
     judged = numbers(evaluate_store(taught, "teacher", tiles, val_split, store, run_dir))
-    inputs = Inputs(taught, run_dir, tiles, store, val_split, judged["f1_conf"])
+    f1_confidence = None if calibration_of(taught) else judged["f1_conf"]  # students compare calibrated scores
+    inputs = Inputs(taught, run_dir, tiles, store, val_split, f1_confidence)
     with steps.next("search"):
         folder = search(inputs, budget_s, resume=resume)
     results = read_json(folder / "search.json")
@@ -60,7 +60,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         for trial in _complete(results, [results["answer"]["values"], *results["references"]])
         if _weights(folder, trial).exists()  # the search keeps those of its leaders
     ]
-    examined = chosen if "test" in summary(tiles)["splits"] else []
+    examined = chosen if _has_truth(tiles, "test") else []
     with steps.next("label the test split with the best students, once"):
         jobs = [label_job(taught, trial["folder"], _weights(folder, trial), tiles, ["test"]) for trial in examined]
         stores = label(taught, jobs, run_dir) if jobs else []
@@ -121,15 +121,17 @@ def _test(chosen: Sequence[dict]) -> list[dict[str, Any]]:
 
 def _label_quality(recipe: Recipe, tiles: Path, split: str, store: Path) -> list[dict]:
     """The labels against truth, where somebody has drawn it; else nothing."""
-    if not any(summary(tiles)["boxes_by_split"].get(split, {}).values()):
-        return []
-    return quality(recipe, tiles, split, store, _QUALITY_THRESHOLDS)
+    return quality(recipe, tiles, split, store, QUALITY_THRESHOLDS) if _has_truth(tiles, split) else []
+
+
+def _has_truth(tiles: Path, split: str) -> bool:
+    return any(summary(tiles)["boxes_by_split"].get(split, {}).values())
 
 
 def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[str, dict[str, int]]:
     """Boxes above each threshold, per best class and in all; as ``train.calibration`` maps them, if it does."""
     calibration = calibration_of(recipe)
-    counts = {threshold: np.zeros(len(recipe.classes), np.int64) for threshold in _QUALITY_THRESHOLDS}
+    counts = {threshold: np.zeros(len(recipe.classes), np.int64) for threshold in QUALITY_THRESHOLDS}
     asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id"])}
     for row in read_soft_labels(store):
         if row["status"] == LABELLED and row["tile_id"] in asked:

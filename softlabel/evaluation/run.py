@@ -29,6 +29,7 @@ from softlabel.store import (
 
 CURVES = "curves.json"
 CALIBRATION = "calibration.json"
+QUALITY_THRESHOLDS = [round(0.05 * step, 2) for step in range(1, 20)]
 
 
 def evaluate_store(recipe: Recipe, name: str, tiles: Path, split: str, store: Path, run_dir: Path) -> Path:

@@ -33,6 +33,10 @@ def sentences(results: dict) -> list[str]:
     lines += [_peak(key, line) for key, line in found["lines"].items() if "peak_low" in line]
     lines += [_against(row) for row in found["against"]]
     lines += [_test(row, found["values"]) for row in results["test"]]
+    if not results["test"]:
+        lines.append(
+            "There is no truth in a test split: what the choice is worth was seen on the validation split alone."
+        )
     lines += _without_labels(results["labels_kept"], results["classes"])
     lines.append(_cost(results))
     return lines

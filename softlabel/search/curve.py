@@ -39,13 +39,13 @@ class Curve:
     Args:
         x: (N, D) in the unit cube, where they were trained.
         y: (N,) mAP50 of each, 0..1.
-        extra_variance: (N,) of a value that is an estimate itself, 0 where it was measured.
+        extra_covariance: (N, N) of values that are estimates themselves, 0 where they were measured.
     """
 
-    def __init__(self, x: Matrix, y: Vector, extra_variance: Vector | None = None) -> None:
+    def __init__(self, x: Matrix, y: Vector, extra_covariance: Matrix | None = None) -> None:
         self._x, self._offset = np.asarray(x, np.float64), float(np.mean(y))
         self._y = np.asarray(y, np.float64) - self._offset
-        self._extra = np.zeros(len(self._y)) if extra_variance is None else np.asarray(extra_variance, np.float64)
+        self._extra = np.zeros((len(self._y),) * 2) if extra_covariance is None else np.asarray(extra_covariance)
         self._models = self._weighted(_squared_distances(self._x, self._x))
 
     @property
@@ -99,7 +99,7 @@ class Curve:
         return [_Model(length, height, noise, weight) for (length, height, noise), weight in chosen]
 
     def _covariance(self, kernel: Matrix, height: float, noise: float) -> Matrix:
-        return height**2 * kernel + _MEAN_SD**2 + np.diag(noise**2 + self._extra)
+        return height**2 * kernel + _MEAN_SD**2 + noise**2 * np.eye(len(kernel)) + self._extra
 
     def _log_likelihood(self, kernel: Matrix, height: float, noise: float) -> float:
         lower = np.linalg.cholesky(self._covariance(kernel, height, noise))

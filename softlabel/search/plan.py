@@ -14,12 +14,14 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from softlabel.config import Recipe, Search, with_values
+from softlabel.errors import NO_LABELS
 from softlabel.search.curve import Curve
-from softlabel.search.space import Values, distinct, distributions, first_points, grid, rounded, to_unit
-from softlabel.search.trials import Role, Trial, evidence
+from softlabel.search.space import THRESHOLD, Values, distinct, distributions, first_points, grid, rounded, to_unit
+from softlabel.search.trials import Role, Trial, covariance, evidence
 
 _NUM_RANDOM = 4  # values before which a sampler asks at random; the first points are among them
-_MAX_FAILED_IN_A_ROW = 5
+_MAX_FAILED = 5  # and nothing else
+_MAX_FAILED_IN_A_ROW = 10  # whatever there was before them
 _HURRY = 1.1  # a student is not begun if the time left is shorter than so many of those before
 _LEARNED = 0.1  # of what a finished student reached: where the best has less, it is as good as the worst
 _USUAL_MAP50 = 0.5  # until one has finished
@@ -59,7 +61,7 @@ class Plan:
         """The next student to train; None if there shall be no other, or not before one of those running has ended."""
         if self._unfinished:
             return self._unfinished.pop(0)
-        if self.has_failed() or not self._has_time(elapsed_s):
+        if has_failed(self.trials) or not self._has_time(elapsed_s):
             return None
         if trial := self._promoted(elapsed_s):
             return self._go_on(trial, trial.role)
@@ -80,7 +82,7 @@ class Plan:
     def advance(self, trial: Trial, epoch: int) -> None:
         """Let a student that has come to where it would wait go on, if it may at once."""
         rung = self._until[trial.number]
-        if rung is not None and epoch >= rung and (self._is_blind(rung) or _is_in(trial, self._best(rung))):
+        if rung is not None and epoch >= rung and (self._is_blind(rung) or trial in self._best(rung)):
             self._until[trial.number] = self._next_rung(trial, rung + 1)
 
     def is_over(self, elapsed_s: float) -> bool:
@@ -88,12 +90,7 @@ class Plan:
         if any(trial.status == "running" for trial in self.trials):
             return False
         open_ = len(self.trials) < self.search.trials or self._promoted(elapsed_s) or self._incomplete_leader()
-        return self.has_failed() or not open_
-
-    def has_failed(self) -> bool:
-        """Whether nothing but failures came of the first students: the search itself is at fault, not a value."""
-        ended = [trial for trial in self.trials if trial.status != "running"]
-        return len(ended) >= _MAX_FAILED_IN_A_ROW and all(trial.status == "failed" for trial in ended)
+        return has_failed(self.trials) or not open_
 
     def leaders(self) -> list[Values]:
         """The tried values, by what is known of their mAP now, best first."""
@@ -157,11 +154,13 @@ class Plan:
         return elapsed_s / self._budget_s if self._budget_s else 0.0
 
     def _is_exploring(self, elapsed_s: float) -> bool:
-        if self.search.sampler == "grid":
-            return bool(self._untried())
         if self._budget_s and self._budget_s - elapsed_s < 2 * _HURRY * self._whole_s(self.trials):
             return False  # there is an answer only if the leader gets to the end
-        return max(len(self.trials) / self.search.trials, self._share(elapsed_s)) < self.search.explore
+        if self._share(elapsed_s) >= self.search.explore:
+            return False
+        if self.search.sampler == "grid":
+            return bool(self._untried())
+        return len(self.trials) / self.search.trials < self.search.explore
 
     def _has_time(self, elapsed_s: float) -> bool:
         complete = [trial for trial in self.trials if trial.is_full]
@@ -184,16 +183,23 @@ class Plan:
 
     def _told(self) -> list[FrozenTrial]:
         """What a sampler is told: what students would have reached, or, where nobody knows what they gain with age,
-        what all of them had at one age; that one that failed, as where no label is left, is worth nothing; who runs."""
+        what all of them had at one age; that one that failed for its values is worth nothing; who runs."""
         trials = [trial for trial in self._explored() if trial.values.keys() == self._distributions.keys()]
         known = [trial for trial in trials if trial.history and trial.status in ("finished", "stopped")]
         values = {one.number: one.map50 for one in evidence(self.trials)}
         if not all(trial.number in values for trial in known):
             age = min(trial.epoch for trial in known)
             values = {trial.number: trial.best(age) for trial in known}
-        values |= {trial.number: 0.0 for trial in trials if trial.status == "failed"}
+        values |= {trial.number: 0.0 for trial in trials if self._is_worthless(trial)}
         told = [trial for trial in trials if trial.number in values or trial.status == "running"]
         return [self._frozen(trial, values.get(trial.number)) for trial in told]
+
+    def _is_worthless(self, trial: Trial) -> bool:
+        """Whether it failed for its values: no label is left, or, where more than thresholds vary, it never did an
+        epoch. A worker that died says nothing of a threshold."""
+        others = any(not key.startswith(THRESHOLD) for key in trial.values)
+        without = trial.reason.startswith(NO_LABELS) or (others and not trial.history)
+        return trial.status == "failed" and without
 
     def _frozen(self, trial: Trial, value: float | None) -> FrozenTrial:
         state = TrialState.RUNNING if value is None else TrialState.COMPLETE
@@ -227,8 +233,10 @@ class Plan:
         return None if values is None else self._begin(values, "repeat")
 
     def _incomplete_leader(self) -> Values | None:
-        """The best values as far as is known, if no student of theirs is trained to the end, or being so: a search
-        answers with one that is."""
+        """The best values as far as is known, if no student of theirs is trained to the end: a search answers with one
+        that is. Not before the others have ended: who runs may be the leader."""
+        if any(trial.status == "running" for trial in self.trials):
+            return None
         leader = next(iter(self.leaders()), None)
         return None if leader in [trial.values for trial in self._begun_in_full()] else leader
 
@@ -259,15 +267,23 @@ class Plan:
         return trial
 
 
+def has_failed(trials: Sequence[Trial]) -> bool:
+    """Whether the search itself is at fault, or what it runs on, and not a value: nothing but failures came of the
+    first students, or so many in a row of which none failed for want of labels."""
+    ended = [trial for trial in trials if trial.status != "running"]
+    last = ended[-_MAX_FAILED_IN_A_ROW:]
+    nothing_else = len(ended) >= _MAX_FAILED and all(trial.status == "failed" for trial in ended)
+    in_a_row = len(last) == _MAX_FAILED_IN_A_ROW and all(
+        trial.status == "failed" and not trial.reason.startswith(NO_LABELS) for trial in last
+    )
+    return nothing_else or in_a_row
+
+
 def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
     """What is known of mAP over the space after these students; there must be evidence of at least one."""
     found = evidence(trials)
     x = to_unit(search.space, [one.values for one in found])
-    return Curve(x, np.array([one.map50 for one in found]), np.array([one.extra_variance for one in found]))
-
-
-def _is_in(trial: Trial, trials: Sequence[Trial]) -> bool:
-    return any(trial is one for one in trials)
+    return Curve(x, np.array([one.map50 for one in found]), covariance(found))
 
 
 def _sampler(search: Search, seed: int) -> BaseSampler:

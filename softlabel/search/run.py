@@ -25,7 +25,7 @@ from softlabel.labelling.yolo import check_train_args
 from softlabel.search.answer import answer
 from softlabel.search.desk import Desk
 from softlabel.search.groups import launch, words
-from softlabel.search.plan import Plan
+from softlabel.search.plan import Plan, has_failed
 from softlabel.search.trainable import Student
 from softlabel.search.trials import Trial
 from softlabel.search.tuning import Asker, Stopper, Watch
@@ -117,6 +117,8 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
         raise StoreError(
             f"there is a search in {folder}, {state}: add --resume to go on with it, or use another --run-dir"
         )
+    if resume and not (folder / "recipe.yaml").exists() and any(inputs.run_dir.glob("search-*/recipe.yaml")):
+        print(f"the search that is in {inputs.run_dir} is of another recipe: a new one begins")
     _check(inputs)  # what would fail in every student fails here, once and at once
     groups = num_groups(inputs.recipe.execution)
     write_text(folder / "recipe.yaml", dump_recipe(inputs.recipe))
@@ -151,10 +153,19 @@ def _check(inputs: Inputs) -> None:
     if not any(len(target.boxes) for target in truth):
         raise TrainingError(f"no box in the truth of {inputs.val_split}: nothing can be judged by it")
     inputs.job(Trial(0, {}, inputs.recipe.seed, 1.0, "first", 0))
-    for key, dimension in inputs.recipe.search.space.items():
-        for value in dimension.choices or (dimension.min, dimension.max):
-            student = with_values(inputs.recipe, {key: value}).train.student
-            check_train_args(student.args, "train.student", student.model)
+
+
+def check_space(recipe: Recipe) -> None:
+    """Refuse a search space whose values make no student.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
+    space = {key: one.choices or [one.min, one.max] for key, one in recipe.search.space.items()}
+    alone = [{key: value} for key, values in space.items() for value in values]
+    for values in (*alone, {key: values[0] for key, values in space.items()}):
+        student = with_values(recipe, values).train.student
+        check_train_args(student.args, "train.student", student.model)
 
 
 class _Search:
@@ -166,8 +177,9 @@ class _Search:
         self._before = read_json(self._clock) if self._clock.exists() else {"seconds": 0.0, "capacity_s": 0.0}
         trials = [Trial(**read_json(path)) for path in (self.folder / "trials").glob("*.json")]
         trials.sort(key=lambda trial: trial.number)
+        mended = has_failed(trials)  # or nobody would go on with it
         for trial in trials if self._has_time() else []:
-            if trial.reason == _OUT_OF_TIME:
+            if trial.reason == _OUT_OF_TIME or (mended and trial.status == "failed"):
                 trial.status, trial.reason = "running", ""
         self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
         # What leads the search is lost with its driver, and with no other node.
@@ -337,6 +349,8 @@ class _Search:
                 f"no student trained to the end ({len(trials)} begun; {'; '.join(reasons[:3]) or 'the budget ended'}): "
                 "give it a larger --budget with --resume, or correct what failed"
             )
+        if has_failed(trials):
+            print(f"ended by failures in a row, the last: {trials[-1].reason}: correct that, and go on with --resume")
         clock = read_json(self._clock)
         trained = sum(sum(row["seconds"] for row in trial.history) for trial in trials)
         results = {

@@ -53,13 +53,24 @@ def _axis(key: str, dimension: Dimension, num_points: int) -> list[Any]:
 def first_points(recipe: Recipe, f1_confidence: float | None) -> list[Values]:
     """What people would try: the paper's thresholds and the one at which the teacher's own F1 is best.
 
-    Everything else in them is as the recipe has it; thresholds outside the space are left out.
+    Everything else in them is as the recipe has it, or, where that is nothing or outside the space, from the middle of
+    it. Thresholds outside the space are left out.
     """
-    keys = [key for key in recipe.search.space if key.startswith(THRESHOLD)]
-    others = {key: value_of(recipe, key) for key in recipe.search.space if key not in keys}
+    space = recipe.search.space
+    keys = [key for key in space if key.startswith(THRESHOLD)]
+    others = {key: value_of(recipe, key) for key in space if key not in keys}
+    others = {
+        key: value if contains({key: space[key]}, {key: value}) else _middle(key, space[key])
+        for key, value in others.items()
+    }
     asked = [*PAPER_THRESHOLDS, *([] if f1_confidence is None else [round(f1_confidence, 3)])]
     points = [{**dict.fromkeys(keys, threshold), **others} for threshold in dict.fromkeys(asked)]
-    return [point for point in points if keys and contains(recipe.search.space, point)]
+    return [point for point in points if keys and contains(space, point)]
+
+
+def _middle(key: str, dimension: Dimension) -> Any:
+    axis = _axis(key, dimension, 3)
+    return axis[len(axis) // 2]
 
 
 def value_of(recipe: Recipe, key: str) -> Any:

@@ -5,14 +5,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softlabel.search.space import Values
 
 Role = Literal["first", "explore", "repeat"]
 Status = Literal["running", "stopped", "finished", "failed"]
 
-_LEAST_EXTRA_SD = 0.005  # of a value that is an estimate: a handful of differences may agree by chance
-_UNKNOWN_GAIN = 0.5  # what was stopped for being behind need not gain what the others did: standard deviation, share
+# Of what full students gain after an age, as standard deviations. In the grids of benchmarks/RESULTS.md gains differed
+# by 0.04 to 0.2 of it between seeds and by 0.14 to 0.38 between thresholds; the worse half gained a third less or more.
+_SPREAD = 0.25
+_SPREAD_COUNTS = 2  # as so many students: two or three that agree do so by chance
+_BEHIND = 0.3
+_LEAST_SD = 0.005
 
 
 @dataclass
@@ -62,12 +67,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a student says of a full one of its values: mAP50, and the variance of saying so (0: it is one)."""
+    """What a student says of a full one of its values: mAP50, and the variance of saying so (0: it is one).
+
+    ``shared_variance`` is of what all of ``stage`` (tiles, epochs to do and done) may be mistaken by together: how much
+    those gain that were stopped. ``own_variance`` is of the rest.
+    """
 
     number: int
     values: Values
     map50: float
-    extra_variance: float
+    own_variance: float = 0.0
+    shared_variance: float = 0.0
+    stage: tuple[float, int, int] | None = None
 
 
 def evidence(trials: Sequence[Trial]) -> list[Evidence]:
@@ -79,22 +90,40 @@ def evidence(trials: Sequence[Trial]) -> list[Evidence]:
     """
     usable = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.history]
     full = [trial for trial in usable if trial.is_full]
-    found = [Evidence(trial.number, trial.values, trial.best(), 0.0) for trial in full]
+    found = [Evidence(trial.number, trial.values, trial.best()) for trial in full]
     for trial in usable:
         if not trial.is_full and (gains := _gains(trial, full, usable)):
-            gain = float(np.mean(gains))
-            unknown = _UNKNOWN_GAIN * gain if trial.status == "stopped" else 0.0
-            extra = max(float(np.var(gains, ddof=1)), unknown**2, _LEAST_EXTRA_SD**2)
-            found.append(Evidence(trial.number, trial.values, trial.best() + gain, extra))
-    return found or [Evidence(trial.number, trial.values, trial.best(), 0.0) for trial in _oldest(usable)]
+            found.append(_expected(trial, np.array(gains)))
+    return found or [Evidence(trial.number, trial.values, trial.best()) for trial in _oldest(usable)]
+
+
+def covariance(found: Sequence[Evidence]) -> NDArray[np.float64]:
+    """(N, N) of what the evidence may be mistaken by: students of one stage together, and each by itself."""
+    same = np.array([[a.stage is not None and a.stage == b.stage for b in found] for a in found])
+    shared = np.sqrt([one.shared_variance for one in found])
+    return np.where(same, np.outer(shared, shared), 0.0) + np.diag([one.own_variance for one in found])
+
+
+def _expected(trial: Trial, gains: NDArray[np.float64]) -> Evidence:
+    gain, count = float(gains.mean()), len(gains)
+    squares = _SPREAD_COUNTS * (_SPREAD * gain) ** 2 + float(((gains - gain) ** 2).sum())
+    own = max(squares / (_SPREAD_COUNTS + count - 1), _LEAST_SD**2)
+    behind = _BEHIND * gain if trial.status == "stopped" else 0.0
+    stage = (trial.subset, trial.epochs, trial.epoch)
+    return Evidence(trial.number, trial.values, trial.best() + gain, own, own / count + behind**2, stage)
 
 
 def _gains(trial: Trial, full: list[Trial], usable: list[Trial]) -> list[float]:
     """What others gained from where this one ended."""
     if trial.subset == 1:
-        gains = [other.best() - other.best(trial.epoch) for other in full if other.epoch > trial.epoch]
+        alike = [other for other in full if other.epochs == trial.epochs and other.epoch > trial.epoch]
+        gains = [other.best() - other.best(trial.epoch) for other in alike]
     else:
-        alike = [other for other in usable if other.subset == trial.subset and other.epoch >= trial.epoch]
+        alike = [
+            other
+            for other in usable
+            if (other.subset, other.epochs) == (trial.subset, trial.epochs) and other.epoch >= trial.epoch
+        ]
         gains = [
             other.best() - small.best(trial.epoch) for small in alike for other in full if other.values == small.values
         ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from softlabel.labelling.run import label
 from softlabel.labelling.teachers import recipe_label_job
 from softlabel.search.desk import Desk
 from softlabel.search.run import Inputs, num_groups, search
+from softlabel.search_experiment import search_experiment
 from softlabel.store import is_done, read_json
 from softlabel.training.job import scaling
 from softlabel.training.targets import STATE
@@ -183,7 +185,38 @@ def test_a_search_that_is_there_is_not_begun_again(eventful_search):
 def test_nothing_but_failures_is_an_error_that_says_why(weights, tiles, store, tmp_path):
     recipe = searched(weights, 8, space={KEY: {"choices": [1.0]}})
     with pytest.raises(TrainingError, match=r"no student trained to the end .*no soft label of .* is above"):
-        search(inputs(recipe, tmp_path, tiles, store), None, resume=False)
+        search(asked := inputs(recipe, tmp_path, tiles, store), None, resume=False)
+    before = [path.stat().st_mtime_ns for path in asked.folder.glob("trials/*.json")]
+    with pytest.raises(TrainingError, match=r"no student trained to the end .*no soft label of .* is above"):
+        search(asked, None, resume=True)  # somebody may have mended what it was
+    after = [path.stat().st_mtime_ns for path in asked.folder.glob("trials/*.json")]
+    assert len(after) == len(before) == 5 and not set(after) & set(before)
+
+
+def test_what_the_space_names_wrongly_is_said_before_anything_is_made(tmp_path):
+    recipe = tiny_recipe(search={"space": {f"{KEY}.cars": LOW}})
+    with pytest.raises(RecipeError, match=r"train\.threshold names car, plane, ship, cars"):
+        search_experiment(recipe, tmp_path, None, resume=False)
+    recipe = tiny_recipe(search={"space": {KEY: LOW, f"{KEY}.car": LOW}})
+    with pytest.raises(RecipeError, match=r"train\.threshold"):
+        search_experiment(recipe, tmp_path, None, resume=False)
+    recipe = tiny_recipe(search={"space": {"train.student.args.lr": {"choices": [0.1]}}})
+    with pytest.raises(RecipeError, match=r"args\.lr is no ultralytics train argument"):
+        search_experiment(recipe, tmp_path, None, resume=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_without_truth_in_the_test_split_there_is_an_answer_and_a_word_about_it(weights, tiles, tmp_path, capsys):
+    """Images without a label file are background to YOLO: after hours this must not end in a traceback."""
+    done = tmp_path / tiles.name / "done.json"
+    shutil.copytree(tiles, done.parent)
+    made = read_json(done)
+    made["boxes_by_split"]["test"] = dict.fromkeys(made["boxes_by_split"]["test"], 0)
+    done.write_text(json.dumps(made))
+    search_experiment(searched(weights, 1, stop_early=False), tmp_path, None, resume=False)
+    assert "There is no truth in a test split" in capsys.readouterr().out
+    assert (tmp_path / "search.html").exists() and (tmp_path / "best.safetensors").exists()
 
 
 @pytest.mark.long

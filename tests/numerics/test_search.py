@@ -27,7 +27,7 @@ def data(num=12, noise=NOISE, seed=0):
 def test_one_model_is_scikit_learns():
     x, y, extra = data()
     model, at = _Model(0.4, 0.08, 0.02, 1.0), np.linspace(0, 1, 30)[:, None]
-    curve = Curve(x, y, extra)
+    curve = Curve(x, y, np.diag(extra))
     kernel = ConstantKernel(_MEAN_SD**2) + ConstantKernel(model.height**2) * Matern(model.length, nu=2.5)
     reference = GaussianProcessRegressor(kernel, alpha=model.noise**2 + extra, optimizer=None).fit(x, y - y.mean())
     mean, covariance = reference.predict(at, return_cov=True)
@@ -38,7 +38,7 @@ def test_one_model_is_scikit_learns():
 
 def test_weights_are_marginal_likelihoods():
     x, y, extra = data(6)
-    curve = Curve(x, y, extra)
+    curve = Curve(x, y, np.diag(extra))
     for a, b in zip(curve._models, curve._models[1:], strict=False):
         if a.length and b.length:
             logs = []
@@ -50,11 +50,28 @@ def test_weights_are_marginal_likelihoods():
 
 
 def test_samples_have_the_curve_s_mean_and_spread():
-    curve, at = Curve(*data()), np.linspace(0, 1, 20)[:, None]
+    x, y, extra = data()
+    curve, at = Curve(x, y, np.diag(extra)), np.linspace(0, 1, 20)[:, None]
     mean, sd = curve.mean_and_sd(at)
     samples = curve.sample(at, 20_000, np.random.default_rng(0))
     np.testing.assert_allclose(samples.mean(axis=0), mean, atol=0.002)
     np.testing.assert_allclose(samples.std(axis=0), sd, rtol=0.1, atol=0.001)
+
+
+def test_an_error_that_some_share_moves_their_level_and_not_their_shape():
+    """By the formula of a Gaussian's condition, the level of half of them unknown."""
+    x, y, extra = data()
+    half = np.arange(len(x)) < len(x) // 2
+    shared = np.diag(extra) + 1e4 * np.outer(half, half)
+    curve, lifted = Curve(x, y, shared), Curve(x, y + 0.3 * half, shared)
+    at = np.linspace(0, 1, 30)[:, None]
+    np.testing.assert_allclose(curve.mean_and_sd(at)[0], lifted.mean_and_sd(at)[0], atol=1e-3)
+    model = _Model(0.4, 0.08, 0.02, 1.0)
+    kernel = ConstantKernel(_MEAN_SD**2) + ConstantKernel(model.height**2) * Matern(model.length, nu=2.5)
+    inverse = np.linalg.inv(kernel(x) + model.noise**2 * np.eye(len(x)) + shared)
+    mean, covariance = curve._posterior(model, at)
+    np.testing.assert_allclose(mean, kernel(at, x) @ inverse @ (y - y.mean()), atol=1e-6)
+    np.testing.assert_allclose(covariance, kernel(at) - kernel(at, x) @ inverse @ kernel(at, x).T, atol=1e-6)
 
 
 def bump(t, at, width):
@@ -117,8 +134,24 @@ def test_a_flat_curve_is_called_flat(is_long):
     assert np.mean(flat) >= 0.85
 
 
-def test_a_curve_with_a_peak_is_not_called_flat():
-    assert not any(simulated_search(CURVES["low peak"], seed)[0]["flat"] for seed in range(4))
+@pytest.mark.parametrize("name", ["low peak", "steep fall"])
+def test_a_curve_with_a_peak_is_not_called_flat(name, is_long):
+    num = 20 if is_long else 4
+    assert not any(simulated_search(CURVES[name], seed)[0]["flat"] for seed in range(num))
+
+
+def test_what_was_stopped_early_narrows_the_interval(is_long):
+    """Most students are stopped; if their differences counted for nothing the interval would be the whole range."""
+    lines = [found["lines"][KEY] for _, found in searches(40 if is_long else 15)]
+    assert np.mean([line["peak_high"] - line["peak_low"] for line in lines]) < 0.6
+
+
+def test_the_gain_over_what_it_is_compared_with_is_in_its_interval(is_long):
+    found = [
+        (curve, one["values"][KEY], row) for curve, one in searches(40 if is_long else 15) for row in one["against"]
+    ]
+    gains = [(curve(best) - curve(row["values"][KEY]), row["gain"]) for curve, best, row in found]
+    assert np.mean([gain["low"] <= true <= gain["high"] for true, gain in gains]) >= 0.8
 
 
 def test_stopping_early_saves_epochs():

@@ -82,6 +82,11 @@ def test_a_flat_curve_is_said_to_be_flat():
     assert any("flat within noise" in sentence for sentence in sentences(made(lambda t: 0.5, noise=0.02)))
 
 
+def test_without_truth_in_the_test_split_it_says_so(peaked):
+    said = format_answer({**peaked, "test": []})
+    assert "There is no truth in a test split" in said and "On the test split" not in said
+
+
 def test_one_value_says_nothing_of_others(peaked):
     alone = {**peaked, "answer": {**peaked["answer"], "compared": 1}}
     assert "whether one is better is not known" in format_answer(alone)

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 from conftest import tiny_recipe
 
-from softlabel.search.plan import Plan
+from softlabel.errors import NO_LABELS
+from softlabel.search.plan import Plan, has_failed
 from softlabel.search.trials import Trial
 
 KEY = "train.threshold"
@@ -116,6 +117,19 @@ def test_a_student_that_leads_does_not_wait():
     assert second.epoch == 2
 
 
+def test_of_several_that_wait_in_the_end_one_is_completed():
+    """While it trains another group asks too."""
+    plan = Plan(made(3, stop_early=True, grace_epochs=1, reduction_factor=9, explore=1.0), [], None, None)
+    for reached in (0.4, 0.6, 0.5):
+        train(plan, plan.next(0.0), reached)
+    assert {trial.status for trial in plan.trials} == {"stopped"}
+    leader = plan.next(0.0)
+    assert leader.best() == max(trial.best() for trial in plan.trials) and plan.until(leader) is None
+    assert plan.next(0.0) is None
+    train(plan, leader, 0.6)
+    assert plan.next(0.0) is None and plan.is_over(0.0)
+
+
 def test_where_nobody_has_found_anything_nobody_waits():
     plan = Plan(with_rungs(6, explore=1.0), [], None, None)
     train(plan, trial := plan.next(0.0), 0.09)  # 0.03 after the first epoch, 0.06 after the second
@@ -176,18 +190,63 @@ def test_only_failures_end_the_search():
     for _ in range(5):
         trial = plan.next(0.0)
         trial.status, trial.reason = "failed", "no such thing"
-    assert plan.has_failed() and plan.next(0.0) is None
+    assert has_failed(plan.trials) and plan.next(0.0) is None
+
+
+@pytest.mark.parametrize(("reason", "begun"), [("OSError: No space left on device", 13), (f"{NO_LABELS}: none", 30)])
+def test_failures_in_a_row_end_the_search_if_labels_were_there(reason, begun):
+    """A disk that is full is no reason to go through all students."""
+    plan = Plan(made(30), [], None, None)
+    while trial := plan.next(0.0):
+        if trial.number < 3:
+            train(plan, trial, peak(trial))
+        else:
+            trial.status, trial.reason = "failed", reason
+    assert len(plan.trials) == begun and plan.is_over(0.0)
 
 
 def test_a_failure_among_others_is_passed_over():
     plan = Plan(made(20), [], None, None)
     for _ in range(20):
         trial = plan.next(0.0)
-        trial.status = "failed" if trial.values[KEY] > 0.6 else "finished"
+        trial.status, trial.reason = ("failed", NO_LABELS) if trial.values[KEY] > 0.6 else ("finished", "")
         trial.history = [{"epoch": 1, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
     assert all(trial.values[KEY] <= 0.6 for trial in plan.trials if trial.role == "repeat")
     asked = [trial.status for trial in plan.trials if trial.role == "explore"]
     assert asked[len(asked) // 2 :].count("failed") <= 1  # the sampler has learned where nothing is to be had
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_that_died_at_a_threshold_does_not_drive_the_sampler_from_it(seed):
+    recipe = made(16, sampler="gp", explore=1.0).model_copy(update={"seed": seed})
+    plan = Plan(recipe, [], 0.37, None)
+    while trial := plan.next(0.0):
+        if trial.number == 9:
+            trial.status, trial.reason = "failed", "its workers died 3 times"
+        else:
+            train(plan, trial, peak(trial))
+    late = [abs(trial.values[KEY] - 0.4) for trial in plan.trials[10:]]
+    assert sum(late) / len(late) < 0.1, late
+
+
+def test_a_value_that_never_trains_is_learned():
+    optimizer = "train.student.args.optimizer"
+    space = {KEY: {"min": 0.05, "max": 0.95}, optimizer: {"choices": ["SGD", "NoSuchOptimizer"]}}
+    plan = Plan(made(24, space=space, explore=1.0), [], None, None)
+    while trial := plan.next(0.0):
+        if trial.values[optimizer] == "SGD":
+            train(plan, trial, peak(trial))
+        else:
+            trial.status, trial.reason = "failed", "NotImplementedError: NoSuchOptimizer"
+    assert [trial.status for trial in plan.trials[12:]].count("failed") <= 3
+
+
+@pytest.mark.parametrize("budget_s", [40.0, 80.0])
+def test_a_grid_too_large_for_its_time_ends_with_students_in_full(budget_s):
+    plan = Plan(made(200, sampler="grid", grid_points=81, stop_early=True, grace_epochs=1), [], None, budget_s)
+    while (trial := plan.next(now := sum(trial.seconds for trial in plan.trials))) and now < budget_s:
+        train(plan, trial, peak(trial))
+    assert any(trial.is_full for trial in plan.trials) and any(trial.role == "repeat" for trial in plan.trials)
 
 
 def test_time_moves_on_to_repeating_and_ends_before_the_last_student_would_be_cut_off():

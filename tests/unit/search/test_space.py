@@ -57,6 +57,17 @@ def test_the_first_points_are_the_papers_and_the_teachers_within_the_space():
     ]
 
 
+def test_the_first_points_take_what_the_recipe_leaves_open_from_the_middle():
+    space = {
+        "train.threshold": {"min": 0.05, "max": 0.95},
+        "train.student.args.lr0": {"min": 0.001, "max": 0.003},
+        "train.student.args.epochs": {"choices": [5, 7, 9]},
+    }
+    others = {"train.student.args.lr0": 0.002, "train.student.args.epochs": 7}
+    found = first_points(tiny_recipe(search={"space": space}), None)
+    assert found == [{"train.threshold": 0.3, **others}, {"train.threshold": 0.5, **others}]
+
+
 def test_values_make_a_recipe():
     recipe = with_values(tiny_recipe(), {"train.threshold.ship": 0.7, "train.student.args.epochs": 9})
     assert recipe.train.threshold == {"car": 0.3, "plane": 0.3, "ship": 0.7}
