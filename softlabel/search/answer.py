@@ -28,7 +28,7 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         ``values``; ``map50`` (what a student of these values is expected to reach on the validation split, with a 90 %
         interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
         seeds); ``compared`` (of how many values the students got far enough to compare them); ``flat_probability`` and
-        ``flat`` (with at least 0.6, mAP depends on nothing that was varied; one value says nothing of that);
+        ``flat`` (with at least 0.6, mAP depends on nothing that was varied; by one value alone it is 0.5);
         ``lines``: per varied key the values of a line through the best, up to where no label is left, with mean, low,
         high and the 90 % interval of where the peak is (ranges only); ``against``: per reference at which a label
         is left the probability that the best beats it, the gain and its 90 % interval.
@@ -52,7 +52,7 @@ def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]
         "noise": curve.noise,
         "flat_probability": curve.flat_probability,
         "compared": compared,
-        "flat": bool(compared > 1 and curve.flat_probability > _FLAT),
+        "flat": bool(curve.flat_probability > _FLAT),
         "lines": {key: _line(search, curve, best, key, trials, rng) for key in search.space},
         "against": [
             _against(search, curve, best, values, complete, rng)
