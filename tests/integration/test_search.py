@@ -290,6 +290,16 @@ def test_what_does_not_fit_is_refused_at_once():
         num_groups(Execution(cpus_per_worker=9))
 
 
+def test_to_resume_another_recipe_s_search_is_said_to_begin_a_new_one(weights, tiles, store, tmp_path, capsys):
+    earlier = inputs(searched(weights, 1, grace_epochs=2), tmp_path, tiles, store)
+    earlier.folder.mkdir()
+    (earlier.folder / "recipe.yaml").touch()
+    recipe = searched(weights, 1).model_copy(update={"execution": Execution(cpus_per_worker=9)})
+    with pytest.raises(RecipeError, match="lower execution"):  # which is as far as it needs to go
+        search(inputs(recipe, tmp_path, tiles, store), None, resume=True)
+    assert "is of another recipe: a new one begins" in capsys.readouterr().out
+
+
 def test_small_students_share_a_gpu():
     """With GPUs that Ray only counts: the session's Ray has two, and three CPUs."""
     half = Execution(gpus_per_worker=0.5, cpus_per_worker=0.25)
