@@ -24,6 +24,10 @@ class SceneError(SoftlabelError):
         self.retryable = retryable
 
 
+class NoValidPixelError(SceneError):
+    """A tile, or a whole scene, is nodata, transparent or NaN throughout: nothing to see there, and nothing wrong."""
+
+
 class StoreError(SoftlabelError):
     """A store is missing, was made by something else, or does not balance."""
 

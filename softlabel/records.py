@@ -19,8 +19,9 @@ TRUTH_BOX = pa.struct(
     ]
 )
 """One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
-(0, 1]; ``ignore`` is set below the recipe's ``min_visible`` and for COCO crowds: such a box is left out of training
-and neither rewards nor punishes a detection in evaluation."""
+(0, 1]; ``ignore`` is set below the recipe's ``min_visible``, for COCO crowds and for boxes whose class cannot be used:
+such a box is left out of training and neither rewards nor punishes a detection in evaluation. ``class_id`` is -1 where
+nobody knows the class: it is ignored as every class."""
 
 TILES = pa.schema(
     [
@@ -45,7 +46,8 @@ they are not known; ``window`` is (column, row, width, height) in scene pixels; 
 ``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
 scene's affine (a, b, c, d, e, f), null without a CRS."""
 
-LABELLED, REJECTED = "labelled", "rejected"
+LABELLED, EMPTY, REJECTED = "labelled", "empty", "rejected"
+"""What became of a tile. ``empty`` has no valid pixel: it is no error, and no example of background either."""
 LOSS_NAMES = b"softlabel.losses"
 """Schema metadata of a store with losses: for each term the loss it is part of, comma-separated, in the order of the
 column; terms of one name add up."""

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from softlabel.errors import StoreError
 from softlabel.records import TILES
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term; 3: tiles know their
-scene's stamp, teachers their engine."""
+scene's stamp, teachers their engine; 4: pixels as a person sees them, empty tiles, truth of unknown class."""
 DONE = "done.json"
 STORE = "store.json"
 """What a store of soft labels was made from."""

@@ -16,6 +16,7 @@ GROUND = {
     "softlabel.config",
     "softlabel.records",
     "softlabel.boxes",
+    "softlabel.progress",
     "softlabel.calibration",
     "softlabel.store",
 }
