@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from softlabel.boxes import iou_matrix
 from softlabel.config import Recipe, load_recipe
+from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.run import tile
-from softlabel.imagery.scenes import list_scenes
 from softlabel.labelling.header import read_header
 from softlabel.labelling.run import KEEP_MEMORY
 from softlabel.labelling.weights import load_model

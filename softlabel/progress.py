@@ -1,8 +1,8 @@
-"""Progress of long work: a bar on a terminal; in a file or a pipe, where a bar is one endless line, a line now and then."""
+"""Progress of long work: a bar on a terminal; in a file or a pipe, where a bar is one endless line, lines."""
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
 
 class _Lines(tqdm):
     @staticmethod
-    def status_printer(file: IO[str]) -> Callable[[str], None]:
+    def status_printer(file: Any) -> Callable[[str], None]:
         """Whole lines, where tqdm begins each with a carriage return."""
 
         def write(text: str) -> None:

@@ -1,6 +1,6 @@
 """The Arrow schemas of what passes between the steps, and the row types that go with them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ column; terms of one name add up."""
 
 
 def soft_labels_schema(num_classes: int) -> pa.Schema:
-    """One row per tile asked for, labelled (maybe with no boxes) or rejected with a reason.
+    """One row per tile asked for: labelled (maybe with no boxes), empty, or rejected with a reason.
 
     ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
     to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``saturated`` says that
@@ -144,8 +144,10 @@ def soft_labels_table(
     losses: Sequence[list[float] | None],
     reasons: Sequence[str | None],
     retryable: Sequence[bool],
+    empty: Collection[str] = (),
 ) -> pa.Table:
-    """Rows of ``soft_labels_schema``, one per tile; a tile with a reason is a rejected one.
+    """Rows of ``soft_labels_schema``, one per tile; a tile with a reason is a rejected one, ``empty`` are ids of tiles
+    without a valid pixel.
 
     Built from whole arrays: a list per box costs more than finding the box where there are many classes.
     """
@@ -163,7 +165,10 @@ def soft_labels_table(
         "objectness": [one.objectness for one in found],
         "saturated": [one.saturated for one in found],
         "losses": list(losses),
-        "status": [REJECTED if reason else LABELLED for reason in reasons],
+        "status": [
+            REJECTED if reason else EMPTY if tile_id in empty else LABELLED
+            for tile_id, reason in zip(tile_ids, reasons, strict=True)
+        ],
         "reason": [reason or None for reason in reasons],
         "retryable": [bool(reason) and retry for reason, retry in zip(reasons, retryable, strict=True)],
     }

@@ -93,14 +93,14 @@ def write_table(path: Path, table: pa.Table) -> None:
     commit(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read one Parquet file of this project.
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file of this project, all of its columns or some.
 
     Raises:
         StoreError: It is missing or broken.
     """
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
         table.validate(full=True)  # else text that is not UTF-8 fails later, where rows are made of it
         return table
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:06d}.parquet"
 
 
-def read_shards(folder: Path) -> Iterator[pa.Table]:
+def read_shards(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The shards of a finished labelling step, in order.
 
     Raises:
@@ -172,7 +172,7 @@ def read_shards(folder: Path) -> Iterator[pa.Table]:
     """
     summary(folder)
     for path in sorted(folder.glob("shard-*.parquet")):
-        yield read_table(path)
+        yield read_table(path, columns)
 
 
 def read_soft_labels(folder: Path) -> Iterator[dict]:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from softlabel.config import Execution, Recipe
-from softlabel.imagery.scenes import describe_scene, list_scenes
+from softlabel.imagery.listing import list_scenes
+from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
 
 _SAMPLE = 20

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from softlabel import store
 from softlabel.config import Recipe, Split, TruthSource, dump_recipe
 from softlabel.errors import RecipeError
-from softlabel.imagery import scenes as scene_files
 from softlabel.imagery import synthetic, tiles
 from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, load_scenes, rejected_truth, set_splits
+from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
 from softlabel.records import TILES
 from softlabel.store import SHARD_TILES, TILES_FILE
@@ -68,7 +68,7 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
     """
     _check_stretch(recipe)
     spec, source = _inputs(recipe, run_dir)
-    listed = scene_files.list_scenes(spec)
+    listed = list_scenes(spec)
     step = store.step_dir(run_dir, "tiles", _fingerprint(recipe, listed, source))
     if not store.is_done(step):
         _write_step(recipe, listed, source, step)
@@ -155,7 +155,7 @@ def _scene_columns(recipe: Recipe, scene: Scene) -> dict[str, Any]:
         "scene_id": scene.scene_id,
         "scene_uri": scene.uri,
         "scene_stamp": scene.info.stamp,
-        "bands": recipe.tiles.bands,
+        "bands": scene.info.bands,
         "stretch": scene.info.stretch,
         "split": scene.split,
         "group": scene.group,

@@ -1,34 +1,33 @@
-"""Scenes: finding them, describing them, reading one tile's pixels. The only file that knows rasterio.
+"""Scenes: describing them, reading one tile's pixels.
 
-EXIF rotation is not applied: boxes and pixels are both in the file's own orientation. Sidecar files (.aux.xml, .ovr,
-world files) are not looked for, so that a scene reads the same from a folder and from an object store.
+Pixels are read as a person sees them: upright (EXIF orientation), a palette by its colours, few bits scaled up, white
+as white. Truth is drawn on what is seen, and so other programs read them. Sidecar files (.aux.xml, .ovr, world files)
+are not looked for, so that a scene reads the same from a folder and from an object store.
 """
 
-import glob
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-import cv2
 import numpy as np
-import pyarrow as pa
 import pyarrow.fs
 import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import Interleaving, MaskFlags
+from rasterio.enums import Interleaving
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from softlabel.errors import SceneError
+from softlabel.errors import NoValidPixelError, SceneError
+from softlabel.imagery.encoding import choose_bands, encoding, has_mask, is_8_bit, orientation
+from softlabel.imagery.georeference import georeference
+from softlabel.imagery.listing import has_scheme
+from softlabel.imagery.pixels import ORIENTATIONS, UPRIGHT, apply_palette, to_rgb8, valid_pixels
 
-SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png")
 PERCENTILES = (2, 98)
 _SAMPLE_PX = 1024
 _CACHE_BYTES, _MAX_CACHE_BYTES = 64_000_000, 256_000_000
@@ -51,34 +50,27 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 @dataclass(frozen=True)
 class SceneInfo:
-    """What a tile row repeats of its scene. ``transform`` is (a, b, c, d, e, f), null without a CRS."""
+    """What a tile row repeats of its scene, and what its user is told.
+
+    Attributes:
+        width: In pixels, as seen, and so is ``height``.
+        crs: Null where it has no place that is known; then ``unplaced`` may say why.
+        transform: (a, b, c, d, e, f), null without a CRS.
+        stretch: Raw values that become 0 and 255, null for 8 bit.
+        stamp: `scene_stamp`.
+        bands: Those read as red, green, blue.
+        orientation: EXIF's, 1 (upright) to 8.
+    """
 
     width: int
     height: int
     crs: str | None
     transform: tuple[float, ...] | None
+    unplaced: str | None
     stretch: tuple[float, float] | None
     stamp: str | None
-
-
-def list_scenes(spec: str) -> list[tuple[str, str]]:
-    """All images of a folder (with those below it), of a glob, or one image, local or on an object store.
-
-    Returns:
-        (scene_id, uri) pairs sorted by scene_id, which is the path below the folder or below the glob's fixed part;
-        for one image its name. Local uris are absolute paths. A single image may have any suffix, others are taken
-        by theirs: .tif .tiff .jpg .jpeg .png in any case.
-
-    Raises:
-        SceneError: There is none.
-    """
-    try:
-        found = _list_remote(spec) if _has_scheme(spec) else _list_local(spec)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise SceneError(f"cannot list scenes at {spec} ({error}): check tiles.scenes and your access") from None
-    if not found:
-        raise SceneError(f"no scenes at {spec}: give tiles.scenes a folder, glob or file of {' '.join(SUFFIXES)}")
-    return sorted(found)
+    bands: tuple[int, ...]
+    orientation: int
 
 
 def scene_stamp(uri: str) -> str | None:
@@ -90,7 +82,7 @@ def scene_stamp(uri: str) -> str | None:
     if uri.startswith(("http://", "https://", "/vsi")):
         return None
     with _scene_errors(uri):
-        if not _has_scheme(uri):
+        if not has_scheme(uri):
             found = os.stat(uri)
             return f"{found.st_size} bytes of {found.st_mtime_ns} ns"
         system, path = pyarrow.fs.FileSystem.from_uri(uri)
@@ -108,22 +100,23 @@ def describe_scene(uri: str, bands: Sequence[int], stretch: tuple[float, float] 
 
     Args:
         uri: A local path or what GDAL can open.
-        bands: The 1-based bands that tiles will read.
+        bands: The 1-based bands that tiles will read; a grey image has one in place of the usual 1, 2, 3.
         stretch: Raw values mapped to 0 and 255. None leaves 8 bit as it is; other scenes get the 2nd and 98th
             percentile over all ``bands`` of the valid pixels, seen at about 1,024 px: one range for the whole scene,
             or tiles and colours would not match.
 
     Raises:
-        SceneError: It cannot be opened, is cut short, lacks a band, or holds no valid pixel.
+        SceneError: It cannot be opened, is cut short, or lacks a band.
     """
     stamp = scene_stamp(uri)  # before the first look: a scene replaced meanwhile must not pass for what was seen
     with _open(uri) as dataset:
-        _check_bands(uri, dataset, bands)
-        dataset.read(list(bands), window=Window(dataset.width - 1, dataset.height - 1, 1, 1))
-        crs = dataset.crs.to_string() if dataset.crs else None
-        transform = tuple(float(value) for value in dataset.transform[:6]) if crs else None
-        found = _find_stretch(uri, dataset, bands, stretch)
-        return SceneInfo(dataset.width, dataset.height, crs, transform, found, stamp)
+        chosen = choose_bands(dataset, bands)
+        _check_bands(uri, dataset, chosen)
+        dataset.read(list(chosen), window=Window(dataset.width - 1, dataset.height - 1, 1, 1))
+        turned = orientation(uri, dataset)
+        width, height = ORIENTATIONS[turned].size(dataset.width, dataset.height)
+        found = _find_stretch(uri, dataset, chosen, stretch)
+        return SceneInfo(width, height, *georeference(dataset), found, stamp, chosen, turned)
 
 
 class TileReader:
@@ -136,6 +129,7 @@ class TileReader:
     def __init__(self) -> None:
         self._uri: str | None = None
         self._dataset: Any = None
+        self._orientation = UPRIGHT
         self._cache_bytes = _CACHE_BYTES
 
     def read(self, row: dict) -> NDArray[np.uint8]:
@@ -149,23 +143,41 @@ class TileReader:
             (height, width, 3) uint8, red, green, blue as the row's ``bands`` say; 0 where there is no data.
 
         Raises:
-            SceneError: The scene is missing, cut short or no longer what it was, or the tile has no valid pixel;
-                ``retryable`` where the scene is remote and trying again may help.
+            NoValidPixelError: All of the tile is nodata, transparent or NaN.
+            SceneError: The scene is missing, cut short or no longer what it was; ``retryable`` where it is remote and
+                trying again may help.
         """
-        uri, window = row["scene_uri"], Window(*row["window"])
+        with self._dataset_of(row) as dataset:
+            coded = encoding(dataset, row["bands"][0])
+            window = Window(*self._stored_window(row, dataset))
+            bands = row["bands"][:1] if coded.palette else row["bands"]
+            pixels = dataset.read(list(bands), window=window, masked=has_mask(dataset))
+            self._cache_bytes = _cache_bytes(dataset, window)
+        pixels = self._orientation.upright(pixels)
+        valid = valid_pixels(pixels) if np.ma.is_masked(pixels) or pixels.dtype.kind == "f" else None
+        if coded.palette:
+            pixels, opaque = apply_palette(pixels, coded.palette)
+            valid = opaque if valid is None else valid & opaque
+        if valid is not None and not valid.any():
+            raise NoValidPixelError(f"tile at {list(row['window'])} of scene {row['scene_uri']} has no valid pixel")
+        return to_rgb8(pixels, row["stretch"], valid, coded)
+
+    def is_empty(self, row: dict) -> bool:
+        """Whether a tile has no valid pixel; its pixels are read only where the scene can lack some.
+
+        Raises:
+            SceneError: As for `read`.
+        """
+        with self._dataset_of(row) as dataset:
+            band = row["bands"][0]
+            whole = dataset.dtypes[band - 1][0] in "ui" and not has_mask(dataset)
+            if whole and not encoding(dataset, band).palette:
+                return False
         try:
-            self._check_stamp(uri, row["scene_stamp"])
-            # One Env, its cache sized by the tile before: leaving an inner one would shrink the cache, and empty it.
-            with _scene_errors(uri), rasterio.Env(**{**_GDAL, "GDAL_CACHEMAX": self._cache_bytes}):
-                dataset = self._open(uri)
-                _check_window(uri, dataset, row)
-                pixels = dataset.read(list(row["bands"]), window=window, masked=_has_mask(dataset))
-                self._cache_bytes = _cache_bytes(dataset, window)
-        except SceneError:
-            self.close()  # a second try opens it anew
-            raise
-        _check_valid(uri, pixels, row)
-        return _to_rgb8(pixels, row["stretch"])
+            self.read(row)
+        except NoValidPixelError:
+            return True
+        return False
 
     def close(self) -> None:
         """Close the scene that is open, if one is."""
@@ -173,16 +185,48 @@ class TileReader:
             self._dataset.close()
         self._uri = self._dataset = None
 
-    def _open(self, uri: str) -> Any:
-        if uri != self._uri:
+    @contextmanager
+    def _dataset_of(self, row: dict) -> Iterator[Any]:
+        """The open scene of a tile that it still fits; after an error it is opened anew."""
+        uri = row["scene_uri"]
+        try:
+            self._check_stamp(uri, row["scene_stamp"])
+            # One Env, its cache sized by the tile before: leaving an inner one would shrink the cache, and empty it.
+            with _scene_errors(uri), rasterio.Env(**{**_GDAL, "GDAL_CACHEMAX": self._cache_bytes}):
+                if uri != self._uri:
+                    self._open(uri)
+                self._check_window(row)
+                yield self._dataset
+        except SceneError:
             self.close()
-            self._dataset = rasterio.open(uri)
-            self._uri = uri
-            _check_blocks(uri, self._dataset)
-        return self._dataset
+            raise
+
+    def _open(self, uri: str) -> None:
+        self.close()
+        self._dataset = rasterio.open(uri)
+        self._uri = uri
+        _check_blocks(uri, self._dataset)
+        self._orientation = ORIENTATIONS[orientation(uri, self._dataset)]
+
+    def _stored_window(self, row: dict, dataset: Any) -> tuple[int, int, int, int]:
+        size = self._orientation.size(dataset.width, dataset.height)
+        return self._orientation.stored_window(tuple(row["window"]), *size)
+
+    def _check_window(self, row: dict) -> None:
+        dataset = self._dataset
+        seen_width, seen_height = self._orientation.size(dataset.width, dataset.height)
+        column, top, width, height = row["window"]
+        fits = column + width <= seen_width and top + height <= seen_height and max(row["bands"]) <= dataset.count
+        kind = dataset.dtypes[row["bands"][0] - 1] if fits else ""
+        shown_as_is = fits and is_8_bit(dataset, row["bands"][0])
+        if not fits or (row["stretch"] is None and not shown_as_is) or kind.startswith("complex"):
+            raise SceneError(
+                f"scene {row['scene_uri']} is not what was tiled: {dataset.count} bands of {seen_width}x{seen_height} "
+                f"px {dataset.dtypes[0]}, tile at {list(row['window'])}: tile it again in another --run-dir"
+            )
 
     def _check_stamp(self, uri: str, tiled: str | None) -> None:
-        if tiled is None or (uri == self._uri and _has_scheme(uri)):  # a remote one is asked once, it costs a request
+        if tiled is None or (uri == self._uri and has_scheme(uri)):  # a remote one is asked once, it costs a request
             return
         found = scene_stamp(uri)
         if found != tiled:
@@ -199,46 +243,6 @@ def read_tile(row: dict) -> NDArray[np.uint8]:
     return _process_reader.read(row)
 
 
-def _has_scheme(spec: str) -> bool:
-    return "://" in spec
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _list_local(spec: str) -> list[tuple[str, str]]:
-    root = os.path.abspath(spec)
-    if os.path.isfile(root):
-        return [(os.path.basename(root), root)]
-    if os.path.isdir(root):
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
-    else:
-        paths = [path for path in glob.glob(root, recursive=True) if os.path.isfile(path)]
-        root = _fixed_part(root)
-    return [(Path(path).relative_to(root).as_posix(), path) for path in paths if _is_image(path)]
-
-
-def _fixed_part(pattern: str) -> str:
-    """The folder above the first part of a glob that has a wildcard."""
-    parts = Path(pattern).parts
-    first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return str(Path(*parts[:first]))
-
-
-def _list_remote(spec: str) -> list[tuple[str, str]]:
-    if _is_image(spec) and not glob.has_magic(spec):
-        return [(PurePosixPath(spec).name, spec)]
-    scheme = spec.partition("://")[0]
-    root, pattern = (_fixed_part(spec.partition("://")[2]), spec) if glob.has_magic(spec) else (None, None)
-    folder = f"{scheme}://{root}" if root else spec
-    system, base = pyarrow.fs.FileSystem.from_uri(folder)
-    files = system.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
-    names = [str(PurePosixPath(file.path).relative_to(base)) for file in files if file.is_file and _is_image(file.path)]
-    found = [(name, f"{folder.rstrip('/')}/{name}") for name in names]
-    return [(name, uri) for name, uri in found if pattern is None or fnmatch(uri, pattern)]
-
-
 @contextmanager
 def _scene_errors(uri: str) -> Iterator[None]:
     """Whatever rasterio raises about a scene, as one SceneError line."""
@@ -247,7 +251,7 @@ def _scene_errors(uri: str) -> Iterator[None]:
     except (RasterioError, CPLE_BaseError, OSError, ValueError, MemoryError) as error:
         # rasterio says "see previous exception"; that one has GDAL's own words.
         reason = " ".join(str(error.__cause__ or error).split())
-        remote = _has_scheme(uri) and not uri.startswith("file://")
+        remote = has_scheme(uri) and not uri.startswith("file://")
         raise SceneError(f"cannot read scene {uri}: {reason}", retryable=remote) from error
 
 
@@ -291,17 +295,6 @@ def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:
         raise SceneError(f"scene {uri} has bands of {', '.join(sorted(kinds))}: choose tiles.bands of one real type")
 
 
-def _check_window(uri: str, dataset: Any, row: dict) -> None:
-    column, top, width, height = row["window"]
-    fits = column + width <= dataset.width and top + height <= dataset.height and max(row["bands"]) <= dataset.count
-    kind = dataset.dtypes[row["bands"][0] - 1] if fits else ""
-    if not fits or (row["stretch"] is None and kind != "uint8") or kind.startswith("complex"):
-        raise SceneError(
-            f"scene {uri} is not what was tiled: {dataset.count} bands of {dataset.width}x{dataset.height} px "
-            f"{dataset.dtypes[0]}, tile at {list(row['window'])}: tile it again in another --run-dir"
-        )
-
-
 def _cache_bytes(dataset: Any, window: Window) -> int:
     """Room for the blocks under a row of tiles, and another row of blocks, for all bands where a block holds all."""
     rows = window.height + 3 * max(height for height, _ in dataset.block_shapes)
@@ -310,45 +303,28 @@ def _cache_bytes(dataset: Any, window: Window) -> int:
     return min(max(needed, _CACHE_BYTES), _MAX_CACHE_BYTES)
 
 
-def _check_valid(uri: str, pixels: NDArray, row: dict) -> None:
-    masked = np.ma.is_masked(pixels) and bool(np.ma.getmaskarray(pixels).all())
-    if masked or (pixels.dtype.kind == "f" and not np.isfinite(np.ma.getdata(pixels)).any()):
-        raise SceneError(f"tile at {list(row['window'])} of scene {uri} has no valid pixel: all is nodata or NaN")
-
-
-def _has_mask(dataset: Any) -> bool:
-    return any(MaskFlags.all_valid not in flags for flags in dataset.mask_flag_enums)
-
-
 def _find_stretch(
     uri: str, dataset: Any, bands: Sequence[int], given: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    is_8_bit = dataset.dtypes[bands[0] - 1] == "uint8"
-    if is_8_bit and not _has_mask(dataset):
+    if given is not None or is_8_bit(dataset, bands[0]):
         return given
     for level in range(len(dataset.overviews(bands[0]))):  # the sample comes from one of them
         with rasterio.open(uri, overview_level=level) as overview:
             _check_blocks(uri, overview)
     factor = max(1.0, max(dataset.width, dataset.height) / _SAMPLE_PX)
     shape = (len(bands), max(1, int(dataset.height / factor)), max(1, int(dataset.width / factor)))
-    sample = np.ma.masked_invalid(dataset.read(list(bands), out_shape=shape, masked=True)).compressed()
+    sample = _valid_values(dataset, bands, out_shape=shape)
     if not len(sample):
-        raise SceneError(f"scene {uri} holds no valid pixel: every one is nodata or NaN")
-    if given is not None or is_8_bit:
-        return given
-    low, high = (float(value) for value in np.percentile(sample, PERCENTILES))
+        sample = _first_valid_values(dataset, bands)
+    low, high = (float(value) for value in np.percentile(sample, PERCENTILES)) if len(sample) else (0.0, 1.0)
     return low, high
 
 
-def _to_rgb8(pixels: NDArray, stretch: Sequence[float] | None) -> NDArray[np.uint8]:
-    """(3, H, W) raw, maybe masked, to (H, W, 3) uint8; NaN, infinite and masked values become 0."""
-    values = np.ma.getdata(pixels)
-    if stretch is not None:
-        low, high = stretch
-        # float32 is exact for 16 bit; 32-bit integers and float64 keep their precision.
-        values = values.astype(np.result_type(values.dtype, np.float32))
-        values = np.where(np.isfinite(values), values, low)
-        values = np.rint(np.clip((values - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
-    if np.ma.is_masked(pixels):
-        values = np.where(np.ma.getmaskarray(pixels), np.uint8(0), values)
-    return np.asarray(cv2.merge(list(values)))  # forty times as fast as a transposed copy
+def _valid_values(dataset: Any, bands: Sequence[int], **options: Any) -> NDArray:
+    return np.ma.masked_invalid(dataset.read(list(bands), masked=True, **options)).compressed()
+
+
+def _first_valid_values(dataset: Any, bands: Sequence[int]) -> NDArray:
+    """Of the first block that has any: a few valid pixels fall through a sample."""
+    values = (_valid_values(dataset, bands, window=window) for _, window in dataset.block_windows(bands[0]))
+    return next((found for found in values if len(found)), np.zeros(0))

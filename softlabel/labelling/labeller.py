@@ -21,7 +21,7 @@ from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
 from softlabel.labelling.reading import images_of, tiles_of
 from softlabel.labelling.yolo import YoloDetector
-from softlabel.records import LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
+from softlabel.records import EMPTY, LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
 from softlabel.store import read_table, shard_file, write_table
 
 _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32))
@@ -52,12 +52,13 @@ class Labeller:
             ended = time.time()
             busy_s, self._busy_until = ended - max(began, self._busy_until), ended
         self._commit(labels, index, shard)
-        seen = table.filter(pc.is_null(table["reason"]))
+        seen = table.filter(pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"])))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
         row = {
             "job": index,
             "shard": shard,
             "tiles": len(labels),
+            "empty": pc.sum(pc.equal(labels["status"], EMPTY)).as_py() or 0,
             "rejected": pc.sum(pc.equal(labels["status"], REJECTED)).as_py() or 0,
             "boxes": pc.sum(pc.list_value_length(labels["boxes"])).as_py() or 0,
             "pixels": pixels or 0,
@@ -97,10 +98,11 @@ class Labeller:
         began = time.time()
         tile_ids, images = table["tile_id"].to_pylist(), images_of(table)
         reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
+        empty = set(table.filter(table["empty"])["tile_id"].to_pylist())
         truths = _read_truths(job, shard) if job.with_losses else None
         found: list[Detections] = [_NOTHING] * len(tile_ids)
         losses: list[list[float] | None] = [None] * len(tile_ids)
-        readable = [i for i, reason in enumerate(reasons) if reason is None]
+        readable = [i for i, reason in enumerate(reasons) if reason is None and tile_ids[i] not in empty]
         for group in journal.groups([tile_ids[i] for i in readable]):
             chosen = [readable[i] for i in group]
             verdict = journal.verdict(tile_ids[chosen[0]]) if len(chosen) == 1 else ""
@@ -112,7 +114,7 @@ class Labeller:
                     answers = _detect(detector, [images[i] for i in chosen], drawn, handed_over)
                 for i, (detections, terms) in zip(chosen, answers, strict=True):
                     found[i], losses[i] = detections, terms
-        labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable)
+        labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable, empty)
         if truths is not None:
             names = ",".join(cast(YoloDetector, detector).loss_names())
             labels = labels.replace_schema_metadata({LOSS_NAMES: names})

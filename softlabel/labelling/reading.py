@@ -2,18 +2,20 @@
 
 A row, since Ray Data may put together several blocks, and cut blocks in two, but never a row.
 
-A tile that cannot be read carries its reason instead, and so does one that killed its process before.
+A tile that cannot be read carries its reason instead, and so does one that killed its process before. One without a
+valid pixel is empty: nothing is wrong with it, and there is nothing to see.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.errors import SceneError
+from softlabel.errors import NoValidPixelError, SceneError
 from softlabel.labelling.area import tile_km2
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import READING, Journal
@@ -42,11 +44,11 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         job: Which tiles are asked for.
         store: Its folder, with the journal, and maybe the shard itself: then only what is to be retried is read.
         shard: The shard.
-        read: One tile row to uint8 (H, W, 3); raises SceneError.
+        read: One tile row to uint8 (H, W, 3); raises SceneError, NoValidPixelError for an empty tile.
 
     Returns:
         One row: job, shard, and for `tiles_of` lists with a value per tile: its id, height, width, pixels, km2, reason
-        (null where it was read) and retryable.
+        (null where it was read), retryable and empty.
     """
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
     path = shard_file(store, shard)
@@ -54,12 +56,9 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         again = retryable_ids(read_table(path))
         rows = [row for row in rows if row["tile_id"] in again]
     journal = Journal(store, shard, READING)
-    images, reasons, retryable = [], [], []
-    for group in journal.groups([row["tile_id"] for row in rows]):
-        for image, reason, retry in _read_group([rows[i] for i in group], journal, read):
-            images.append(image)
-            reasons.append(reason)
-            retryable.append(retry)
+    groups = journal.groups([row["tile_id"] for row in rows])
+    seen = [one for group in groups for one in _read_group([rows[i] for i in group], journal, read)]
+    images = [one.image for one in seen]
     tiles = pa.table(
         {
             "tile_id": pa.array([row["tile_id"] for row in rows], pa.string()),
@@ -67,8 +66,9 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
             "width": pa.array([image.shape[1] for image in images], pa.int32()),
             "pixels": _binary(images),
             "km2": pa.array([tile_km2(row) for row in rows], pa.float64()),
-            "reason": pa.array([reason or None for reason in reasons], pa.string()),
-            "retryable": pa.array(retryable, pa.bool_()),
+            "reason": pa.array([one.reason or None for one in seen], pa.string()),
+            "retryable": pa.array([one.retryable for one in seen], pa.bool_()),
+            "empty": pa.array([one.empty for one in seen], pa.bool_()),
         }
     )
     lists = {name: _as_list(tiles[name].chunk(0)) for name in tiles.column_names}
@@ -100,19 +100,30 @@ def retryable_ids(labels: pa.Table) -> set[str]:
     return set(again["tile_id"].to_pylist())
 
 
-def _read_group(rows: list[dict], journal: Journal, read: Callable[[dict], Image]) -> list[tuple[Image, str, bool]]:
+class _Seen(NamedTuple):
+    """A tile's pixels, or why there are none."""
+
+    image: Image
+    reason: str = ""
+    retryable: bool = False
+    empty: bool = False
+
+
+def _read_group(rows: list[dict], journal: Journal, read: Callable[[dict], Image]) -> list[_Seen]:
     verdict = journal.verdict(rows[0]["tile_id"]) if len(rows) == 1 else ""
     if verdict:
-        return [(_NO_PIXELS, verdict, False)]
+        return [_Seen(_NO_PIXELS, verdict)]
     with journal.in_hand([row["tile_id"] for row in rows]):
         return [_read_tile(row, read) for row in rows]
 
 
-def _read_tile(row: dict, read: Callable[[dict], Image]) -> tuple[Image, str, bool]:
+def _read_tile(row: dict, read: Callable[[dict], Image]) -> _Seen:
     try:
-        return read(row), "", False
+        return _Seen(read(row))
+    except NoValidPixelError:
+        return _Seen(_NO_PIXELS, empty=True)
     except SceneError as error:
-        return _NO_PIXELS, str(error), error.retryable
+        return _Seen(_NO_PIXELS, str(error), error.retryable)
 
 
 def _binary(images: list[Image]) -> pa.Array:

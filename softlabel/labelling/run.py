@@ -35,7 +35,7 @@ from softlabel.labelling.lease import Lease
 from softlabel.labelling.reading import read_item, retryable_ids
 from softlabel.labelling.room import Room
 from softlabel.labelling.speed import Speed
-from softlabel.records import LABELLED, REJECTED
+from softlabel.records import EMPTY, LABELLED, REJECTED
 from softlabel.store import (
     DONE,
     STORE,
@@ -263,7 +263,7 @@ class _Labeller:
         self._names = [job.name for job in jobs]
         self._counters = {
             key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
-            for key in ("tiles", "rejected", "boxes", "pixels", "busy_s", "km2")
+            for key in ("tiles", "empty", "rejected", "boxes", "pixels", "busy_s", "km2")
         }
 
     def __call__(self, read: pa.Table) -> pa.Table:
@@ -318,30 +318,32 @@ def _one_line(error: Exception) -> str:
 
 
 def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
-    """Check that requested = labelled + rejected, write the view of what was rejected, and mark the store done."""
+    """Check that requested = labelled + empty + rejected, write the view of what was rejected, mark the store done."""
     counts: Counter[str] = Counter()
     commit(folder / "rejected" / "rejected.parquet", lambda path: counts.update(_tally(job, folder, path)))
-    if counts[LABELLED] + counts[REJECTED] != counts["requested"]:
+    if counts[LABELLED] + counts[EMPTY] + counts[REJECTED] != counts["requested"]:
         raise StoreError(f"{folder} does not balance ({dict(counts)}): delete it and label again")
     journal.forget_all(folder)
     for left in folder.glob(".*.*"):  # by processes that died while they committed
         left.unlink(missing_ok=True)
     finish(folder, {"name": job.name, **counts, "speed": speed.summary() if speed.tiles else None})
+    empty = f" + {counts[EMPTY]} empty (no valid pixel)" if counts[EMPTY] else ""
     print(
-        f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled + {counts[REJECTED]} rejected"
-        f" ({counts['retryable']} retryable); {counts['boxes']} boxes, {counts['saturated']} tiles saturated"
+        f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled{empty} + {counts[REJECTED]} "
+        f"rejected ({counts['retryable']} retryable); {counts['boxes']} boxes, {counts['saturated']} tiles saturated"
     )
 
 
 def _tally(job: LabelJob, folder: Path, rejected: Path) -> dict[str, int]:
     """Count the rows of a store, and write those that were rejected to a file."""
-    counts = dict.fromkeys(("requested", LABELLED, REJECTED, "retryable", "boxes", "saturated"), 0)
+    counts = dict.fromkeys(("requested", LABELLED, EMPTY, REJECTED, "retryable", "boxes", "saturated"), 0)
     with pq.ParquetWriter(rejected, _REJECTED_SCHEMA) as writer:
         for shard, count in job.shards():
             table = read_table(shard_file(folder, shard))
             bad = table.filter(pc.equal(table["status"], REJECTED))
             counts["requested"] += count
-            counts[LABELLED] += len(table) - len(bad)
+            counts[LABELLED] += pc.sum(pc.equal(table["status"], LABELLED)).as_py() or 0
+            counts[EMPTY] += pc.sum(pc.equal(table["status"], EMPTY)).as_py() or 0
             counts[REJECTED] += len(bad)
             counts["retryable"] += pc.sum(bad["retryable"]).as_py() or 0
             counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py() or 0

@@ -20,7 +20,7 @@ class Speed:
 
     def add(self, row: dict) -> None:
         """One shard."""
-        self.tiles += row["tiles"] - row["rejected"]
+        self.tiles += row["tiles"] - row["empty"] - row["rejected"]
         self.pixels += row["pixels"]
         self.km2 += row["km2"]
         self.busy_s += row["busy_s"]

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.calibration import Calibration
 from softlabel.config import Threshold
 from softlabel.errors import NO_LABELS, TrainingError
-from softlabel.records import LABELLED, Nms, Truth, detections_from_row
-from softlabel.store import digest, read_soft_labels, read_tiles
+from softlabel.records import EMPTY, LABELLED, Nms, Truth, detections_from_row
+from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
 
 WEIGHTS = "weights.safetensors"
 """What a finished training step leaves in its folder, beside done.json."""
@@ -91,7 +92,7 @@ def soft_targets(
     """The tiles of a split with a teacher's boxes whose best score, as ``calibration`` maps it, is strictly above
     ``threshold``, or its class's.
 
-    A tile that was rejected in labelling is left out: it is not known to be background.
+    A tile that was rejected in labelling, or that is empty, is left out: it is no example of background.
 
     Raises:
         TrainingError: No tile was labelled, or no box is above the threshold.
@@ -104,6 +105,13 @@ def soft_targets(
             kept = (calibration.apply(found) if calibration else found).above(threshold)
             targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids))
     return _checked(targets, f"no soft label of {store} is above {threshold}")
+
+
+def num_empty(store: Path, tiles: Path, split: str) -> int:
+    """Tiles of a split in which labelling found no valid pixel: `soft_targets` leaves them out."""
+    asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
+    found = (table.filter(pc.equal(table["status"], EMPTY)) for table in read_shards(store, ["tile_id", "status"]))
+    return sum(tile_id in asked for table in found for tile_id in table["tile_id"].to_pylist())
 
 
 def _subset(targets: list[Target], share: float) -> list[Target]:

@@ -12,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -28,7 +30,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
-from softlabel.errors import TrainingError
+from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.scenes import TileReader
@@ -38,10 +40,10 @@ from softlabel.labelling.weights import build_model, default_train_args, load_ma
 from softlabel.labelling.yolo import YoloDetector
 from softlabel.labelling.yolov5 import YoloV5
 from softlabel.records import Truth
-from softlabel.store import commit, finish, is_done
+from softlabel.store import commit, finish, is_done, read_tiles
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset
-from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, truth_targets
+from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
 
 _BATCH = 16  # tiles per forward pass when validating
 
@@ -66,7 +68,7 @@ def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     for job in jobs:
         if not is_done(job.folder):
             trainer = train_model(job, cpu_threads, lambda history, seconds: True)
-            losses = _training_losses(job, job.targets())
+            losses = _training_losses(job, trainer.targets)
             finish_model(job, {**trainer.summary(), "losses": losses})
 
 
@@ -99,7 +101,7 @@ def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelT
     """
     with tempfile.TemporaryDirectory() as scratch:
         state = _restore(job, Path(scratch))
-        trainer = SoftLabelTrainer(job, job.targets(), Path(scratch), state, goes_on)
+        trainer = SoftLabelTrainer(job, Path(scratch), state, goes_on)
         # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the
         # machine but one, whatever share of them this worker has.
         torch.set_num_threads(cpu_threads)
@@ -153,16 +155,17 @@ class SoftLabelTrainer(DetectionTrainer):
     def __init__(
         self,
         job: TrainJob,
-        targets: list[Target],
         scratch: Path,
         state: dict | None,
         goes_on: GoesOn,
     ) -> None:
         context = ray.train.get_context()
-        self._job, self._targets, self._state, self._goes_on = job, targets, state, goes_on
+        self._job, self._state, self._goes_on = job, state, goes_on
         self._ended = bool(state and state["ended"])
         self._started, self._seconds_before = time.monotonic(), state["seconds"] if state else 0.0
-        self._val = truth_targets(job.tiles, job.val_split)
+        self._val = _without_empty(truth_targets(job.tiles, job.val_split), job.tiles, job.val_split)
+        # Labelling has looked at the pixels of soft labels' tiles already.
+        self.targets = job.targets() if job.soft_labels else _without_empty(job.targets(), job.tiles, job.split)
         self._history: list[dict] = list(state["history"]) if state else []
         device = ray.train.torch.get_device()
         overrides = {
@@ -190,7 +193,7 @@ class SoftLabelTrainer(DetectionTrainer):
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> TileDataset:
         """The training set, or the validation set (whose loader only ultralytics' bookkeeping looks at)."""
         return TileDataset(
-            self._targets if mode == "train" else self._val,
+            self.targets if mode == "train" else self._val,
             TileReader().read,
             imgsz=self.args.imgsz,
             batch_size=batch,
@@ -212,7 +215,7 @@ class SoftLabelTrainer(DetectionTrainer):
         return model
 
     def _fit_anchors(self, model: YoloV5) -> None:
-        sizes = np.concatenate([_sizes_px(target, self.args.imgsz) for target in self._targets])
+        sizes = np.concatenate([_sizes_px(target, self.args.imgsz) for target in self.targets])
         anchors, recall, before = fit_anchors(sizes, model.anchors_px(), self._job.seed)
         model.set_anchors(anchors)
         fitted = "" if recall == before else f", which the anchors it came with had at {before:.3f}: fitted by k-means"
@@ -275,12 +278,21 @@ class SoftLabelTrainer(DetectionTrainer):
             "seed": self._job.seed,
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "train_tiles": len(self._targets),
-            "train_boxes": sum(len(target.boxes) for target in self._targets),
+            "train_tiles": len(self.targets),
+            "empty_tiles": self._num_empty(),
+            "train_boxes": sum(len(target.boxes) for target in self.targets),
             "rank_digests": last["rank_digests"],
             "history": self._history,
             "seconds": self._seconds(),
         }
+
+    def _num_empty(self) -> dict[str, int]:
+        """Tiles of each split that were left out because they have no valid pixel."""
+        job = self._job
+        val = len(_empty_tiles(job.tiles, job.val_split))
+        if job.soft_labels:
+            return {job.split: num_empty(job.soft_labels, job.tiles, job.split), job.val_split: val}
+        return {job.split: len(_empty_tiles(job.tiles, job.split)), job.val_split: val}
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -362,6 +374,26 @@ class SoftLabelTrainer(DetectionTrainer):
     def _say(self, text: str) -> None:
         if is_first():
             print(f"{self._job.name}: {text}", flush=True)
+
+
+@lru_cache(maxsize=8)  # for all models of a launch
+def _empty_tiles(tiles: Path, split: str) -> frozenset[str]:
+    """A split's tiles with truth that have no valid pixel; every rank looks at its share."""
+    context = ray.train.get_context()
+    rows = [row for row in read_tiles(tiles, [split]) if row["truth"] is not None]
+    reader = TileReader()
+    mine = rows[context.get_world_rank() :: context.get_world_size()]
+    found = [row["tile_id"] for row in mine if reader.is_empty(row)]
+    reader.close()
+    return frozenset(chain.from_iterable(_gather(found)))
+
+
+def _without_empty(targets: list[Target], tiles: Path, split: str) -> list[Target]:
+    empty = _empty_tiles(tiles, split)
+    seen = [target for target in targets if target.tile["tile_id"] not in empty]
+    if not any(len(target.boxes) for target in seen):
+        raise TrainingError(f"{NO_LABELS}: every tile of {split} with a box is without a valid pixel")
+    return seen
 
 
 def _sizes_px(target: Target, imgsz: int) -> np.ndarray:

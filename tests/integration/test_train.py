@@ -1,5 +1,6 @@
 """Training on a real Ray Train: ranks that agree, a test split that stays unseen, workers that die."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -7,20 +8,25 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import rasterio
 from conftest import CLASSES, tiny_recipe
+from rasterio.windows import Window
 from safetensors.numpy import load_file
 
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
+from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.labelling.header import read_header
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job
-from softlabel.store import read_tiles, summary
+from softlabel.records import EMPTY
+from softlabel.store import read_soft_labels, read_tiles, summary
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+ALL = ("train_1", "val_1", "train_2")
 TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1}
 
 
@@ -79,6 +85,54 @@ def test_each_model_says_how_it_was_trained(trained):
     truth, soft = (summary(job.folder)["train_boxes"] for job in jobs)
     assert truth == sum(len(target.boxes) for target in truth_targets(tiles, "train_1"))
     assert soft == sum(len(target.boxes) for target in soft_targets(tiles, "train_2", jobs[1].soft_labels, 0.05))
+
+
+@pytest.fixture(scope="module")
+def with_collars(weights, tmp_path_factory):
+    """Scenes a third of which is nodata, whole tiles of it: labels, and a model on truth and one on these labels."""
+    run_dir = tmp_path_factory.mktemp("collars")
+    scenes, truth = write_scenes(run_dir / "scenes", tiny_recipe().tiles.synthetic, 0)
+    mapping = {number: name for name, number in TYPE_IDS.items()}
+    source = {"format": "xview", "path": str(truth), "mapping": mapping}
+    recipe = tiny_recipe(tiles={"scenes": str(scenes), "truth": source, "size_px": 128}, execution=TWO_WORKERS)
+    for number, scene in enumerate(sorted(scenes.glob("*.tif"))):
+        _blacken(scene, columns=256 if number % 3 == 0 else 128)
+    tiles = tile(recipe, run_dir)
+    (store,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, ["train_2"])], run_dir)
+    jobs = [
+        job_of(recipe, run_dir, tiles),
+        job_of(recipe, run_dir, tiles, "soft_2", "train_2", soft_labels=store, threshold=0.05),
+    ]
+    train(recipe, jobs, run_dir)
+    return tiles, store, jobs
+
+
+def _blacken(path, columns):
+    """The upper half of a scene of 256 px becomes nodata from the left, up to a column."""
+    with rasterio.open(path, "r+") as scene:
+        scene.nodata = 0
+        scene.write(np.zeros((3, 128, columns), np.uint8), window=Window(0, 0, columns, 128))
+
+
+def _is_black(row):
+    """By the window alone, as the fixture wrote it."""
+    column, top, *_ = row["window"]
+    number = int(re.search(r"\d+", row["scene_id"]).group())
+    return top == 0 and (column == 0 or number % 3 == 0)
+
+
+def test_tiles_without_a_valid_pixel_are_counted_and_learned_from_by_nobody(with_collars):
+    tiles, store, (truth, soft) = with_collars
+    empty = {split: {r["tile_id"] for r in read_tiles(tiles, [split]) if _is_black(r)} for split in ALL}
+    assert all(empty.values()) and 0.3 < sum(map(len, empty.values())) / len(read_tiles(tiles, ALL)) < 0.37
+    counts = summary(store)
+    assert counts["empty"] == len(empty["train_2"]) and counts["rejected"] == 0
+    assert counts["requested"] == counts["labelled"] + counts["empty"] == len(read_tiles(tiles, ["train_2"]))
+    assert {row["tile_id"] for row in read_soft_labels(store) if row["status"] == EMPTY} == empty["train_2"]
+    for job, split, val_split in ((truth, "train_1", "val_1"), (soft, "train_2", "val_1")):
+        said = summary(job.folder)
+        assert said["empty_tiles"] == {split: len(empty[split]), val_split: len(empty[val_split])}
+        assert said["train_tiles"] == len(read_tiles(tiles, [split])) - len(empty[split])
 
 
 def test_a_model_that_is_done_is_not_trained_again(trained):

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
-from softlabel.errors import RecipeError
+from softlabel.errors import NoValidPixelError, RecipeError
 from softlabel.labelling import labeller as module
 from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
@@ -104,6 +104,24 @@ def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
 
     with mock.patch.object(YoloDetector, "start", start_alone):
         label_both(job, store, read)
+
+
+def test_an_empty_tile_is_a_row_of_its_own_kind_and_never_in_the_model(shards):
+    job, store, _ = shards
+    first = "scene#0_0_128x128"
+
+    def read(row):
+        if row["tile_id"] == first:
+            raise NoValidPixelError("all is nodata")
+        return pixels(row)
+
+    seen, start = [], YoloDetector.start
+    with mock.patch.object(YoloDetector, "start", lambda self, images: seen.append(len(images)) or start(self, images)):
+        (said,) = Labeller([job], [store], 1, None)(read_shard(0, job, store, 0, read)).to_pylist()
+    empty, labelled = read_table(shard_file(store, 0)).to_pylist()
+    assert (empty["tile_id"], empty["status"], empty["boxes"], empty["reason"]) == (first, "empty", [], None)
+    assert labelled["status"] == "labelled" and labelled["boxes"]
+    assert seen == [1] and (said["tiles"], said["empty"], said["rejected"], said["pixels"]) == (2, 1, 0, 128 * 128)
 
 
 OF_THE_MACHINE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"

@@ -7,14 +7,14 @@ from softlabel.labelling.speed import Speed
 
 
 def shard(actor, begin, end, busy_s, **values):
-    row = {"tiles": 10, "rejected": 0, "pixels": 1_000_000, "km2": 0.0, "device": "cpu"}
+    row = {"tiles": 10, "empty": 0, "rejected": 0, "pixels": 1_000_000, "km2": 0.0, "device": "cpu"}
     return {**row, "actor": actor, "begin": begin, "end": end, "busy_s": busy_s, **values}
 
 
 def test_rates_count_from_the_first_shard_to_the_last():
     speed = Speed()
     speed.add(shard("a", 100.0, 102.0, 2.0))
-    speed.add(shard("b", 101.0, 104.0, 3.0, rejected=4, km2=8.0))
+    speed.add(shard("b", 101.0, 104.0, 3.0, rejected=3, empty=1, km2=8.0))
     speed.add(shard("a", 102.0, 105.0, 3.0, device="cuda 0"))
     found = speed.summary()
     assert found["seconds"] == 5 and found["tiles_per_s"] == pytest.approx(26 / 5)

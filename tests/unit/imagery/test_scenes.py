@@ -4,12 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from PIL import Image, ImageOps
+from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
-from softlabel.errors import SceneError
+from softlabel.errors import NoValidPixelError, SceneError
 from softlabel.imagery import scenes
-from softlabel.imagery.scenes import TileReader, describe_scene, list_scenes
+from softlabel.imagery.listing import list_scenes
+from softlabel.imagery.scenes import TileReader, describe_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -38,6 +41,9 @@ def test_lists_a_folder_a_glob_a_file_and_a_uri(tmp_path):
     for name in ("b.TIF", "a.jpg", "deep/c.png", "deep/d.jpeg", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    for hidden in (".ipynb_checkpoints/a.jpg", "._a.jpg", "deep/.thumbs/c.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).touch()
     everything = ["a.jpg", "b.TIF", "deep/c.png", "deep/d.jpeg"]
     assert [scene_id for scene_id, _ in list_scenes(str(tmp_path))] == everything
     assert list_scenes(str(tmp_path / "deep" / "*.png")) == [("c.png", str(tmp_path / "deep" / "c.png"))]
@@ -46,6 +52,17 @@ def test_lists_a_folder_a_glob_a_file_and_a_uri(tmp_path):
     assert [scene_id for scene_id, _ in list_scenes(f"file://{tmp_path}")] == everything
     assert list_scenes(f"file://{tmp_path}/deep/*.png") == [("c.png", f"file://{tmp_path}/deep/c.png")]
     assert list_scenes("s3://bucket/x/a.tif") == [("a.tif", "s3://bucket/x/a.tif")]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.tif").touch()
+    (tmp_path / "scenes" / "one").mkdir(parents=True)
+    (tmp_path / "scenes" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "scenes" / "one" / "back").symlink_to(tmp_path / "scenes")
+    (tmp_path / "disk" / "round").symlink_to(tmp_path / "scenes" / "one")
+    (tmp_path / "scenes" / "b.tif").symlink_to(tmp_path / "disk" / "a.tif")
+    assert [scene_id for scene_id, _ in list_scenes(str(tmp_path / "scenes"))] == ["b.tif", "linked/a.tif"]
 
 
 @pytest.mark.parametrize("spec", ["", "nothing", "*.gif", "nothing/*.tif"])
@@ -109,9 +126,101 @@ def test_stretch_maps_its_range_and_nothing_becomes_black(tmp_path):
 
 
 def test_8_bit_nodata_becomes_black(tmp_path):
-    uri = write(tmp_path / "a.tif", formula(50, 40) + np.uint8(1), nodata=1)
-    found = TileReader().read(row(uri, (0, 0, 50, 40)))
-    assert found[0, 0, 0] == 0 and found[0, 1, 0] == 2
+    pixels = formula(50, 40) + np.uint8(1)
+    pixels[:, 0, 0] = 1
+    found = TileReader().read(row(write(tmp_path / "a.tif", pixels, nodata=1), (0, 0, 50, 40)))
+    assert found[0, 0].tolist() == [0, 0, 0] and found[0, 1].tolist() == [2, 72, 142]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_nodata_is_a_pixel_s_and_no_band_s(tmp_path, dtype):
+    pixels = np.zeros((3, 1, 3), dtype)
+    pixels[:, 0, 0], pixels[:, 0, 1], pixels[:, 0, 2] = (255, 40, 40), (255, 255, 255), (255, 255, 40)
+    uri = write(tmp_path / "a.tif", pixels, nodata=255)
+    found = TileReader().read(row(uri, (0, 0, 3, 1), stretch=None if dtype == "uint8" else [0, 255]))
+    assert found[0].tolist() == [[255, 40, 40], [0, 0, 0], [255, 255, 40]]
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_pixels_are_upright_as_exif_says(tmp_path, suffix, number):
+    stored = Image.fromarray(formula(50, 40).transpose(1, 2, 0))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "tif":
+        stored.save(path, tiffinfo={274: number})
+    else:
+        exif = Image.Exif()
+        exif[274] = number
+        stored.save(path, exif=exif, **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    info = describe_scene(str(path), (1, 2, 3), None)
+    assert (info.height, info.width, info.orientation) == (*expected.shape[:2], number)
+    reader = TileReader()
+    for column, top, width, height in ((3, 5, 20, 11), (info.width - 9, info.height - 4, 9, 4)):
+        found = reader.read(row(str(path), (column, top, width, height)))
+        np.testing.assert_allclose(found, expected[top : top + height, column : column + width], atol=2)
+
+
+def test_what_is_georeferenced_lies_as_that_says(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(formula(50, 40).transpose(1, 2, 0)).save(path, tiffinfo={274: 6})
+    with rasterio.open(path, "r+") as file:
+        file.crs, file.transform = "EPSG:32631", from_origin(400_000, 5_400_000, 0.5, 0.5)
+    info = describe_scene(str(path), (1, 2, 3), None)
+    assert (info.width, info.height, info.orientation) == (50, 40, 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_palette_is_read_by_its_colours(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(formula(50, 40).transpose(1, 2, 0)).quantize(16)
+    image.save(path)
+    info = describe_scene(str(path), (1, 2, 3), None)
+    assert (info.bands, info.stretch) == ((1, 1, 1), None)
+    found = TileReader().read(row(str(path), (7, 11, 20, 9), info.bands))
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB"))[11:20, 7:27])
+
+
+def test_a_transparent_colour_of_a_palette_is_nothing(tmp_path):
+    image = Image.new("P", (4, 1), 1)
+    image.putpalette([0, 0, 0, 200, 10, 20, 9, 9, 9])
+    image.putpixel((0, 0), 2)
+    image.save(tmp_path / "a.png", transparency=2)
+    found = TileReader().read(row(str(tmp_path / "a.png"), (0, 0, 4, 1), (1, 1, 1)))
+    assert found[0].tolist() == [[0, 0, 0], *[[200, 10, 20]] * 3]
+    with pytest.raises(NoValidPixelError):
+        TileReader().read(row(str(tmp_path / "a.png"), (0, 0, 1, 1), (1, 1, 1)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("bits", "white"), [(1, 255), (2, 85), (4, 17)])
+def test_few_bits_fill_the_range(tmp_path, suffix, bits, white):
+    pixels = formula(9, 6, bands=1) % 2**bits
+    uri = write(tmp_path / f"a.{suffix}", pixels, nbits=bits)
+    info = describe_scene(uri, (1, 2, 3), None)
+    found = TileReader().read(row(uri, (0, 0, 9, 6), info.bands, info.stretch))
+    np.testing.assert_array_equal(found[..., 0], pixels[0] * np.uint8(white))
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_white_as_zero_is_turned_round(tmp_path, bits):
+    pixels = formula(9, 6, bands=1) % (2 if bits == 1 else 255)
+    uri = write(tmp_path / "a.tif", pixels.astype("uint8"), photometric="MINISWHITE", nbits=bits)
+    found = TileReader().read(row(uri, (0, 0, 9, 6), (1, 1, 1)))
+    np.testing.assert_array_equal(found[..., 0], 255 - pixels[0].astype(int) * (255 if bits == 1 else 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_folder_may_mix_grey_and_colour(tmp_path, suffix, mode):
+    pixels = formula(9, 6, bands=len(mode))
+    image = Image.fromarray((pixels.transpose(1, 2, 0) if len(mode) > 1 else pixels[0]) | 1, mode)
+    image.save(tmp_path / f"a.{suffix}")
+    info = describe_scene(str(tmp_path / f"a.{suffix}"), (1, 2, 3), None)
+    assert info.bands == ((1, 1, 1) if mode in ("L", "LA") else (1, 2, 3))
+    found = TileReader().read(row(str(tmp_path / f"a.{suffix}"), (0, 0, 9, 6), info.bands))
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
 
 
 def test_a_constant_scene_is_no_division_by_zero(tmp_path):
@@ -198,17 +307,80 @@ def test_a_remote_failure_may_be_tried_again(monkeypatch):
 
 def test_too_few_bands_name_both_and_the_remedy(tmp_path):
     uri = write(tmp_path / "grey.tif", formula(9, 9, bands=1))
-    with pytest.raises(SceneError, match=r"grey\.tif has 1 band.*\[1, 2, 3\].*tiles\.bands"):
-        describe_scene(uri, (1, 2, 3), None)
+    with pytest.raises(SceneError, match=r"grey\.tif has 1 band.*\[3, 2, 1\].*tiles\.bands"):
+        describe_scene(uri, (3, 2, 1), None)
+    radar = write(tmp_path / "radar.tif", formula(9, 9, bands=2))  # two bands of which none is alpha: which is meant?
+    with pytest.raises(SceneError, match=r"radar\.tif has 2 band"):
+        describe_scene(radar, (1, 2, 3), None)
     assert describe_scene(uri, (1, 1, 1), None).width == 9
     assert TileReader().read(row(uri, (0, 0, 9, 9), bands=(1, 1, 1))).shape == (9, 9, 3)
 
 
 @pytest.mark.parametrize("dtype, nothing", [("uint8", 0), ("uint16", 0), ("float32", np.nan)])
-def test_a_scene_of_nodata_is_an_error(tmp_path, dtype, nothing):
+def test_a_scene_of_nodata_is_a_scene_of_empty_tiles(tmp_path, dtype, nothing):
     uri = write(tmp_path / "a.tif", np.full((3, 9, 9), nothing, dtype), nodata=nothing)
-    with pytest.raises(SceneError, match="no valid pixel"):
-        describe_scene(uri, (1, 2, 3), None)
+    info = describe_scene(uri, (1, 2, 3), None)
+    tile, reader = row(uri, (0, 0, 9, 9), stretch=info.stretch), TileReader()
+    assert reader.is_empty(tile)
+    with pytest.raises(NoValidPixelError):
+        reader.read(tile)
+
+
+def test_a_few_valid_pixels_that_a_sample_misses_give_the_stretch(tmp_path):
+    pixels = np.zeros((3, 40, 3000), "uint16")
+    pixels[:, 6, 1001:1004] = (100, 200, 300)
+    options = {"tiled": True, "blockxsize": 16, "blockysize": 16}
+    info = describe_scene(write(tmp_path / "a.tif", pixels, nodata=0, **options), (1, 2, 3), None)
+    assert info.stretch == pytest.approx((102, 298), abs=4)
+
+
+def test_whether_a_tile_is_empty_is_known_without_its_pixels_where_none_can_lack(tmp_path, monkeypatch):
+    whole, masked = write(tmp_path / "a.tif", formula(9, 9)), write(tmp_path / "b.tif", formula(9, 9), nodata=0)
+    windows, real = [], rasterio.open
+    monkeypatch.setattr(scenes.rasterio, "open", lambda uri: SpyDataset(real(uri), windows))
+    reader = TileReader()
+    assert not reader.is_empty(row(whole, (0, 0, 9, 9))) and not windows
+    assert not reader.is_empty(row(masked, (0, 0, 9, 9))) and len(windows) == 1
+    assert reader.is_empty(row(masked, (0, 0, 1, 1))) is False  # its green and blue are not 0
+
+
+def gcps(*places):
+    return [GroundControlPoint(row=line, col=column, x=x, y=y) for line, column, x, y in places]
+
+
+FITTING = gcps((0, 0, 10, 50), (0, 30, 13, 50), (20, 0, 10, 48), (20, 30, 13, 48))
+BENT = gcps((0, 0, 10, 50), (0, 30, 13, 50), (20, 0, 10, 48), (20, 30, 14, 47))
+
+
+@pytest.mark.parametrize(
+    ("options", "crs", "transform", "unplaced"),
+    [
+        ({"crs": "EPSG:4326", "gcps": FITTING}, "EPSG:4326", (0.1, 0, 10, 0, -0.1, 50), None),
+        ({"crs": "EPSG:4326", "gcps": BENT}, None, None, "ground control points that no affine transform fits"),
+        ({"crs": "EPSG:4326"}, None, None, "a CRS without a geotransform"),
+        ({"transform": from_origin(9, 9, 1, 1)}, None, None, "a geotransform without a CRS"),
+        ({}, None, None, None),
+    ],
+    ids=["gcps", "bent gcps", "no transform", "no crs", "nothing"],
+)
+def test_what_is_no_georeference_is_said_and_not_used(tmp_path, options, crs, transform, unplaced):
+    info = describe_scene(write(tmp_path / "a.tif", formula(30, 20), **options), (1, 2, 3), None)
+    assert info.crs == crs and (info.transform is None or info.transform == pytest.approx(transform))
+    assert (info.transform is None) == (transform is None)
+    assert info.unplaced is None if unplaced is None else info.unplaced.startswith(unplaced)
+
+
+def test_scenes_of_building_sites_and_of_the_moon_are_read(tmp_path):
+    site = 'LOCAL_CS["site",UNIT["metre",1]]'
+    moon = (
+        'GEOGCS["Moon",DATUM["D_Moon",SPHEROID["Moon",1737400,0]],PRIMEM["Reference_Meridian",0],'
+        'UNIT["degree",0.0174532925199433]]'
+    )
+    for number, wkt in enumerate((site, moon)):
+        uri = write(tmp_path / f"{number}.tif", formula(9, 9), crs=wkt, transform=from_origin(5, 9, 1, 1))
+        info = describe_scene(uri, (1, 2, 3), None)
+        assert info.crs and info.transform == (1, 0, 5, 0, -1, 9)
+        assert TileReader().read(row(uri, (0, 0, 9, 9))).any()
 
 
 def test_complex_pixels_are_refused(tmp_path):
@@ -244,14 +416,16 @@ def test_a_scene_replaced_after_tiling_is_an_error_whatever_its_size(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "nothing"), [("uint16", 0), ("float32", np.nan), ("float32", -9999.0), ("uint8", 0)])
-def test_a_tile_without_a_valid_pixel_is_an_error_and_its_neighbours_are_not(tmp_path, dtype, nothing):
+def test_a_tile_without_a_valid_pixel_is_empty_and_its_neighbours_are_not(tmp_path, dtype, nothing):
     pixels = formula(32, 16, dtype=dtype) + np.array(1, dtype)
     pixels[:, :, :16] = nothing
     pixels[:, 0, 16] = nothing
     uri = write(tmp_path / "a.tif", pixels, nodata=None if nothing != nothing else nothing)
     stretch = None if dtype == "uint8" else [0.0, 300.0]
-    with pytest.raises(SceneError, match=r"tile at \[0, 0, 16, 16\] of scene .* has no valid pixel"):
-        TileReader().read(row(uri, (0, 0, 16, 16), stretch=stretch))
+    empty = row(uri, (0, 0, 16, 16), stretch=stretch)
+    with pytest.raises(NoValidPixelError, match=r"tile at \[0, 0, 16, 16\] of scene .* has no valid pixel"):
+        TileReader().read(empty)
+    assert TileReader().is_empty(empty) and not TileReader().is_empty(row(uri, (16, 0, 16, 16), stretch=stretch))
     found = TileReader().read(row(uri, (16, 0, 16, 16), stretch=stretch))
     assert found[0, 0].tolist() == [0, 0, 0] and found[1:].min() > 0
 

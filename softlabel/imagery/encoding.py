@@ -1,0 +1,73 @@
+"""How an open rasterio dataset stores what a person sees: which way up, in which bands, in values of which meaning."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.fs
+from PIL import Image, UnidentifiedImageError
+from rasterio.enums import ColorInterp, MaskFlags
+
+from softlabel.imagery.georeference import Georeference, georeference
+from softlabel.imagery.listing import has_scheme
+from softlabel.imagery.pixels import ORIENTATIONS, Encoding
+
+_ORIENTATION_TAG = 274
+
+
+def has_mask(dataset: Any) -> bool:
+    """Whether it can lack pixels: by nodata, alpha or a mask."""
+    return any(MaskFlags.all_valid not in flags for flags in dataset.mask_flag_enums)
+
+
+def choose_bands(dataset: Any, bands: Sequence[int]) -> tuple[int, ...]:
+    """Those asked for; the one of a grey image in place of red, green, blue, so that a folder may hold both."""
+    coloured = [band for band in dataset.indexes if dataset.colorinterp[band - 1] != ColorInterp.alpha]
+    return (1, 1, 1) if tuple(bands) == (1, 2, 3) and coloured == [1] else tuple(bands)
+
+
+def is_8_bit(dataset: Any, band: int) -> bool:
+    """Whether a band is shown as it is; the colours of a palette are of 8 bit, whatever its indices are."""
+    return dataset.dtypes[band - 1] == "uint8" or _is_palette(dataset, band)
+
+
+def _is_palette(dataset: Any, band: int) -> bool:
+    return dataset.colorinterp[band - 1] == ColorInterp.palette
+
+
+def encoding(dataset: Any, band: int) -> Encoding:
+    """What the values of a band mean."""
+    if _is_palette(dataset, band):  # also what GDAL makes of 1 bit in a TIFF, black or white first
+        return Encoding(palette=dataset.colormap(band))
+    bits = int(dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+    white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+    return Encoding(bits if dataset.dtypes[band - 1] == "uint8" else 8, white_is_zero)
+
+
+def orientation(uri: str, dataset: Any) -> int:
+    """EXIF's, 1 where there is none; a scene with a georeference lies as that says.
+
+    GDAL tells that of a JPEG only.
+    """
+    if dataset.driver == "JPEG":
+        found = dataset.tags().get("EXIF_Orientation", "1")
+        return int(found) if found.isdecimal() and int(found) in ORIENTATIONS else 1
+    if dataset.driver == "PNG" or (dataset.driver == "GTiff" and georeference(dataset) == Georeference()):
+        found = _stored_orientation(uri)
+        return found if found in ORIENTATIONS else 1
+    return 1
+
+
+def _stored_orientation(uri: str) -> Any:
+    """The tag of a PNG or TIFF whose bytes can be had; http is left to GDAL, which does not read it."""
+    if uri.startswith(("http://", "https://", "/vsi")):
+        return None
+    system, path = pyarrow.fs.FileSystem.from_uri(uri) if has_scheme(uri) else (None, uri)
+    try:
+        with system.open_input_file(path) if system else open(path, "rb") as file, Image.open(file) as image:
+            if image.format == "TIFF":
+                return image.tag_v2.get(_ORIENTATION_TAG)  # type: ignore[attr-defined]
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))  # getexif would decode a PNG that has none
+            return exif.get(_ORIENTATION_TAG)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, TypeError):
+        return None  # not one of those that Pillow reads, as 16 bit with five bands

@@ -1,0 +1,106 @@
+"""Which scenes there are: the images of a folder, of a glob, or one alone, local or on an object store."""
+
+import glob
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs
+
+from softlabel.errors import SceneError
+
+SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png")
+
+
+def list_scenes(spec: str) -> list[tuple[str, str]]:
+    """All images of a folder (with those below it), of a glob, or one image, local or on an object store.
+
+    Links to folders are followed. Hidden files and folders, whose names begin with a dot, are no scenes: notebooks and
+    file managers keep copies there.
+
+    Returns:
+        (scene_id, uri) pairs sorted by scene_id, which is the path below the folder or below the glob's fixed part;
+        for one image its name. Local uris are absolute paths. A single image may have any suffix, others are taken
+        by theirs: .tif .tiff .jpg .jpeg .png in any case.
+
+    Raises:
+        SceneError: There is none.
+    """
+    try:
+        found = _list_remote(spec) if has_scheme(spec) else _list_local(spec)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise SceneError(f"cannot list scenes at {spec} ({error}): check tiles.scenes and your access") from None
+    if not found:
+        raise SceneError(f"no scenes at {spec}: give tiles.scenes a folder, glob or file of {' '.join(SUFFIXES)}")
+    return sorted(found)
+
+
+def has_scheme(spec: str) -> bool:
+    """Whether it is a URI and no path."""
+    return "://" in spec
+
+
+def walk_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Every file below a folder but hidden ones, sorted; links to folders are followed, but not round in a circle.
+
+    Args:
+        folder: Where to look; one that may not be read has no files.
+        above: The real paths of the folders that led here.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError:  # lost+found, where a disk is mounted
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from walk_files(entry.path, above | {here})
+        else:
+            yield entry.path
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _is_hidden(scene_id: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(scene_id).parts)
+
+
+def _list_local(spec: str) -> list[tuple[str, str]]:
+    root = os.path.abspath(spec)
+    if os.path.isfile(root):
+        return [(os.path.basename(root), root)]
+    if os.path.isdir(root):
+        paths = list(walk_files(root))
+    else:
+        paths = [path for path in glob.glob(root, recursive=True) if os.path.isfile(path)]
+        root = _fixed_part(root)
+    named = [(Path(path).relative_to(root).as_posix(), path) for path in paths if _is_image(path)]
+    return [(scene_id, path) for scene_id, path in named if not _is_hidden(scene_id)]
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder above the first part of a glob that has a wildcard."""
+    parts = Path(pattern).parts
+    first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return str(Path(*parts[:first]))
+
+
+def _list_remote(spec: str) -> list[tuple[str, str]]:
+    if _is_image(spec) and not glob.has_magic(spec):
+        return [(PurePosixPath(spec).name, spec)]
+    scheme = spec.partition("://")[0]
+    root, pattern = (_fixed_part(spec.partition("://")[2]), spec) if glob.has_magic(spec) else (None, None)
+    folder = f"{scheme}://{root}" if root else spec
+    system, base = pyarrow.fs.FileSystem.from_uri(folder)
+    files = system.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
+    names = [str(PurePosixPath(file.path).relative_to(base)) for file in files if file.is_file and _is_image(file.path)]
+    found = [(name, f"{folder.rstrip('/')}/{name}") for name in names if not _is_hidden(name)]
+    return [(name, uri) for name, uri in found if pattern is None or fnmatch(uri, pattern)]
