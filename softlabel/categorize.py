@@ -20,7 +20,7 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import owlvit_job
 from softlabel.labelling.vocabulary import read_vocabulary
-from softlabel.records import Detections, Truth
+from softlabel.records import UNKNOWN_CLASS, Detections, Truth
 from softlabel.report import figures, words
 from softlabel.report.census import Census, Example, against_truth
 from softlabel.report.page import render
@@ -120,8 +120,9 @@ def _truth_counts(recipe: Recipe, store: Store) -> dict[str, dict[str, int]]:
         if row["labelled_classes"] is not None:
             known &= set(row["labelled_classes"])
         truth = Truth.from_row(row["truth"])
-        vectors = np.eye(len(recipe.classes), dtype=np.float32)[truth.class_ids]
-        scene.add(LabelledTile(row, Detections(truth.boxes, vectors), None, False), 0.0)
+        of_class = truth.class_ids != UNKNOWN_CLASS
+        vectors = np.eye(len(recipe.classes), dtype=np.float32)[truth.class_ids[of_class]]
+        scene.add(LabelledTile(row, Detections(truth.boxes[of_class], vectors), None, False), 0.0)
     finish()
     return counts
 

@@ -74,6 +74,9 @@ class Tiles(_Section):
         None, description="share of tiles without truth to keep in each split, null keeps all (the paper: a third)"
     )
     split: Split | Literal["truth"] = Field(Split(), description="shares, or `truth`: the truth file names each split")
+    max_rejected_fraction: Fraction = Field(
+        0.05, description="of truth rows; above it the step ends with an error, after the rest"
+    )
     bands: tuple[Pixels, Pixels, Pixels] = Field((1, 2, 3), description="1-based bands read as red, green, blue")
     stretch: tuple[float, float] | None = Field(
         None, description="raw values mapped to 0 and 255; null: 8 bit as is, 16 bit by each scene's 2-98 percentiles"

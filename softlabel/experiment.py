@@ -246,7 +246,8 @@ def _overlays(recipe: Recipe, tiles: Path, stores: dict[int, Path]) -> list[Over
 def _crowded(rows: list[dict], num_classes: int, count: int) -> list[dict]:
     """Class by class the tile with most of its truth that is not chosen yet."""
     chosen: list[dict] = []
-    per_class = np.array([np.bincount(Truth.from_row(row["truth"]).class_ids, minlength=num_classes) for row in rows])
+    drawn = [Truth.from_row(row["truth"]) for row in rows]
+    per_class = np.array([np.bincount(truth.class_ids[~truth.ignore], minlength=num_classes) for truth in drawn])
     for turn in range(min(count, len(rows))):
         order = np.argsort(-per_class[:, turn % num_classes], kind="stable")
         chosen.append(next(rows[i] for i in order if rows[i] not in chosen))

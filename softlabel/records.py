@@ -20,8 +20,8 @@ TRUTH_BOX = pa.struct(
 )
 """One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
 (0, 1]; ``ignore`` is set below the recipe's ``min_visible``, for COCO crowds and for boxes whose class cannot be used:
-such a box is left out of training and neither rewards nor punishes a detection in evaluation. ``class_id`` is -1 where
-nobody knows the class: it is ignored as every class."""
+such a box is left out of training and neither rewards nor punishes a detection in evaluation. ``class_id`` is
+UNKNOWN_CLASS where it is not one of ours: the box is ignored as every class."""
 
 TILES = pa.schema(
     [
@@ -46,6 +46,10 @@ they are not known; ``window`` is (column, row, width, height) in scene pixels; 
 ``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
 scene's affine (a, b, c, d, e, f), null without a CRS."""
 
+PAD_VALUE = 114
+"""The grey that ultralytics letterboxes with, in training and in inference."""
+UNKNOWN_CLASS = -1
+"""In truth: a box that somebody drew, of a class that cannot be used."""
 LABELLED, EMPTY, REJECTED = "labelled", "empty", "rejected"
 """What became of a tile. ``empty`` has no valid pixel: it is no error, and no example of background either."""
 LOSS_NAMES = b"softlabel.losses"

@@ -442,7 +442,7 @@ def _read_truth(source: TruthSource) -> tuple[list[SoftlabelError], int]:
         for scene in found.scenes.values():
             fitted, outside = scene.fitted(64, 48)
             assert ((fitted.boxes >= 0) & (fitted.boxes <= 64)).all()
-            assert set(fitted.class_ids.tolist()) <= {0, 1} >= set(scene.labelled_classes or ())
+            assert set(fitted.class_ids.tolist()) <= {-1, 0, 1} >= {-1, *(scene.labelled_classes or ())}
             pa.array([scene.group, scene.split], pa.string())  # what cannot be encoded cannot be written
             rejected += len(outside)
         rejected += len(found.rejected)

@@ -8,7 +8,7 @@ Shape suffixes: T tiles, N detections, M truth boxes, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from numpy.typing import NDArray
 
-from softlabel.records import Detections, Truth
+from softlabel.records import UNKNOWN_CLASS, Detections, Truth
 
 MAX_DETECTIONS = 1000
 """COCO maxDets, per tile and class; labelling keeps no more than this per tile."""
@@ -80,6 +80,7 @@ class Matches:
 
 def to_columns(tiles: Sequence[TileResult], num_classes: int) -> Columns:
     """Lay tiles end to end; raises ValueError where class vectors or class ids do not fit ``num_classes``."""
+    tiles = [replace(tile, truth=_of_every_class(tile.truth, num_classes)) for tile in tiles]
     tile = np.repeat(np.arange(len(tiles)), [len(t.detections.boxes) for t in tiles])
     class_ids = _concatenate([t.detections.class_ids for t in tiles], np.int64)
     truth_tile = np.repeat(np.arange(len(tiles)), [len(t.truth.boxes) for t in tiles])
@@ -141,6 +142,17 @@ def evaluator_of(columns: Columns) -> COCOeval:
     evaluator.params.max_dets = [MAX_DETECTIONS]
     evaluator.params.area_rng, evaluator.params.area_rng_lbl = [_EVERYWHERE], ["all"]
     return evaluator
+
+
+def _of_every_class(truth: Truth, num_classes: int) -> Truth:
+    """Truth of no known class as ignored truth of each."""
+    unknown = (truth.class_ids == UNKNOWN_CLASS) & truth.ignore
+    if not unknown.any():
+        return truth
+    times = np.where(unknown, num_classes, 1)
+    class_ids = np.repeat(truth.class_ids, times)
+    class_ids[np.repeat(unknown, times)] = np.tile(np.arange(num_classes), int(unknown.sum()))
+    return Truth(np.repeat(truth.boxes, times, axis=0), class_ids, np.repeat(truth.ignore, times))
 
 
 def _is_labelled(labelled_classes: tuple[int, ...] | None, num_classes: int) -> NDArray[np.bool_]:

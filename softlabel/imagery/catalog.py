@@ -4,19 +4,19 @@ What cannot be used goes as a row into a list of rejected ones: kind (scene or t
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from softlabel.config import Recipe, Split, TruthSource
 from softlabel.errors import RecipeError, SceneError, TruthError
 from softlabel.imagery import scenes as scene_files
 from softlabel.imagery import tiles
 from softlabel.imagery.scenes import SceneInfo
-from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, match_scenes
+from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, lookalike, match_scenes
+from softlabel.progress import progress
 
 MANY_SCENES = 200
 """From here on progress is shown."""
@@ -58,6 +58,11 @@ def load_scenes(
     scenes = []
     for scene_id, uri, info in _describe(recipe, listed):
         drawn = truth.scenes[names[scene_id]] if truth and scene_id in names else default
+        if not isinstance(info, SceneError) and drawn and _is_drawn_on_its_side(drawn, info):
+            info = SceneError(
+                f"scene {uri} is {info.width}x{info.height} px as EXIF orientation {info.orientation} turns it, its "
+                "truth was drawn on it as it is stored: save it upright, without that tag"
+            )
         if isinstance(info, SceneError):
             rejected.append(_rejected_scene(uri, info, drawn))
             continue
@@ -101,17 +106,32 @@ def groups_in_two_splits(scenes: list[Scene]) -> int:
 
 def _match(truth: TruthSet, listed: list[tuple[str, str]], rejected: list[dict]) -> dict[str, str]:
     """scene_id to image name of the truth; images without a scene are rejected."""
-    found = match_scenes(truth.scenes, [scene_id for scene_id, _ in listed])
+    scene_ids = [scene_id for scene_id, _ in listed]
+    found = match_scenes(truth.scenes, scene_ids)
+    free = set(scene_ids) - set(found.values())
     for name, drawn in truth.scenes.items():
         if name not in found:
-            reason = f"scene not found: no scene, or more than one, is named {name}; {len(drawn.boxes)} boxes left out"
-            rejected.append(rejected_truth(RejectedTruth(drawn.file, None, reason)))
+            reason = f"scene not found: no scene, or more than one, is named {name}{_difference(name, free)}"
+            lost = f"; {len(drawn.boxes)} boxes left out"
+            rejected.append(rejected_truth(RejectedTruth(drawn.file, None, reason + lost)))
     if truth.scenes and not found:
+        name = next(iter(truth.scenes))
         raise TruthError(
-            f"the truth is about none of the scenes: it names {next(iter(truth.scenes))}, a scene is {listed[0][0]}: "
-            "set tiles.scenes to the folder that those names count from"
+            f"the truth is about none of the scenes: it names {name}, a scene is {listed[0][0]}"
+            f"{_difference(name, scene_ids)}: set tiles.scenes to the folder that those names count from"
         )
     return {scene_id: name for name, scene_id in found.items()}
+
+
+def _difference(name: str, scene_ids: Iterable[str]) -> str:
+    """What tells a name from a scene's that looks the same; escapes show what is no letter, or another's twin."""
+    other = lookalike(name, scene_ids)
+    return "" if other is None else f" ({name!a} in the truth and {other!a} on disk are not the same)"
+
+
+def _is_drawn_on_its_side(drawn: SceneTruth, info: SceneInfo) -> bool:
+    size = info.width, info.height
+    return info.orientation > 4 and drawn.size_wh == size[::-1] != size
 
 
 def _describe(recipe: Recipe, listed: list[tuple[str, str]]) -> Iterator[tuple[str, str, SceneInfo | SceneError]]:
@@ -123,9 +143,9 @@ def _describe(recipe: Recipe, listed: list[tuple[str, str]]) -> Iterator[tuple[s
         except SceneError as error:
             return *scene, error
 
-    quiet = True if len(listed) < MANY_SCENES else None  # None: quiet unless on a terminal
+    quiet = len(listed) < MANY_SCENES
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from tqdm(pool.map(describe, listed), "scenes", len(listed), disable=quiet)
+        yield from progress(pool.map(describe, listed), desc="scenes", total=len(listed), disable=quiet)
 
 
 def _fit(drawn: SceneTruth, info: SceneInfo, uri: str, rejected: list[dict]) -> SceneTruth | None:

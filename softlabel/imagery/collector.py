@@ -4,46 +4,58 @@ A row is one box in a truth file. A reader (formats.py) turns each into a `Row`,
 public types of what was collected.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.fields import BadRow, show
+from softlabel.imagery.fields import BadRow, Box, attempt, show
+from softlabel.records import UNKNOWN_CLASS
 
 Rejected = tuple[str, int | None, str]
 """File, row (None where it is the whole file) and reason."""
 
 
 class Row(NamedTuple):
-    """One box: its image, its class as the source has it, xyxy."""
+    """One box: its image, its class as the source has it, xyxy; of the last two each may be why it cannot be had."""
 
     image: str
-    source_class: int | str
-    box: tuple[float, float, float, float]
+    source_class: int | str | BadRow
+    box: Box | BadRow
     crowd: bool = False
 
 
 @dataclass
 class Image:
-    """What is known of one image; ``facts`` are further fields of `SceneTruth` (truth.py), as are the lists."""
+    """What is known of one image; ``facts`` are further fields of `SceneTruth` (truth.py), as are the lists.
+
+    ``unsure`` are the classes of objects of which nobody can say where they are, UNKNOWN_CLASS if it may be any.
+    """
 
     facts: dict[str, Any]
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
     class_ids: list[int] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    unsure: set[int] = field(default_factory=set)
+    seen: set[tuple[Any, ...]] = field(default_factory=set)
 
 
 class Collector:
-    """Takes rows in, naming their classes. ``targets`` maps source class to ours, None where none is mapped."""
+    """Takes rows in, naming their classes. ``targets`` maps source class to ours, None where none is mapped.
+
+    A row that is refused was drawn by somebody all the same. Where its box is known, that box is kept, of
+    UNKNOWN_CLASS; where it is not, its class is unsure in its image. Else the object would pass for background.
+    """
 
     def __init__(self, drop_others: bool, targets: dict[int | str, int | None]) -> None:
         self.drop_others, self.targets = drop_others, targets
         self.images: dict[str, Image] = {}
         self.rejected: list[Rejected] = []
-        self.dropped = 0
+        self.warnings: list[str] = []
+        self.counts: Counter[str] = Counter()
 
     def image(self, name: str, **facts: Any) -> Image:
         """The image of that name; ``facts`` count where it is new."""
@@ -57,26 +69,47 @@ class Collector:
         for number, raw in rows:
             try:
                 self._add(file, number, parse(raw))
-            except BadRow as reason:
+            except BadRow as reason:  # of no image that is known
+                self.counts["rows"] += 1
                 self.reject(file, number, reason)
 
     def _add(self, file: str, number: int, row: Row) -> None:
         image = self.image(row.image, file=file)
-        if row.source_class not in self.targets:
-            raise BadRow(f"unknown class {show(row.source_class)}")
-        target = self.targets[row.source_class]
-        if target is None and self.drop_others:
-            self.dropped += 1
+        drawn = (row.source_class, row.box, row.crowd)
+        if drawn in image.seen:
+            self.counts["duplicates"] += 1
             return
+        image.seen.add(drawn)
+        self.counts["rows"] += 1
+        target = attempt(lambda: self._target(row.source_class))
         if target is None:
-            raise BadRow(
-                f"class {show(row.source_class)} is not mapped: add it to tiles.truth.mapping, or leave such boxes "
-                "out with other_classes: drop"
-            )
+            self.counts["dropped"] += 1
+            return
+        problems = [problem for problem in (target, row.box) if isinstance(problem, BadRow)]
+        if problems:
+            self.reject(file, number, "; ".join(map(str, problems)))
+        class_id = UNKNOWN_CLASS if isinstance(target, BadRow) else target
+        if isinstance(row.box, BadRow):
+            image.unsure.add(class_id)
+            return
         image.boxes.append(row.box)
-        image.class_ids.append(target)
-        image.crowd.append(row.crowd)
+        image.class_ids.append(class_id)
+        image.crowd.append(row.crowd or class_id == UNKNOWN_CLASS)
         image.rows.append(number)
+
+    def _target(self, source_class: int | str | BadRow) -> int | None:
+        """Our class; None where the row is left out on purpose."""
+        if isinstance(source_class, BadRow):
+            raise source_class
+        if source_class not in self.targets:
+            raise BadRow(f"unknown class {show(source_class)}")
+        target = self.targets[source_class]
+        if target is None and not self.drop_others:
+            raise BadRow(
+                f"class {show(source_class)} is not mapped: add it to tiles.truth.mapping, or leave such boxes out "
+                "with other_classes: drop"
+            )
+        return target
 
 
 def listed_collector(source: TruthSource, classes: tuple[str, ...], known: dict[int, str]) -> Collector:

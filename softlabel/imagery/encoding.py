@@ -1,10 +1,13 @@
 """How an open rasterio dataset stores what a person sees: which way up, in which bands, in values of which meaning."""
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.fs
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.enums import ColorInterp, MaskFlags
 
 from softlabel.imagery.georeference import Georeference, georeference
@@ -52,22 +55,33 @@ def orientation(uri: str, dataset: Any) -> int:
         found = dataset.tags().get("EXIF_Orientation", "1")
         return int(found) if found.isdecimal() and int(found) in ORIENTATIONS else 1
     if dataset.driver == "PNG" or (dataset.driver == "GTiff" and georeference(dataset) == Georeference()):
-        found = _stored_orientation(uri)
+        found = _stored_orientation(uri, dataset.driver)
         return found if found in ORIENTATIONS else 1
     return 1
 
 
-def _stored_orientation(uri: str) -> Any:
+def _stored_orientation(uri: str, driver: str) -> Any:
     """The tag of a PNG or TIFF whose bytes can be had; http is left to GDAL, which does not read it."""
     if uri.startswith(("http://", "https://", "/vsi")):
         return None
     system, path = pyarrow.fs.FileSystem.from_uri(uri) if has_scheme(uri) else (None, uri)
-    try:
-        with system.open_input_file(path) if system else open(path, "rb") as file, Image.open(file) as image:
-            if image.format == "TIFF":
-                return image.tag_v2.get(_ORIENTATION_TAG)  # type: ignore[attr-defined]
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))  # getexif would decode a PNG that has none
-            return exif.get(_ORIENTATION_TAG)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, TypeError):
-        return None  # not one of those that Pillow reads, as 16 bit with five bands
+    # Not by PIL.Image.open: ultralytics replaces it by one that fails on what Pillow cannot read, as five bands.
+    with system.open_input_file(path) if system else open(path, "rb") as file:
+        try:
+            return (_png_exif(file) if driver == "PNG" else _tiff_tags(file)).get(_ORIENTATION_TAG)
+        except (SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
+            return None
+
+
+def _png_exif(file: Any) -> Mapping[int, Any]:
+    exif = Image.Exif()
+    exif.load(PngImageFile(file).info.get("exif", b""))  # getexif would decode an image that has none
+    return exif
+
+
+def _tiff_tags(file: Any) -> Mapping[int, Any]:
+    header = file.read(8)
+    tags = ImageFileDirectory_v2(header + file.read(8) if header[2:3] == b"\x2b" else header)  # BigTIFF: 16 bytes
+    file.seek(tags.next)
+    tags.load(file)
+    return tags

@@ -1,9 +1,10 @@
 """Fields of truth files, loaded and checked: each check returns the value, or raises `BadRow` with the reason."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -11,6 +12,9 @@ from softlabel.errors import TruthError
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _FAR_PX = 1e9
+_WHOLE = re.compile(r"[+-]?\d{1,40}(\.0*)?([eE][+-]?\d{1,2})?")
+T = TypeVar("T")
+Box = tuple[float, float, float, float]
 # What parsers raise on arbitrary bytes: yaml.safe_load lets KeyError, IndexError and AttributeError out of bad tags.
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, MemoryError),
@@ -20,6 +24,14 @@ _UNREADABLE = (
 
 class BadRow(ValueError):
     """Why a row is rejected."""
+
+
+def attempt(check: Callable[[], T]) -> T | BadRow:
+    """What a check returns, or why it fails: one field of a row can be unusable, and the others known."""
+    try:
+        return check()
+    except BadRow as reason:
+        return reason
 
 
 def load(path: Path | str, parse: Callable[[str], Any], kind: str) -> Any:
@@ -80,9 +92,20 @@ def as_label(value: Any, what: str) -> str | None:
 
 
 def as_whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
+    """A whole number, as other programs write it: 1, 1.0, "1" or "1.0e+00"."""
+    number: Any = value
+    if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
+        number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int) or abs(number) >= 2**63:
         raise BadRow(f"{what} must be a whole number, it is {show(value)}")
-    return value
+    return number
+
+
+def as_flag(value: Any, what: str) -> bool:
+    """True or false, 1 or 0; nothing is false."""
+    return bool(value) if value is None or isinstance(value, bool) else as_whole(value, what) != 0
 
 
 def as_numbers(values: Any, count: int, what: str) -> list[float]:
@@ -94,7 +117,7 @@ def as_numbers(values: Any, count: int, what: str) -> list[float]:
         raise BadRow(f"{what} must be {count} numbers, not all of its values are") from None
 
 
-def as_box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
+def as_box(x0: float, y0: float, x1: float, y1: float) -> Box:
     if not all(abs(value) <= _FAR_PX for value in (x0, y0, x1, y1)):  # false for NaN too
         raise BadRow("coordinates must be finite and below 1e9 px")
     if x1 < x0 or y1 < y0:
@@ -104,8 +127,10 @@ def as_box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, fl
     return x0, y0, x1, y1
 
 
-def is_in(value: Any, known: set[int | str]) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool) and value in known
+def as_hull(points: Sequence[float]) -> Box:
+    """The upright box around x, y, x, y, ..."""
+    xs, ys = points[::2], points[1::2]
+    return as_box(min(xs), min(ys), max(xs), max(ys))
 
 
 def show(value: Any) -> str:

@@ -5,11 +5,14 @@ rejected by themselves. Boxes are xyxy in scene pixels; YOLO gives shares of the
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from hotcoco.mask import fr_py_objects, to_bbox
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
@@ -17,14 +20,17 @@ from softlabel.imagery.collector import Collector, Rejected, Row, listed_collect
 from softlabel.imagery.fields import (
     IMAGE_SUFFIXES,
     BadRow,
+    Box,
     as_box,
+    as_flag,
+    as_hull,
     as_image_name,
     as_label,
     as_numbers,
     as_object,
     as_text,
     as_whole,
-    is_in,
+    attempt,
     lists_in,
     load,
     load_json,
@@ -32,6 +38,8 @@ from softlabel.imagery.fields import (
     one_line,
     show,
 )
+from softlabel.imagery.listing import walk_files
+from softlabel.records import UNKNOWN_CLASS
 
 # fmt: off
 XVIEW_CLASSES = {
@@ -69,9 +77,12 @@ def read_xview(source: TruthSource, classes: tuple[str, ...]) -> Collector:
 def _xview_row(raw: Any) -> Row:
     properties = as_object(as_object(raw, "the feature").get("properties"), "properties")
     image = as_image_name(properties.get("image_id"), "image_id")
-    bounds = as_text(properties.get("bounds_imcoords"), "bounds_imcoords").split(",")
-    box = as_box(*as_numbers(bounds, 4, "bounds_imcoords"))
-    return Row(image, as_whole(properties.get("type_id"), "type_id"), box)
+    type_id = attempt(lambda: as_whole(properties.get("type_id"), "type_id"))
+    return Row(image, type_id, attempt(lambda: _xview_box(properties.get("bounds_imcoords"))))
+
+
+def _xview_box(bounds: Any) -> Box:
+    return as_box(*as_numbers(as_text(bounds, "bounds_imcoords").split(","), 4, "bounds_imcoords"))
 
 
 def read_coco(source: TruthSource, classes: tuple[str, ...]) -> Collector:
@@ -107,11 +118,15 @@ def _coco_images(path: str, images: list[Any], collector: Collector, known: dict
     for index, raw in enumerate(images):
         try:
             image_id, name = _coco_image_id(as_object(raw, "the image").get("id")), as_image_name(raw.get("file_name"))
-            if image_id in names or name in collector.images:
-                raise BadRow(f"image {show(image_id)} or its file {show(name)} is there twice")
-            facts = {key: as_label(raw.get(key), key) for key in ("group", "split")}
-            labelled = _coco_labelled(raw.get("labelled_categories"), known, collector)
-            collector.image(name, file=path, size_wh=_coco_size(raw), labelled_classes=labelled, **facts)
+            facts = {
+                "file": path,
+                "size_wh": _coco_size(raw),
+                "labelled_classes": _coco_labelled(raw.get("labelled_categories"), known, collector),
+                **{key: as_label(raw.get(key), key) for key in ("group", "split")},
+            }
+            # One file may have two ids, as where annotations of several people were put together.
+            if names.get(image_id, name) != name or collector.image(name, **facts).facts != facts:
+                raise BadRow(f"image {show(image_id)} or its file {show(name)} is there twice, and not the same")
             names[image_id] = name
         except BadRow as reason:
             collector.reject(path, None, f"image {index}: {reason}")
@@ -122,8 +137,9 @@ def _coco_labelled(listed: Any, known: dict[int, str], collector: Collector) -> 
     """Our classes that are drawn in an image: those all of whose source classes are listed, by name or id."""
     if listed is None:
         return None
-    entries = {entry for entry in listed if isinstance(entry, int | str)} if isinstance(listed, list) else set()
-    if not isinstance(listed, list) or not all(is_in(entry, {*known, *known.values()}) for entry in listed):
+    names = set(known.values())
+    entries = {_coco_category(entry, names) for entry in listed} if isinstance(listed, list) else {None}
+    if not entries <= {*known, *names}:
         raise BadRow(f"labelled_categories {show(listed)} must be a list of categories, by name or id")
     sources: dict[int, list[int]] = defaultdict(list)
     for key in known:
@@ -133,8 +149,18 @@ def _coco_labelled(listed: Any, known: dict[int, str], collector: Collector) -> 
     return tuple(sorted(complete))
 
 
+def _coco_category(entry: Any, names: set[str]) -> int | str | None:
+    if isinstance(entry, str) and entry in names:
+        return entry
+    found = attempt(lambda: as_whole(entry, "category"))
+    return None if isinstance(found, BadRow) else found
+
+
 def _coco_image_id(value: Any) -> int | str:
-    return value if isinstance(value, str) else as_whole(value, "image id")
+    """A number, also where it is written as a text; other texts stay what they are, "007" too."""
+    if isinstance(value, str) and not re.fullmatch(r"-?(0|[1-9]\d*)(\.0+)?", value):
+        return value
+    return as_whole(value, "image id")
 
 
 def _coco_size(raw: dict) -> tuple[int, int] | None:
@@ -152,46 +178,106 @@ def _coco_row(names: dict[int | str, str], raw: Any) -> Row:
     image_id = _coco_image_id(as_object(raw, "the annotation").get("image_id"))
     if image_id not in names:
         raise BadRow(f"no image has id {show(image_id)}")
-    x, y, width, height = as_numbers(raw.get("bbox"), 4, "bbox")
-    crowd = as_whole(raw.get("iscrowd") or 0, "iscrowd") != 0
-    source_class = as_whole(raw.get("category_id"), "category_id")
-    return Row(names[image_id], source_class, as_box(x, y, x + width, y + height), crowd)
+    source_class = attempt(lambda: as_whole(raw.get("category_id"), "category_id"))
+    crowd = attempt(lambda: as_flag(raw.get("iscrowd"), "iscrowd"))
+    if isinstance(crowd, BadRow):  # an object, or many: as good as of no class
+        source_class, crowd = crowd, False
+    return Row(names[image_id], source_class, attempt(lambda: _coco_box(raw)), crowd)
+
+
+def _coco_box(raw: dict) -> Box:
+    """The bbox; of an annotation without one that of its polygons or of its mask."""
+    outline = raw.get("segmentation")
+    if raw.get("bbox") is not None or not outline:
+        x, y, width, height = as_numbers(raw.get("bbox"), 4, "bbox")
+        return as_box(x, y, x + width, y + height)
+    if isinstance(outline, list):
+        rings = outline if isinstance(outline[0], list) else [outline]
+        points = [as_numbers(ring, len(ring) if isinstance(ring, list) else 0, "segmentation") for ring in rings]
+        if any(len(ring) < 6 or len(ring) % 2 for ring in points):
+            raise BadRow("a polygon of segmentation needs three points or more")
+        return as_hull([number for ring in points for number in ring])
+    return _rle_box(as_object(outline, "segmentation"))
+
+
+def _rle_box(mask: dict) -> Box:
+    """The box of a run-length encoded mask, compressed or not."""
+    height, width = (as_whole(side, "size") for side in as_numbers(mask.get("size"), 2, "size"))
+    counts = mask.get("counts")
+    if not 0 < height * width < 2**32:
+        raise BadRow(f"segmentation has a size of {width}x{height} px")
+    if isinstance(counts, list):
+        runs = [as_whole(count, "counts") for count in counts]
+        if min(runs, default=-1) < 0 or sum(runs) != height * width:
+            raise BadRow("the counts of segmentation do not add up to its size")
+        mask = fr_py_objects({"size": [height, width], "counts": runs}, height, width)
+    else:
+        mask = {"size": [height, width], "counts": as_text(counts, "counts")}
+    try:
+        x, y, across, down = (float(side) for side in to_bbox(mask))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadRow(f"segmentation is no mask: {one_line(error)}") from None
+    return as_box(x, y, x + across, y + down)
 
 
 def read_yolo(source: TruthSource, classes: tuple[str, ...]) -> Collector:
     """The label files of the images in data.yaml's train, val and test."""
     path = Path(source.path)
     data = load_yaml(path)
-    listed = data.get("names")
-    known = dict(enumerate(listed)) if isinstance(listed, list) else listed
-    # A hexadecimal number of YAML may be longer than Python writes in decimals.
-    if not isinstance(known, dict) or not all(
-        type(key) is int and abs(key) < 2**63 and isinstance(known[key], str) for key in known
-    ):
-        raise TruthError(f"{path} needs `names`, a list of class names or a mapping from number to name")
-    collector = listed_collector(source, classes, known)
-    for label, image in yolo_images(path, data).values():
-        collector.image(image, file=str(label), normalised=True)
-        if os.path.isfile(label):  # an image without a label file is background, by YOLO's convention
-            _read_lines(collector, label, partial(_yolo_row, image))
+    collector = listed_collector(source, classes, _yolo_names(path, data))
+    splits = yolo_images(path, data, collector)
+    for split, images in splits.items():
+        labels = [label for label, _ in images.values()]
+        # An image without a label file is background, by YOLO's convention; but not all of them.
+        if labels and not any(map(os.path.isfile, labels)):
+            collector.warnings.append(f"none of the {len(labels)} images of {split} has labels, as {labels[0]}")
+        for label, image in images.values():
+            is_new = image not in collector.images
+            collector.image(image, file=str(label), normalised=True)
+            if is_new and os.path.isfile(label):
+                _read_lines(collector, label, image, partial(_yolo_row, collector, image))
     return collector
 
 
-def yolo_images(path: Path, data: dict) -> dict[str, tuple[Path, str]]:
-    """Label file and image name (below the data set's folder) of each image in train, val and test."""
+def _yolo_names(path: Path, data: dict) -> dict[int, str]:
+    """Class names by number, as ultralytics takes them: a list, a mapping with numbers or texts as keys, or ``nc``."""
+    listed, count = data.get("names"), data.get("nc")
+    if listed is None and count is not None:
+        number = attempt(lambda: as_whole(count, "nc"))
+        listed = [f"class_{i}" for i in range(number)] if isinstance(number, int) and 0 < number < 100_000 else None
+    named = dict(enumerate(listed)) if isinstance(listed, list) else listed if isinstance(listed, dict) else {}
+    known = {attempt(partial(as_whole, key, "key")): _yolo_name(name) for key, name in named.items()}
+    if not known or len(known) < len(named) or not all(isinstance(key, int) and name for key, name in known.items()):
+        raise TruthError(f"{path} needs `names`, a list of class names or a mapping from number to name, or `nc`")
+    return {key: name for key, name in known.items() if isinstance(key, int) and name}
+
+
+def _yolo_name(name: Any) -> str | None:
+    found = attempt(lambda: as_text(str(name) if type(name) in (int, float) else name, "name"))
+    return None if isinstance(found, BadRow) else found
+
+
+def yolo_images(path: Path, data: dict, collector: Collector | None = None) -> dict[str, dict[str, tuple[Path, str]]]:
+    """By split (train, val, test) and image: label file and image name, which counts from the data set's folder.
+
+    An image that is listed and not there is rejected by ``collector``.
+    """
     folder = data.get("path") or "."
     if not isinstance(folder, str):
         raise TruthError(f"{path}: path must be a folder, it is {show(folder)}")
     # As exported, `path` often names a folder of the machine it was made on.
     root = path.parent / folder if os.path.isdir(path.parent / folder) else path.parent
-    found = {}
-    for image in (image for split in ("train", "val", "test") for image in _yolo_split(path, root, data.get(split))):
-        name = PurePosixPath(os.path.relpath(image, root)).as_posix()
-        found[name] = _yolo_label(image), name
+    found: dict[str, dict[str, tuple[Path, str]]] = {}
+    for split in ("train", "val", "test"):
+        listed = data.get("validation") if split == "val" and "val" not in data else data.get(split)
+        found[split] = {}
+        for image in _yolo_split(path, root, split, listed, collector):
+            name = PurePosixPath(os.path.relpath(image, root)).as_posix()
+            found[split][name] = _yolo_label(image), name
     return found
 
 
-def _yolo_split(path: Path, root: Path, listed: Any) -> Iterator[Path]:
+def _yolo_split(path: Path, root: Path, split: str, listed: Any, collector: Collector | None) -> Iterator[Path]:
     entries = [] if listed is None else listed if isinstance(listed, list) else [listed]
     for entry in entries:
         if not isinstance(entry, str):
@@ -199,18 +285,40 @@ def _yolo_split(path: Path, root: Path, listed: Any) -> Iterator[Path]:
         # Roboflow writes ../train/images and puts the folder beside data.yaml.
         candidates = (root / entry, root / entry.removeprefix("../"))
         place = next((place for place in candidates if os.path.exists(place)), None)
-        if place is None:
+        if place is None and split == "test":  # which ultralytics does not look for before it is asked to
+            if collector:
+                collector.warnings.append(f"{path} names {show(entry)} as test, and it is not there")
+        elif place is None:
             raise TruthError(f"{path} names {show(entry)}, not found in {root}: correct its path, train, val or test")
-        yield from _yolo_listed(root, place)
+        else:
+            yield from _yolo_listed(root, place, collector)
 
 
-def _yolo_listed(root: Path, place: Path) -> list[Path]:
+def _yolo_listed(root: Path, place: Path, collector: Collector | None) -> Iterator[Path]:
     """The images of a folder, sorted, or those that a txt file lists."""
     if os.path.isdir(place):
-        paths = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
-        return sorted(image for image in paths if image.suffix.lower() in IMAGE_SUFFIXES)
-    lines = (line.strip() for line in load(place, str.splitlines, "text"))
-    return [root / line for line in lines if line]
+        yield from (Path(image) for image in walk_files(str(place)) if image.lower().endswith(IMAGE_SUFFIXES))
+        return
+    for number, line in enumerate(load(place, str.splitlines, "text"), start=1):
+        if not line.strip():
+            continue
+        image = _yolo_image(root, place.parent, line.strip().replace("\\", "/"))
+        if image is not None:
+            yield image
+        elif collector is not None:
+            reason = f"line {number} lists {show(line.strip())}, which is neither in {place.parent} nor in {root}"
+            collector.reject(str(place), None, reason)
+
+
+def _yolo_image(root: Path, folder: Path, line: str) -> Path | None:
+    """``./`` counts from the list's folder, as in ultralytics, all else from the data set's; darknet's data/obj/a.png,
+    and absolute paths of another machine, from wherever their end is found there."""
+    if line.startswith("./"):
+        candidates = [folder / line, root / line]
+    else:
+        parts = PurePosixPath(line).parts
+        candidates = [root / line, *(root.joinpath(*parts[i:]) for i in range(1, len(parts))), folder / line]
+    return next((Path(os.path.normpath(image)) for image in candidates if os.path.isfile(image)), None)
 
 
 def _yolo_label(image: Path) -> Path:
@@ -220,13 +328,21 @@ def _yolo_label(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt") if image.name else image
 
 
-def _yolo_row(image: str, line: str) -> Row:
-    parts = line.split()
-    if len(parts) != 5:
-        raise BadRow(f"needs a class and four numbers, has {len(parts)} values (polygons are not read)")
-    x, y, width, height = as_numbers(parts[1:], 4, "box")
-    source_class = as_whole(int(parts[0]) if parts[0].isdecimal() and len(parts[0]) < 19 else parts[0], "class")
-    return Row(image, source_class, as_box(x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+def _yolo_row(collector: Collector, image: str, line: str) -> Row:
+    name, *numbers = line.split()
+    box = attempt(lambda: _yolo_box(numbers))
+    collector.counts["polygons"] += len(numbers) > 4 and not isinstance(box, BadRow)
+    return Row(image, attempt(lambda: as_whole(name, "class")), box)
+
+
+def _yolo_box(numbers: list[str]) -> Box:
+    """Centre, width and height; or the corners of a polygon, whose box it is."""
+    if len(numbers) >= 6 and len(numbers) % 2 == 0:
+        return as_hull(as_numbers(numbers, len(numbers), "polygon"))
+    if len(numbers) != 4:
+        raise BadRow(f"needs a class and four numbers, or the corners of a polygon, has {len(numbers) + 1} values")
+    x, y, width, height = as_numbers(numbers, 4, "box")
+    return as_box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
 def read_dota(source: TruthSource, classes: tuple[str, ...]) -> Collector:
@@ -238,7 +354,7 @@ def read_dota(source: TruthSource, classes: tuple[str, ...]) -> Collector:
     for file in dota_files(root):
         image = file.relative_to(root).with_suffix("").as_posix()
         collector.image(image, file=str(file))
-        _read_lines(collector, file, partial(_dota_row, image), skip=("imagesource", "gsd"))
+        _read_lines(collector, file, image, partial(_dota_row, image), skip=("imagesource", "gsd"))
     seen = {class_id for image in collector.images.values() for class_id in image.class_ids}
     sure = source.mapping or DOTA_CLASSES
     require_all(source, classes, seen | {collector.targets[str(name)] for name in sure}, DOTA_CLASSES)
@@ -249,7 +365,7 @@ def dota_files(root: Path) -> list[Path]:
     """The label files of a DOTA folder, sorted; TruthError where there is none."""
     if not os.path.isdir(root):
         raise TruthError(f"no folder of DOTA txt files at {root}: correct tiles.truth.path")
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(".txt"))
+    files = [Path(file) for file in walk_files(str(root)) if file.endswith(".txt")]
     if not files:
         raise TruthError(f"no .txt file in {root}: set tiles.truth.path to the folder of DOTA labels")
     return files
@@ -258,21 +374,25 @@ def dota_files(root: Path) -> list[Path]:
 def _dota_row(image: str, line: str) -> Row:
     parts = line.split()
     if len(parts) not in (9, 10):
-        raise BadRow(f"needs eight numbers, a class and difficult, has {len(parts)} values")
-    corners = as_numbers(parts[:8], 8, "corners")
-    xs, ys = corners[::2], corners[1::2]
+        problem = BadRow(f"needs eight numbers, a class and difficult, has {len(parts)} values")
+        return Row(image, problem, problem)
+    box = attempt(lambda: as_hull(as_numbers(parts[:8], 8, "corners")))
     difficult = parts[9] if len(parts) == 10 else "0"
     if difficult not in ("0", "1", "2"):
-        raise BadRow(f"difficult must be 0 or 1, it is {show(difficult)}")
-    return Row(image, parts[8], as_box(min(xs), min(ys), max(xs), max(ys)), difficult != "0")
+        return Row(image, BadRow(f"difficult must be 0 or 1, it is {show(difficult)}"), box)
+    return Row(image, parts[8], box, difficult != "0")
 
 
-def _read_lines(collector: Collector, file: Path, parse: Callable[[str], Row], skip: tuple[str, ...] = ()) -> None:
-    """Every line of a label file but empty ones and headers; an unreadable file is one rejection."""
+def _read_lines(
+    collector: Collector, file: Path, image: str, parse: Callable[[str], Row], skip: tuple[str, ...] = ()
+) -> None:
+    """Every line of an image's label file but empty ones and headers; an unreadable file is one rejection, and nobody
+    can say what is in its image."""
     try:
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except (OSError, ValueError) as error:
         collector.reject(str(file), None, f"cannot be read: {one_line(error)}")
+        collector.image(image).unsure.add(UNKNOWN_CLASS)
         return
     rows = ((number, line.strip()) for number, line in enumerate(lines, start=1))
     wanted = ((number, line) for number, line in rows if line and not line.lower().startswith(skip or ("\0",)))

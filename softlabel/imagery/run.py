@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from softlabel import store
 from softlabel.config import Recipe, Split, TruthSource, dump_recipe
-from softlabel.errors import RecipeError
+from softlabel.errors import RecipeError, SoftlabelError, TruthError
 from softlabel.imagery import synthetic, tiles
 from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, load_scenes, rejected_truth, set_splits
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
+from softlabel.progress import progress
 from softlabel.records import TILES
 from softlabel.store import SHARD_TILES, TILES_FILE
 
 REJECTED_FILE = "rejected.jsonl"
+_TRUTH_COUNTS = ("rows", "dropped", "duplicates", "polygons")
 
 
 @dataclass
@@ -63,7 +64,8 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
 
     Raises:
         SceneError: There are no scenes, or none can be read.
-        TruthError: The truth cannot be read, or is about none of the scenes.
+        TruthError: The truth cannot be read, is about none of the scenes, or more of its rows than
+            ``tiles.max_rejected_fraction`` cannot be used (the step is finished all the same).
         RecipeError: A split would be empty.
     """
     _check_stretch(recipe)
@@ -72,7 +74,12 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
     step = store.step_dir(run_dir, "tiles", _fingerprint(recipe, listed, source))
     if not store.is_done(step):
         _write_step(recipe, listed, source, step)
-    print(_headline(step, store.summary(step)))
+    summary = store.summary(step)
+    print(_headline(step, summary))
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}")
+    if refusal := _refusal(recipe, summary["truth_rows"], step):
+        raise TruthError(refusal)
     return step
 
 
@@ -100,7 +107,7 @@ def _check_stretch(recipe: Recipe) -> None:
 
 def _fingerprint(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSource | None) -> dict:
     return {
-        "tiles": recipe.tiles.model_dump(mode="json"),
+        "tiles": recipe.tiles.model_dump(mode="json", exclude={"max_rejected_fraction"}),
         "classes": recipe.classes,
         "seed": recipe.seed,
         # Which scenes, not what is in them: one that is replaced later is a rejected row of labelling, and no reason to
@@ -113,22 +120,49 @@ def _fingerprint(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSou
 def _write_step(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSource | None, step: Path) -> None:
     truth = read_truth(source, recipe.classes) if source else None
     rejected = [rejected_truth(row) for row in truth.rejected] if truth else []
-    scenes = load_scenes(recipe, listed, truth, source, rejected)
-    set_splits(recipe, scenes, source)
     tally = _Tally()
-    store.commit(step / TILES_FILE, lambda path: _write_tiles(path, recipe, scenes, tally))
-    _check_splits(recipe, source, tally)
-    store.write_text(step / REJECTED_FILE, "".join(json.dumps(row) + "\n" for row in rejected))
+    try:
+        scenes = load_scenes(recipe, listed, truth, source, rejected)
+        set_splits(recipe, scenes, source)
+        store.commit(step / TILES_FILE, lambda path: _write_tiles(path, recipe, scenes, tally))
+        _check_splits(recipe, source, tally)
+    except SoftlabelError as error:
+        _write_rejected(step, rejected)
+        # Without the truth that was refused there may be no scene for a split: that is what its user must know.
+        if truth and (refusal := _refusal(recipe, truth.counts["rows"], step)):
+            raise TruthError(refusal) from error
+        raise
+    _write_rejected(step, rejected)
     store.write_text(step / "recipe.yaml", dump_recipe(recipe))
     store.finish(step, _summary(recipe, scenes, truth, rejected, tally))
+
+
+def _write_rejected(step: Path, rejected: list[dict]) -> None:
+    store.write_text(step / REJECTED_FILE, "".join(json.dumps(row) + "\n" for row in rejected))
+
+
+def _refusal(recipe: Recipe, rows: int, step: Path) -> str | None:
+    """What to say of truth rows that cannot be used, if they are more than the recipe allows."""
+    refused = [row["reason"] for row in _read_rejected(step) if row["kind"] == "truth" and row["row"] is not None]
+    allowed = recipe.tiles.max_rejected_fraction
+    if len(refused) <= allowed * rows:
+        return None
+    return (
+        f"{len(refused)} of {rows} truth rows cannot be used ({len(refused) / rows:.0%}; tiles.max_rejected_fraction "
+        f"is {allowed:.0%}), the first: {refused[0]} ({refused.count(refused[0])} of them); all are in "
+        f"{step / REJECTED_FILE}"
+    )
+
+
+def _read_rejected(step: Path) -> list[dict]:
+    return [json.loads(line) for line in (step / REJECTED_FILE).read_text().splitlines()]
 
 
 def _write_tiles(path: Path, recipe: Recipe, scenes: list[Scene], tally: _Tally) -> None:
     chances = _background_chances(recipe, scenes)
     rows: list[dict] = []
-    quiet = True if len(scenes) < MANY_SCENES else None
     with pq.ParquetWriter(path, TILES, compression="zstd", write_page_checksum=True) as writer:
-        for scene in tqdm(scenes, "tiles", disable=quiet):
+        for scene in progress(scenes, desc="tiles", disable=len(scenes) < MANY_SCENES):
             for row in _rows(recipe, scene):
                 if _is_wanted(row, recipe.seed, chances):
                     tally.add(row)
@@ -223,6 +257,7 @@ def _summary(
     recipe: Recipe, scenes: list[Scene], truth: TruthSet | None, rejected: list[dict], tally: _Tally
 ) -> dict[str, Any]:
     num_tiles = sum(tally.tiles.values())
+    unplaced = [scene for scene in scenes if scene.info.unplaced]
     by_split = {
         split: {name: counts[index] for index, name in enumerate(recipe.classes)}
         for split, counts in sorted(tally.boxes.items())
@@ -238,10 +273,19 @@ def _summary(
         "boxes_by_split": by_split,
         "ignored": tally.ignored,
         "truth_rejected": sum(row["kind"] == "truth" for row in rejected),
-        "truth_dropped": truth.dropped if truth else 0,
+        **{f"truth_{name}": truth.counts[name] if truth else 0 for name in _TRUTH_COUNTS},
+        "unplaced": len(unplaced),
         "mean_tile_px": (tally.size_sum / num_tiles).tolist(),
         "groups_in_two_splits": groups_in_two_splits(scenes),
+        "warnings": [*(truth.warnings if truth else []), *_unplaced_in_words(unplaced)],
     }
+
+
+def _unplaced_in_words(unplaced: list[Scene]) -> list[str]:
+    if not unplaced:
+        return []
+    first = f"{unplaced[0].scene_id} has {unplaced[0].info.unplaced}"
+    return [f"{len(unplaced)} scenes have no place on a map, their boxes stay in pixels: {first}"]
 
 
 def _headline(step: Path, summary: dict) -> str:

@@ -5,10 +5,12 @@ gives shares of the image: `SceneTruth.fitted`).
 """
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from softlabel.errors import TruthError
 from softlabel.imagery.collector import Image
 from softlabel.imagery.fields import IMAGE_SUFFIXES, load_yaml, one_line
 from softlabel.imagery.formats import dota_files, read_coco, read_dota, read_xview, read_yolo, yolo_images
+from softlabel.records import UNKNOWN_CLASS
 
 _MIN_SIDE_PX = 0.01  # thinner is a slip of the mouse, and would lose its area in float32 tile pixels
 
@@ -35,10 +38,11 @@ class RejectedTruth:
 
 @dataclass(frozen=True)
 class SceneTruth:
-    """The truth of one image. ``boxes`` (N, 4) float64; ``class_ids`` (N,) int32 count in the recipe's classes.
+    """The truth of one image. ``boxes`` (N, 4) float64; ``class_ids`` (N,) int32 count in the recipe's classes, and are
+    -1 where the class cannot be used.
 
-    ``crowd`` (N,) bool marks COCO crowds and DOTA difficults, which are ignored. ``rows`` (N,) int64 lead back into
-    ``file``: the feature's index (xView), the annotation's id or else index (COCO), the line from 1 (YOLO, DOTA).
+    ``crowd`` (N,) bool marks those, COCO crowds and DOTA difficults: they are ignored. ``rows`` (N,) int64 lead back
+    into ``file``: the feature's index (xView), the annotation's id or else index (COCO), the line from 1 (YOLO, DOTA).
     ``labelled_classes`` None is all. ``normalised``: boxes are shares of the image, in [0, 1].
     """
 
@@ -59,7 +63,8 @@ class SceneTruth:
         clipped = box_math.clip(self.boxes * scale, (0, 0, width, height)).astype(np.float64)
         inside = ((clipped[:, 2:] - clipped[:, :2]) >= _MIN_SIDE_PX).all(axis=1)
         reason = f"outside its image of {width}x{height} px, or thinner than {_MIN_SIDE_PX} px inside it"
-        rejected = [RejectedTruth(self.file, int(row), reason) for row in self.rows[~inside]]
+        lost = ~inside & (self.class_ids != UNKNOWN_CLASS)  # the others are rejected already
+        rejected = [RejectedTruth(self.file, int(row), reason) for row in self.rows[lost]]
         kept = {name: getattr(self, name)[inside] for name in ("class_ids", "crowd", "rows")}
         return replace(self, boxes=clipped[inside], normalised=False, **kept), rejected
 
@@ -68,12 +73,15 @@ class SceneTruth:
 class TruthSet:
     """All truth of a source. ``scenes`` goes by image file name as the truth has it (DOTA: without a suffix).
 
-    ``dropped`` counts boxes of known classes left out on purpose (``other_classes: drop``).
+    ``counts`` has ``rows`` (boxes of all kinds, each once), ``dropped`` (of known classes left out on purpose,
+    ``other_classes: drop``), ``duplicates`` (exact ones, beyond the first) and ``polygons`` (YOLO's, read as their
+    boxes). ``warnings`` are for the user.
     """
 
     scenes: dict[str, SceneTruth]
     rejected: list[RejectedTruth]
-    dropped: int
+    counts: Counter[str]
+    warnings: list[str]
 
 
 def read_truth(source: TruthSource, classes: tuple[str, ...]) -> TruthSet:
@@ -88,8 +96,8 @@ def read_truth(source: TruthSource, classes: tuple[str, ...]) -> TruthSet:
     """
     readers = {"xview": read_xview, "coco": read_coco, "yolo": read_yolo, "dota": read_dota}
     found = readers[source.format](source, classes)
-    scenes = {name: _scene_truth(image) for name, image in found.images.items()}
-    return TruthSet(scenes, [RejectedTruth(*row) for row in found.rejected], found.dropped)
+    scenes = {name: _scene_truth(image, len(classes)) for name, image in found.images.items()}
+    return TruthSet(scenes, [RejectedTruth(*row) for row in found.rejected], found.counts, found.warnings)
 
 
 def truth_digest(source: TruthSource) -> str:
@@ -102,8 +110,9 @@ def truth_digest(source: TruthSource) -> str:
     if source.format == "dota":
         files = dota_files(path)
     else:
-        labels = yolo_images(path, load_yaml(path)).values() if source.format == "yolo" else ()
-        files = [path, *(label for label, _ in labels if os.path.isfile(label))]
+        splits = yolo_images(path, load_yaml(path)).values() if source.format == "yolo" else ()
+        labels = {label for images in splits for label, _ in images.values()}
+        files = [path, *(label for label in sorted(labels) if os.path.isfile(label))]
     try:
         return store.digest([(file.name, store.file_digest(file)) for file in files])
     except (OSError, ValueError) as error:
@@ -115,8 +124,42 @@ def match_scenes(names: Collection[str], scene_ids: Iterable[str]) -> dict[str, 
 
     A name without an image suffix (DOTA) matches without it. Where several scenes or several names share a file name,
     one path must end in the other. A name that does not mean exactly one scene is left out, and so are two that mean
-    the same one.
+    the same one. What is left is matched once more as `plain_name` has it.
     """
+    scenes = list(scene_ids)
+    found = _match_all(names, scenes)
+    taken = set(found.values())
+    left = _by_plain_name(name for name in names if name not in found)
+    free = _by_plain_name(scene for scene in scenes if scene not in taken)
+    again = _match_all(list(left), list(free))
+    return found | {left[name]: free[scene] for name, scene in again.items()}
+
+
+def plain_name(name: str) -> str:
+    """A name without what programs do to it: backslashes, percent-encoding, a query, other forms of Unicode."""
+    path = unquote(name.replace("\\", "/"))
+    return unicodedata.normalize("NFC", PurePosixPath(path.partition("?")[0]).as_posix())
+
+
+def lookalike(name: str, scene_ids: Iterable[str]) -> str | None:
+    """A scene whose name a person takes for this one: equal but for case, blanks or characters that look the same."""
+    return next((scene for scene in scene_ids if _looks(scene) == _looks(name)), None)
+
+
+def _looks(name: str) -> str:
+    folded = unicodedata.normalize("NFKC", plain_name(name)).casefold()
+    return "".join(PurePosixPath(folded).name.split())
+
+
+def _by_plain_name(names: Iterable[str]) -> dict[str, str]:
+    """Plain name to name, where only one has it."""
+    plain: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        plain[plain_name(name)].append(name)
+    return {key: found[0] for key, found in plain.items() if len(found) == 1}
+
+
+def _match_all(names: Collection[str], scene_ids: Iterable[str]) -> dict[str, str]:
     by_stem: dict[str, list[PurePosixPath]] = defaultdict(list)
     for scene_id in scene_ids:
         by_stem[_without_suffix(PurePosixPath(scene_id)).name].append(PurePosixPath(scene_id))
@@ -126,13 +169,18 @@ def match_scenes(names: Collection[str], scene_ids: Iterable[str]) -> dict[str, 
     return {name: str(scene) for name, (scene, exact) in found.items() if scene and (exact or claims[scene] == 1)}
 
 
-def _scene_truth(image: Image) -> SceneTruth:
+def _scene_truth(image: Image, num_classes: int) -> SceneTruth:
+    facts = dict(image.facts)
+    if image.unsure:
+        labelled = facts.get("labelled_classes")
+        sure = range(num_classes) if labelled is None else labelled
+        facts["labelled_classes"] = tuple(k for k in sure if not image.unsure & {k, UNKNOWN_CLASS})
     return SceneTruth(
         boxes=np.array(image.boxes, np.float64).reshape(-1, 4),
         class_ids=np.array(image.class_ids, np.int32),
         crowd=np.array(image.crowd, bool),
         rows=np.array(image.rows, np.int64),
-        **image.facts,
+        **facts,
     )
 
 

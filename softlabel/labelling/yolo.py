@@ -23,9 +23,7 @@ from softlabel.labelling.engines import Network, Outputs
 from softlabel.labelling.losses import TileLoss, targets_of
 from softlabel.labelling.weights import default_train_args, load_model
 from softlabel.labelling.yolov5 import AnchorDetect
-from softlabel.records import Detections, Nms, Truth
-
-_PAD_VALUE = 114  # the grey that ultralytics letterboxes with, in training and in inference
+from softlabel.records import PAD_VALUE, Detections, Nms, Truth
 
 
 def check_train_args(args: dict, where: str, model: str) -> None:
@@ -248,7 +246,7 @@ class _Letterbox:
         if self.scaled_hw == self.size_hw:
             return image
         (x, y), (height, width) = self.pad_xy, self.scaled_hw
-        canvas = np.full((*self.size_hw, 3), _PAD_VALUE, np.uint8)
+        canvas = np.full((*self.size_hw, 3), PAD_VALUE, np.uint8)
         canvas[y : y + height, x : x + width] = image
         return canvas
 

@@ -36,7 +36,8 @@ class TileDataset(YOLODataset):
         """Pixels of a tile as BGR, its longer side scaled to imgsz, with ultralytics' mosaic buffer kept up."""
         if self.ims[i] is not None:
             return self.ims[i], self.im_hw0[i], self.im_hw[i]
-        image = np.ascontiguousarray(self._read(self._targets[i].tile)[..., ::-1])
+        target = self._targets[i]
+        image = np.ascontiguousarray(target.hide_unknown(self._read(target.tile))[..., ::-1])
         original_hw = image.shape[:2]
         gain = self.imgsz / max(original_hw)
         if gain != 1:

@@ -1,7 +1,7 @@
 """What a model learns from: tiles with boxes, from truth or from soft labels above a threshold."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from softlabel.calibration import Calibration
 from softlabel.config import Threshold
 from softlabel.errors import NO_LABELS, TrainingError
-from softlabel.records import EMPTY, LABELLED, Nms, Truth, detections_from_row
+from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Nms, Truth, detections_from_row
 from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
 
 WEIGHTS = "weights.safetensors"
@@ -23,11 +23,34 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Target:
-    """One training tile: its row (where its pixels are), boxes (N, 4) float32 xyxy tile pixels, class_ids (N,)."""
+    """One training tile: its row (where its pixels are), boxes (N, 4) float32 xyxy tile pixels, class_ids (N,).
+
+    ``unknown`` (H, 4) are boxes of objects whose class nobody knows.
+    """
 
     tile: dict
     boxes: NDArray[np.float32]
     class_ids: NDArray[np.int64]
+    unknown: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+
+    def hide_unknown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The tile's pixels (rows, columns, bands), those of unknown objects in the grey of the padding.
+
+        So such an object is neither one to find nor background, in any model's loss; as VisDrone's ignored regions are
+        usually treated. What it shares with a known box stays.
+        """
+        if not len(self.unknown):
+            return image
+        hidden = _inside(self.unknown, image.shape[:2]) & ~_inside(self.boxes, image.shape[:2])
+        return np.where(hidden[..., None], np.uint8(PAD_VALUE), image)
+
+
+def _inside(boxes_N4: NDArray[np.float32], size_hw: tuple[int, ...]) -> NDArray[np.bool_]:
+    """(height, width): the pixels that any box touches."""
+    inside = np.zeros(size_hw, bool)
+    for x0, y0, x1, y1 in boxes_N4:
+        inside[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)] = True
+    return inside
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,9 @@ def truth_targets(tiles: Path, split: str) -> list[Target]:
     for row in read_tiles(tiles, [split]):
         if row["truth"] is not None:
             truth = Truth.from_row(row["truth"])
-            targets.append(Target(row, truth.boxes[~truth.ignore], truth.class_ids[~truth.ignore].astype(np.int64)))
+            known, unknown = ~truth.ignore, truth.class_ids == UNKNOWN_CLASS
+            class_ids = truth.class_ids[known].astype(np.int64)
+            targets.append(Target(row, truth.boxes[known], class_ids, truth.boxes[unknown]))
     return _checked(targets, f"split {split} of {tiles} has no truth")
 
 

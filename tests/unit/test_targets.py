@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from made_stores import CLASSES, detections, made_store, made_tile
+from made_stores import CLASSES, detections, made_store, made_tile, write_tiles
+from ultralytics.cfg import get_cfg
 
 from softlabel.errors import TrainingError
 from softlabel.records import Nms
-from softlabel.training.targets import TrainJob
+from softlabel.training.dataset import TileDataset
+from softlabel.training.targets import TrainJob, truth_targets
 
 
 @pytest.fixture
@@ -32,6 +35,25 @@ def test_each_class_has_its_own_threshold(job):
         assert target.class_ids.tolist() == [0, 2]
     with pytest.raises(TrainingError, match="no soft label of"):
         job(dict.fromkeys(CLASSES, 0.4)).targets()  # strictly above
+
+
+def test_an_object_of_unknown_class_is_hidden_but_where_a_known_one_is(tmp_path):
+    drawn = [((10, 10, 30, 30), -1, True), ((20.5, 20.5, 40, 40), 1, False), ((50, 0, 60, 9), 0, True)]
+    truth = [{"box": box, "class_id": k, "visible": 1.0, "ignore": ignore} for box, k, ignore in drawn]
+    tiles = write_tiles(tmp_path, [made_tile("a", (0, 0, 64, 64), truth=truth, split="train_1")])
+    (target,) = truth_targets(tiles, "train_1")
+    assert target.class_ids.tolist() == [1] and target.unknown.tolist() == [[10, 10, 30, 30]]
+    image = np.random.default_rng(0).integers(0, 100, (64, 64, 3), np.uint8)
+    seen = target.hide_unknown(image)
+    hidden = (seen == 114).all(axis=2)
+    expected = np.zeros((64, 64), bool)
+    expected[10:30, 10:30] = True
+    expected[20:40, 20:40] = False
+    np.testing.assert_array_equal(hidden, expected)
+    np.testing.assert_array_equal(seen[~hidden], image[~hidden])
+    data = {"names": {0: "car"}, "nc": 1, "channels": 3}
+    read = TileDataset([target], lambda row: image, imgsz=64, augment=False, hyp=get_cfg(), data=data).load_image(0)[0]
+    np.testing.assert_array_equal(read, seen[..., ::-1])
 
 
 def test_a_subset_is_the_same_each_time_and_part_of_a_larger_one(job):

@@ -2,10 +2,12 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from pycocotools.mask import encode
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
@@ -62,7 +64,8 @@ def test_xview_rows_by_id_and_by_name(tmp_path):
 BAD_FEATURES = [
     (feature(type_id=75), "unknown class 75"),
     (feature(type_id=82), "unknown class 82"),
-    (feature(type_id="18"), "type_id must be a whole number"),
+    (feature(type_id="18a"), "type_id must be a whole number"),
+    (feature(type_id=18.5), "type_id must be a whole number"),
     (feature(type_id=True), "type_id must be a whole number"),
     (feature(type_id=10**30), "64 bits"),
     (feature("1,2,5"), "4 numbers"),
@@ -87,12 +90,43 @@ BAD_FEATURES = [
 def test_a_bad_feature_is_one_rejection_and_loses_nothing_else(tmp_path, bad, reason):
     found = read_xview(tmp_path, [feature(), bad, feature("3,4,8,6")])
     assert list(reasons(found)) == [1] and reason in reasons(found)[1]
-    assert found.scenes["a.tif"].rows.tolist() == [0, 2]
+    a = found.scenes["a.tif"]
+    assert a.rows[a.class_ids != -1].tolist() == [0, 2] and found.counts["rows"] == 3
+
+
+def test_the_object_of_a_refused_row_is_no_background(tmp_path):
+    """Its box is ignored as every class; where it has none, its class is not known in that image any more."""
+    features = [
+        feature(),
+        feature("30,30,40,40", 75),
+        feature("5,2,1,9", image="no place.tif"),
+        feature("5,2,1,9", 75, image="nothing known.tif"),
+        feature("200,200,300,300", 75, image="outside.tif"),
+    ]
+    scenes = read_xview(tmp_path, features).scenes
+    a = scenes["a.tif"]
+    np.testing.assert_array_equal(a.boxes, [[1, 2, 5, 9], [30, 30, 40, 40]])
+    assert (a.class_ids.tolist(), a.crowd.tolist(), a.labelled_classes) == ([1, -1], [False, True], None)
+    assert [scenes[f"{name}.tif"].labelled_classes for name in ("no place", "nothing known")] == [(0,), ()]
+    fitted, rejected = scenes["outside.tif"].fitted(64, 64)
+    assert len(fitted.boxes) == 0 and not rejected  # it is among the rejected already
+
+
+def test_exact_duplicates_count_once(tmp_path):
+    found = read_xview(tmp_path, [feature(), feature(), feature(type_id=11), feature(image="b.tif"), feature()])
+    assert found.scenes["a.tif"].rows.tolist() == [0, 2] and len(found.scenes["b.tif"].boxes) == 1
+    assert (found.counts["duplicates"], found.counts["rows"]) == (2, 3) and not found.rejected
+
+
+@pytest.mark.parametrize("type_id", ["18", 18.0, "18.0", " 18 "])
+def test_a_type_id_may_be_written_as_a_text(tmp_path, type_id):
+    found = read_xview(tmp_path, [feature(type_id=type_id)])
+    assert found.scenes["a.tif"].class_ids.tolist() == [1] and not found.rejected
 
 
 def test_known_classes_can_be_left_out_on_purpose(tmp_path):
     found = read_xview(tmp_path, [feature(), feature(type_id=12), feature(type_id=75)], other_classes="drop")
-    assert found.dropped == 1
+    assert found.counts["dropped"] == 1
     assert "unknown class 75" in reasons(found)[2]  # not known: never silent
 
 
@@ -158,24 +192,76 @@ def test_a_class_of_two_categories_is_labelled_only_with_both(tmp_path):
         (note(image=2, number=8), "no image has id 2"),
         (note(image=[1], number=8), "image id must be"),
         (note(iscrowd="no", number=8), "iscrowd must be"),
+        (note(category=True, number=8), "category_id must be"),
+        ({"id": 8, "image_id": 1, "category_id": 7}, "bbox must be"),
+        ({"id": 8, "image_id": 1, "category_id": 7, "segmentation": [[1, 2, 3, 4]]}, "three points"),
+        ({"id": 8, "image_id": 1, "category_id": 7, "segmentation": {"size": [4, 5], "counts": [9]}}, "add up"),
+        ({"id": 8, "image_id": 1, "category_id": 7, "segmentation": {"size": [4, 5], "counts": "\t"}}, "no mask"),
     ],
 )
 def test_a_bad_annotation_is_one_rejection(tmp_path, bad, reason):
-    found = read_coco(tmp_path, coco(annotations=[note(number=6), bad, note(number=9)]))
+    found = read_coco(tmp_path, coco(annotations=[note(number=6), bad, note((9, 9, 4, 4), number=9)]))
     assert list(reasons(found)) == [8] and reason in reasons(found)[8]
-    assert found.scenes["a.jpg"].rows.tolist() == [6, 9]
+    a = found.scenes["a.jpg"]
+    assert a.rows[a.class_ids != -1].tolist() == [6, 9]
+
+
+@pytest.mark.parametrize("write", [str, float, lambda number: f"{number}.0", lambda number: number])
+def test_numbers_may_be_texts_and_floats(tmp_path, write):
+    images = [{"id": write(1), "file_name": "a.jpg", "width": write(64), "height": write(48)}]
+    categories = [{"id": write(7), "name": "plane"}, {"id": write(9), "name": "car"}]
+    note_ = note(category=write(9), image=write(1), iscrowd=write(1))
+    found = read_coco(tmp_path, coco(images, [note_, note(image=1, category=7)], categories))
+    a = found.scenes["a.jpg"]
+    assert (a.size_wh, a.class_ids.tolist(), a.crowd.tolist()) == ((64, 48), [1, 0], [True, False])
+    assert not found.rejected
+
+
+@pytest.mark.parametrize("crowd", [True, False, None])
+def test_a_crowd_may_be_true_or_false(tmp_path, crowd):
+    assert read_coco(tmp_path, coco(annotations=[note(iscrowd=crowd)])).scenes["a.jpg"].crowd.tolist() == [bool(crowd)]
+
+
+MASK = np.zeros((48, 64), np.uint8, order="F")
+MASK[3:9, 5:12] = 1
+RUNS = np.diff(np.flatnonzero(np.diff(MASK.ravel("F"), prepend=0)), prepend=0, append=[MASK.size]).tolist()
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[5, 3, 12, 3, 8, 9]],
+        [5, 3, 12, 3, 8, 9],
+        [[5, 3, 7, 3, 7, 9], [9, 4, 12, 4, 9, 5]],
+        {"size": [48, 64], "counts": RUNS},
+        {"size": [48, 64], "counts": encode(MASK)["counts"].decode()},
+    ],
+    ids=["polygon", "flat", "two", "runs", "compressed"],
+)
+@pytest.mark.parametrize("bbox", [{}, {"bbox": None}])
+def test_an_outline_alone_is_its_box(tmp_path, outline, bbox):
+    found = read_coco(tmp_path, coco(annotations=[{"image_id": 1, "category_id": 7, "segmentation": outline, **bbox}]))
+    np.testing.assert_array_equal(found.scenes["a.jpg"].boxes, [[5, 3, 12, 9]])
+    assert not found.rejected
+
+
+def test_a_file_of_two_image_ids_has_the_boxes_of_both(tmp_path):
+    images = [{"id": i, "file_name": "a.jpg", "width": 64, "height": 48} for i in (1, 2)]
+    found = read_coco(tmp_path, coco(images, [note(), note(image=2, number=2), note((9, 9, 4, 4), 9, 2, 3)]))
+    assert found.scenes["a.jpg"].class_ids.tolist() == [0, 1]
+    assert found.counts["duplicates"] == 1 and not found.rejected
 
 
 @pytest.mark.parametrize(
     "image, reason",
     [
         ({"id": 1, "file_name": "b.jpg"}, "twice"),
-        ({"id": 2, "file_name": "a.jpg"}, "twice"),
+        ({"id": 2, "file_name": "a.jpg", "width": 9, "height": 9}, "twice, and not the same"),
         ({"id": 2}, "file_name must be"),
         ({"id": 2, "file_name": "b.jpg", "labelled_categories": ["tree"]}, "labelled_categories"),
         ({"id": 2, "file_name": "b.jpg", "labelled_categories": [[7]]}, "labelled_categories"),
         ({"id": 2, "file_name": "b.jpg", "group": []}, "group must be"),
-        ({"id": 2, "file_name": "b.jpg", "width": "9", "height": 9}, "width must be"),
+        ({"id": 2, "file_name": "b.jpg", "width": "9x", "height": 9}, "width must be"),
         (7, "image must be an object"),
     ],
 )
@@ -195,7 +281,7 @@ def test_a_bad_category_is_rejected_with_its_boxes(tmp_path):
         "category 2: name must be a text, it is None",
         "unknown class 8",
     ]
-    assert found.scenes["a.jpg"].class_ids.tolist() == [0]
+    assert found.scenes["a.jpg"].class_ids.tolist() == [0, -1]
 
 
 def make_yolo(tmp_path, labels, **data):
@@ -221,7 +307,7 @@ def test_yolo_boxes_in_pixels(tmp_path):
 
 
 def test_yolo_lists_names_and_broken_rows(tmp_path):
-    text = "0 .5 .5 .1 .1\n7 .5 .5 .1 .1\n0 .5 .5 .1\n0 .1 .1 .2 .1 .2 .2\nx .5 .5 .1 .1\n0 .5 .5 0 .1\n0 nan .5 .1 .1"
+    text = "0 .5 .5 .1 .1\n7 .5 .5 .2 .1\n0 .5 .5 .1\n0 .1 .1 .2 .1 .2\nx .5 .5 .3 .1\n0 .5 .5 0 .1\n0 nan .5 .1 .1"
     source = make_yolo(
         tmp_path, {"a": text, "b": "1 .5 .5 .1 .1"}, train="list.txt", val=["images"], names={0: "plane", 1: "car"}
     )
@@ -229,8 +315,101 @@ def test_yolo_lists_names_and_broken_rows(tmp_path):
     found = read_truth(source, ("plane", "car"))
     assert sorted(reasons(found)) == [2, 3, 4, 5, 6, 7]
     assert set(found.scenes) == {"images/a.jpg", "images/b.jpg"}
-    assert found.scenes["images/a.jpg"].rows.tolist() == [1]
+    a = found.scenes["images/a.jpg"]
+    assert (a.rows.tolist(), a.class_ids.tolist(), a.labelled_classes) == ([1, 2, 5], [0, -1, -1], (1,))
     assert found.rejected[0].file.endswith("labels/a.txt")
+
+
+@pytest.mark.parametrize("number", ["1", "1.0", "1.0e+00", "01"])
+def test_a_yolo_class_as_other_programs_write_it(tmp_path, number):
+    found = read_truth(make_yolo(tmp_path, {"a": f"{number} .5 .5 .2 .2\n0.000000 .5 .5 .1 .1\n"}), ("plane", "car"))
+    assert found.scenes["images/a.jpg"].class_ids.tolist() == [1, 0] and not found.rejected
+
+
+def test_yolo_polygons_are_their_boxes_and_counted(tmp_path):
+    found = read_truth(make_yolo(tmp_path, {"a": "1 .1 .2 .4 .2 .3 .6\n0 .5 .5 .1 .1\n"}), ("plane", "car"))
+    np.testing.assert_allclose(found.scenes["images/a.jpg"].boxes, [[0.1, 0.2, 0.4, 0.6], [0.45, 0.45, 0.55, 0.55]])
+    assert found.counts["polygons"] == 1 and not found.rejected
+
+
+def test_an_unreadable_label_file_says_nothing_of_its_image(tmp_path, monkeypatch):
+    source = make_yolo(tmp_path, {"a": "0 .5 .5 .1 .1", "b": "1 .5 .5 .1 .1"})
+    real = Path.read_text
+
+    def read(path, *args, **kwargs):
+        if path.name == "a.txt":
+            raise OSError(5, "Input/output error")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    found = read_truth(source, ("plane", "car"))
+    assert found.scenes["images/a.jpg"].labelled_classes == () and "cannot be read" in found.rejected[0].reason
+    assert found.scenes["images/b.jpg"].labelled_classes is None
+
+
+def test_an_image_that_a_list_names_and_that_is_not_there_is_a_rejection(tmp_path):
+    source = make_yolo(tmp_path, {"a": "0 .5 .5 .1 .1"}, train="list.txt")
+    (tmp_path / "list.txt").write_text("images/a.jpg\nimages/gone.jpg\n")
+    found = read_truth(source, ("plane", "car"))
+    assert set(found.scenes) == {"images/a.jpg"}
+    assert [row.reason.split(",")[0] for row in found.rejected] == ["line 2 lists 'images/gone.jpg'"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "line"),
+    [
+        ("lists/train.txt", "./a.jpg"),  # from the list's own folder, as ultralytics has it
+        ("lists/train.txt", "lists/a.jpg"),
+        ("train.txt", "data/obj/lists/a.jpg"),  # darknet's, from the folder above the data set's
+        ("train.txt", "/home/somebody/set/lists/a.jpg"),
+        ("train.txt", "lists\\a.jpg"),
+    ],
+)
+def test_where_the_entries_of_a_list_count_from(tmp_path, listed, line):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.jpg").touch()
+    (tmp_path / "lists" / "a.txt").write_text("1 .5 .5 .1 .1")
+    source = make_yolo(tmp_path, {}, train=listed)
+    (tmp_path / listed).write_text(line)
+    found = read_truth(source, ("plane", "car"))
+    assert {name: scene.class_ids.tolist() for name, scene in found.scenes.items()} == {"lists/a.jpg": [1]}
+
+
+def test_a_split_without_any_label_is_said(tmp_path):
+    source = make_yolo(tmp_path, {"a": None, "b": None}, val="more")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c.jpg").touch()
+    (tmp_path / "more" / "c.txt").write_text("0 .5 .5 .1 .1")
+    (warning,) = read_truth(source, ("plane", "car")).warnings
+    assert warning.startswith("none of the 2 images of train has labels") and warning.endswith("labels/a.txt")
+
+
+@pytest.mark.parametrize(
+    ("data", "classes"),
+    [
+        ({"names": {"0": "plane", "1": "car"}}, ("plane", "car")),
+        ({"names": [7, 3.5]}, ("7", "3.5")),
+        ({"names": {0: 737}}, ("737",)),
+        ({"names": None, "nc": 2}, ("class_0", "class_1")),
+        ({"test": "gone"}, ("plane", "car")),
+        ({"validation": "images"}, ("plane", "car")),
+    ],
+)
+def test_data_yaml_as_ultralytics_takes_it(tmp_path, data, classes):
+    found = read_truth(make_yolo(tmp_path, {"a": "0 .5 .5 .1 .1"}, **data), classes)
+    assert found.scenes["images/a.jpg"].class_ids.tolist() == [0] and not found.rejected
+    assert [warning.endswith("as test, and it is not there") for warning in found.warnings] == [True] * ("test" in data)
+
+
+def test_hidden_files_are_no_truth_and_links_are_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "P1.txt").write_text("1 1 9 1 9 5 1 5 plane 0")
+    (tmp_path / "labels" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "labels" / ".ipynb_checkpoints" / "P2.txt").touch()
+    (tmp_path / "labels" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "labels")
+    found = read_truth(TruthSource(format="dota", path=str(tmp_path / "labels")), ("plane",))
+    assert {name: len(scene.boxes) for name, scene in found.scenes.items()} == {"linked/P1": 1}
 
 
 @pytest.mark.parametrize(
@@ -252,8 +431,11 @@ def test_dota_hulls_headers_and_difficult(tmp_path):
     source = TruthSource(format="dota", path=str(tmp_path), mapping={"plane": "plane", "small-vehicle": "car"})
     found = read_truth(source, ("plane", "car"))
     p1 = found.scenes["P1"]
-    np.testing.assert_array_equal(p1.boxes, [[0, 0, 4, 4], [1, 1, 9, 5]])
-    assert (p1.class_ids.tolist(), p1.crowd.tolist(), p1.rows.tolist()) == ([0, 1], [False, True], [3, 4])
+    np.testing.assert_array_equal(p1.boxes[:2], [[0, 0, 4, 4], [1, 1, 9, 5]])
+    known = p1.class_ids != -1
+    assert (p1.class_ids[known].tolist(), p1.rows[known].tolist()) == ([0, 1], [3, 4])
+    assert p1.crowd.tolist() == [False, *[True] * 4] and p1.rows[~known].tolist() == [5, 8, 10]
+    assert p1.labelled_classes == ()  # a line that cannot be read at all may be anything
     assert len(found.scenes["P2"].boxes) == 0
     assert sorted(reasons(found)) == [5, 6, 7, 8, 9, 10]
     assert "not mapped" in reasons(found)[5] and "unknown class" in reasons(found)[10]

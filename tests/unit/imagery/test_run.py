@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
+from PIL import Image
 
 from softlabel import store
 from softlabel.config import Recipe
@@ -102,14 +103,14 @@ def test_row_groups_are_shards_in_order(world):
 def test_bad_scenes_and_boxes_cost_nothing_else(world):
     world.scene("good.tif", [(1, 1, 9, 9), (100, 1, 109, 9), (60, 40, 70, 50)])
     world.scene("missing.tif", [(1, 1, 9, 9)]).unlink()
-    cut = world.scene("cut.tif", [(1, 1, 9, 9), (1, 1, 9, 9)])
+    cut = world.scene("cut.tif", [(1, 1, 9, 9), (2, 1, 9, 9)])
     cut.write_bytes(cut.read_bytes()[:5000])
     photo = world.scene("cut.jpg")
     photo.write_bytes(photo.read_bytes()[:1500])
     world.scene("empty.jpg").write_bytes(b"")
     world.scene("resized.tif", [(1, 1, 9, 9)], width=64, height=48, **{})
     world.images[-1] |= {"width": 128, "height": 96}
-    rows, rejected, summary = world.tile()
+    rows, rejected, summary = world.tile(max_rejected_fraction=1)
     assert {row["scene_id"] for row in rows if row["truth"] is not None} == {"good.tif"}
     assert {row["scene_id"] for row in rows if row["truth"] is None} == {"resized.tif"}
     by_file = {(row["kind"], Path(row["file"]).name, row["row"]): row["reason"] for row in rejected}
@@ -124,6 +125,82 @@ def test_bad_scenes_and_boxes_cost_nothing_else(world):
     assert any("drawn on (128, 96)" in row["reason"] for row in rejected)
     assert (summary["scenes"], summary["scenes_rejected"], summary["truth_rejected"]) == (2, 3, 3)
     assert summary["boxes"] == {"car": 2}
+
+
+def unusable(world, name, box, category_id=7):
+    """A row whose class the truth does not have."""
+    x0, y0, x1, y1 = box
+    bbox = [x0, y0, x1 - x0, y1 - y0]
+    world.annotations.append(
+        {"id": 900 + len(world.annotations), "image_id": name, "category_id": category_id, "bbox": bbox}
+    )
+
+
+def test_more_refused_rows_than_allowed_end_the_step_after_all_is_written(world):
+    world.scene("a.tif", [(i, 1, i + 5, 9) for i in range(18)])
+    unusable(world, "a.tif", (40, 30, 50, 40))
+    unusable(world, "a.tif", (20, 30, 30, 40))
+    with pytest.raises(TruthError) as error:
+        world.tile()
+    said = "2 of 20 truth rows cannot be used (10%; tiles.max_rejected_fraction is 5%), the first: unknown class 7 (2"
+    assert str(error.value).startswith(said) and str(error.value).endswith("rejected.jsonl")
+    (step,) = (world.folder / "runs").glob("tiles-*")
+    assert store.is_done(step) and len((step / run.REJECTED_FILE).read_text().splitlines()) == 2
+    rows, _, summary = world.tile(max_rejected_fraction=0.1)  # the same step: nothing is cut again
+    assert len(list((world.folder / "runs").glob("tiles-*"))) == 1
+    assert (summary["truth_rows"], summary["boxes"], summary["truth_rejected"]) == (20, {"car": 18}, 2)
+    unknown = [box for row in rows for box in row["truth"] if box["class_id"] == -1]
+    assert unknown and all(box["ignore"] for box in unknown)
+
+
+@pytest.mark.parametrize("split", [{}, ONE_SPLIT])
+def test_where_all_truth_is_refused_that_is_said_and_written(world, split):
+    world.scene("a.tif")
+    unusable(world, "a.tif", (1, 1, 9, 9))
+    with pytest.raises(TruthError, match=r"1 of 1 truth rows cannot be used .*unknown class 7"):
+        world.tile(split=split)
+    (step,) = (world.folder / "runs").glob("tiles-*")
+    assert "unknown class 7" in (step / run.REJECTED_FILE).read_text()
+
+
+def test_what_was_rejected_is_written_before_any_error(world):
+    world.scene("a.tif", [(100, 1, 109, 9)])
+    world.scene("b.tif").write_bytes(b"")
+    with pytest.raises(RecipeError, match="empty split"):
+        world.tile(split={}, max_rejected_fraction=1)
+    (step,) = (world.folder / "runs").glob("tiles-*")
+    reasons = (step / run.REJECTED_FILE).read_text()
+    assert "outside its image" in reasons and "b.tif" in reasons and not store.is_done(step)
+
+
+def test_an_image_whose_truth_lies_on_its_side_is_refused(world):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    path = world.scene("turned.jpg", [(1, 1, 9, 9)], width=48, height=64)
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    world.images[-1] |= {"width": 48, "height": 64}
+    rows, rejected, summary = world.tile()
+    assert {row["scene_id"] for row in rows} == {"a.tif"} and summary["scenes_rejected"] == 1
+    assert "64x48 px as EXIF orientation 6 turns it" in rejected[0]["reason"]
+    world.images[-1] |= {"width": 64, "height": 48}  # drawn on what is seen
+    rows, rejected, _ = world.tile()
+    assert {row["scene_id"] for row in rows} == {"a.tif", "turned.jpg"} and not rejected
+
+
+def test_grey_scenes_among_coloured_ones_are_tiles_of_one_band(world):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    Image.new("L", (32, 32), 7).save(world.folder / "scenes" / "grey.png")
+    assert {row["scene_id"]: row["bands"] for row in world.tile()[0]} == {"a.tif": [1, 2, 3], "grey.png": [1, 1, 1]}
+
+
+def test_scenes_without_the_place_that_they_claim_are_said(world, capsys):
+    with rasterio.open(world.scene("a.tif"), "r+") as file:
+        file.crs = "EPSG:32631"
+    rows, _, summary = world.tile()
+    assert rows[0]["crs"] is None and summary["unplaced"] == 1
+    assert "warning: 1 scenes have no place on a map" in capsys.readouterr().out
 
 
 def test_done_once_and_again_when_something_changes(world, monkeypatch):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from softlabel.config import TruthSource
-from softlabel.imagery.truth import SceneTruth, match_scenes, truth_digest
+from softlabel.imagery.truth import SceneTruth, lookalike, match_scenes, truth_digest
 
 
 def test_boxes_are_fitted_to_their_image():
@@ -31,10 +31,27 @@ def test_boxes_are_fitted_to_their_image():
         (["P1"], ["P1.png", "P1.tif"], {}),
         (["a.png"], ["a.tif"], {}),
         ([], ["a.tif"], {}),
+        (["x\\a b.tif"], ["x/a b.tif"], {"x\\a b.tif": "x/a b.tif"}),
+        (["x/a%20b.tif"], ["x/a b.tif"], {"x/a%20b.tif": "x/a b.tif"}),
+        (["a b.tif"], ["a%20b.tif"], {"a b.tif": "a%20b.tif"}),
+        (["a.tif?version=2"], ["a.tif"], {"a.tif?version=2": "a.tif"}),
+        (["Zu\u0308rich.tif"], ["Z\u00fcrich.tif"], {"Zu\u0308rich.tif": "Z\u00fcrich.tif"}),
+        (["a%20b.tif"], ["a%20b.tif", "a b.tif"], {"a%20b.tif": "a%20b.tif"}),  # the one of that very name
+        (["a%20b.tif"], ["x/a b.tif", "y/a b.tif"], {}),
+        (["a%20b.tif", "a b.tif?x"], ["a b.tif"], {}),
+        (["A.tif"], ["a.tif"], {}),
     ],
 )
 def test_match_scenes(names, scene_ids, expected):
     assert match_scenes(names, scene_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "scene_id"),
+    [("A.TIF", "a.tif"), ("a .tif", "a.tif"), ("x/a.tif", "\uff41.tif"), ("a\u00a0b.tif", "a b.tif"), ("a.tif", None)],
+)
+def test_names_that_look_the_same(name, scene_id):
+    assert lookalike(name, ["b.tif", *([scene_id] if scene_id else [])]) == scene_id
 
 
 def test_truth_digest_follows_every_label_file(tmp_path):
