@@ -20,7 +20,7 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import owlvit_job
 from softlabel.labelling.vocabulary import read_vocabulary
-from softlabel.records import UNKNOWN_CLASS, Detections, Truth
+from softlabel.records import LABELLED, UNKNOWN_CLASS, Detections, Truth
 from softlabel.report import figures, words
 from softlabel.report.census import Census, Example, against_truth
 from softlabel.report.page import render
@@ -75,7 +75,7 @@ def _count(store: Store, threshold: float) -> Census:
     """One pass by scene, one by tile: neither holds more than a scene in memory."""
     census = Census(store.classes, _EXAMPLES)
     for scene in read_scenes(store, 0, num_shards(store), threshold):
-        if scene.labelled:
+        if scene.counts[LABELLED]:
             census.add_scene(scene.scene_id, scene.merged("nms", _SEAM_IOU).scores)
     for one in read_all(store):
         found = one.found.above(threshold)
@@ -122,7 +122,7 @@ def _truth_counts(recipe: Recipe, store: Store) -> dict[str, dict[str, int]]:
         truth = Truth.from_row(row["truth"])
         of_class = truth.class_ids != UNKNOWN_CLASS
         vectors = np.eye(len(recipe.classes), dtype=np.float32)[truth.class_ids[of_class]]
-        scene.add(LabelledTile(row, Detections(truth.boxes[of_class], vectors), None, False), 0.0)
+        scene.add(LabelledTile(row, Detections(truth.boxes[of_class], vectors)), 0.0)
     finish()
     return counts
 

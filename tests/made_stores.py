@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabel.records import TILES, Detections, soft_labels_table
+from softlabel.records import EMPTY, TILES, Detections, soft_labels_table
 from softlabel.store import TILES_FILE, finish, shard_file, write_json, write_table
 
 CLASSES = ["car", "plane", "ship"]
@@ -20,7 +20,7 @@ def detections(*boxes):
 
 
 def made_tile(scene_id, window, found=None, *, reason=None, retryable=False, **columns):
-    """A tile row, what was found in it, and why it was rejected if it was."""
+    """A tile row, what was found in it, and why it was rejected if it was; "empty" if it has no valid pixel."""
     column, row, width, height = window
     tile = {
         "tile_id": f"{scene_id}#{column}_{row}_{width}x{height}",
@@ -51,18 +51,21 @@ def write_store(run_dir, made, *, tiles="tiles-made", shard_tiles=64, weights="w
     folder = run_dir / f"label-{weights}"
     teacher = {"weights": weights, "architecture": "yolov5n.yaml:n:nc=3", "classes": list(classes)}
     write_json(folder / "store.json", {"teacher": teacher, "tiles": tiles, "splits": splits, "with_losses": False})
-    counts = {"requested": 0, "labelled": 0, "rejected": 0, "boxes": 0, "saturated": 0}
+    counts = {"requested": 0, "labelled": 0, "empty": 0, "rejected": 0, "boxes": 0, "saturated": 0}
     for start in range(0, len(made), shard_tiles):
         asked = [one for one in made[start : start + shard_tiles] if splits is None or one[0].get("split") in splits]
         if asked:
             rows, found, reasons, retryable = zip(*asked, strict=True)
             ids = [row["tile_id"] for row in rows]
-            table = soft_labels_table(len(classes), ids, found, [None] * len(ids), reasons, retryable)
+            empty = {tile_id for tile_id, reason in zip(ids, reasons, strict=True) if reason == EMPTY}
+            reasons = [None if reason == EMPTY else reason for reason in reasons]
+            table = soft_labels_table(len(classes), ids, found, [None] * len(ids), reasons, retryable, empty)
             write_table(shard_file(folder, start // shard_tiles), table)
         counts["requested"] += len(asked)
-        counts["rejected"] += sum(reason is not None for *_, reason, _ in asked)
+        counts["rejected"] += sum(reason not in (None, EMPTY) for *_, reason, _ in asked)
+        counts["empty"] += sum(reason == EMPTY for *_, reason, _ in asked)
         counts["boxes"] += sum(len(found.boxes) for _, found, *_ in asked)
-    finish(folder, {"name": weights, **counts, "labelled": counts["requested"] - counts["rejected"]})
+    finish(folder, {"name": weights, **counts, "labelled": counts["requested"] - counts["rejected"] - counts["empty"]})
     return folder
 
 

@@ -3,28 +3,29 @@
 from functools import lru_cache
 
 from pyproj import Geod, Transformer
-from pyproj.exceptions import CRSError
+from pyproj.exceptions import ProjError
 
 _GEOD = Geod(ellps="WGS84")
 
 
 def tile_km2(row: dict) -> float:
-    """The area of a tile on the ellipsoid, whatever its CRS; 0 where the scene has none, or one that is not known.
+    """The area of a tile on the ellipsoid, whatever its CRS; 0 where the scene has none, or one that is not known or
+    leads to no place on Earth, as that of a building site or of the Moon.
 
     Args:
         row: A row of the tiles table; ``window``, ``crs`` and ``transform`` are used.
     """
     if row["crs"] is None or row["transform"] is None:
         return 0.0
-    try:
-        to_lonlat = _to_lonlat(row["crs"])
-    except CRSError:
-        return 0.0
     column, top, width, height = row["window"]
     a, b, c, d, e, f = row["transform"]
     corners = ((column + x, top + y) for x, y in ((0, 0), (width, 0), (width, height), (0, height)))
-    lons, lats = zip(*(to_lonlat.transform(a * x + b * y + c, d * x + e * y + f) for x, y in corners), strict=True)
-    area_m2, _ = _GEOD.polygon_area_perimeter(lons, lats)
+    places = [(a * x + b * y + c, d * x + e * y + f) for x, y in corners]
+    try:
+        lons, lats = zip(*(_to_lonlat(row["crs"]).transform(*place) for place in places), strict=True)
+        area_m2, _ = _GEOD.polygon_area_perimeter(lons, lats)
+    except ProjError:
+        return 0.0
     return abs(area_m2) / 1e6 if area_m2 == area_m2 else 0.0
 
 

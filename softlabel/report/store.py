@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.records import LABELLED, REJECTED, Detections, detections_from_row
+from softlabel.records import EMPTY, LABELLED, REJECTED, Detections, detections_from_row
 from softlabel.report import words
 from softlabel.store import digest
 
@@ -56,7 +56,7 @@ class Tally:
     """The counts of a store, filled shard by shard; its size does not depend on the number of tiles.
 
     Attributes:
-        labelled, rejected, saturated: Tiles.
+        labelled, empty, rejected, saturated: Tiles.
         boxes_HK: Boxes with their best score above each threshold, by best class.
         empty_H: Labelled tiles with no box above each threshold.
         histograms_KB: Best scores in 100 bins of equal width over [0, 1], by best class.
@@ -66,7 +66,7 @@ class Tally:
 
     def __init__(self, num_classes: int, num_doubtful: int) -> None:
         self._num_doubtful = num_doubtful
-        self.labelled = self.rejected = self.saturated = 0
+        self.labelled = self.empty = self.rejected = self.saturated = 0
         self.boxes_HK = np.zeros((1 + len(THRESHOLDS), num_classes), np.int64)
         self.empty_H = np.zeros(1 + len(THRESHOLDS), np.int64)
         self.histograms_KB = np.zeros((num_classes, NUM_BINS), np.int64)
@@ -76,7 +76,7 @@ class Tally:
     @property
     def requested(self) -> int:
         """Tiles asked for."""
-        return self.labelled + self.rejected
+        return self.labelled + self.empty + self.rejected
 
     @property
     def shown_above(self) -> float:
@@ -87,6 +87,7 @@ class Tally:
         """Count the soft-label rows (softlabel.records) of one shard."""
         labelled = table.filter(pc.equal(table["status"], LABELLED))
         self.labelled += len(labelled)
+        self.empty += pc.sum(pc.equal(table["status"], EMPTY)).as_py() or 0
         self.saturated += pc.sum(labelled["saturated"]).as_py() or 0
         self._add_rejected(table.filter(pc.equal(table["status"], REJECTED)))
         tiles_N = np.repeat(np.arange(len(labelled)), pc.list_value_length(labelled["boxes"]).to_numpy())
@@ -176,6 +177,7 @@ def tile_counts(tally: Tally) -> dict[str, str]:
     return {
         "tiles asked for": words.plain(tally.requested),
         "labelled": words.plain(tally.labelled),
+        **({"empty": f"{words.plain(tally.empty)} (no valid pixel)"} if tally.empty else {}),
         "rejected": f"{words.plain(tally.rejected)} ({percent(tally.rejected, tally.requested)})",
         "saturated": f"{words.plain(tally.saturated)} (max_det cut their boxes)",
     }

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.errors import StoreError
-from softlabel.records import REJECTED, Detections, soft_labels_table
+from softlabel.records import EMPTY, REJECTED, Detections, soft_labels_table
 from softlabel.results.merge import cluster
 from softlabel.results.stores import Store, open_store, read_shard
 from softlabel.store import step_dir, summary
@@ -77,22 +77,26 @@ def fuse_job(folders: Sequence[Path], weights: Sequence[float], threshold: float
 
 
 def fuse_shard(job: FuseJob, shard: int) -> pa.Table:
-    """The rows of one shard of the fused store; a tile that a teacher rejected is rejected with its reason.
+    """The rows of one shard of the fused store; a tile that a teacher rejected is rejected with its reason, one that is
+    empty to any is empty.
 
     Raises:
         StoreError: A shard is missing, broken, or one of other tiles.
     """
     by_teacher = [read_shard(store, shard) for store in job.stores]
-    found, reasons, retryable = [], [], []
+    found, reasons, retryable, empty = [], [], [], set[str]()
     for tiles in zip(*by_teacher, strict=True):
         bad = [tile for tile in tiles if tile.reason is not None]
         detections = [tile.found for tile in tiles]
-        found.append(_NOTHING if bad else fuse_tile(detections, job.weights, job.threshold, job.iou))
+        is_empty = any(tile.status == EMPTY for tile in tiles)
+        if is_empty:
+            empty.add(tiles[0].tile["tile_id"])
+        found.append(_NOTHING if bad or is_empty else fuse_tile(detections, job.weights, job.threshold, job.iou))
         reasons.append("; ".join(sorted({tile.reason or "" for tile in bad})) or None)
         retryable.append(all(tile.retryable for tile in bad))
     tile_ids = [tile.tile["tile_id"] for tile in by_teacher[0]]
     num_classes = len(job.stores[0].classes)
-    return soft_labels_table(num_classes, tile_ids, found, [None] * len(tile_ids), reasons, retryable)
+    return soft_labels_table(num_classes, tile_ids, found, [None] * len(tile_ids), reasons, retryable, empty)
 
 
 def fuse_tile(detections: Sequence[Detections], weights: Sequence[float], threshold: float, iou: float) -> Detections:

@@ -15,10 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
+from pyproj.exceptions import CRSError, ProjError
 
+from softlabel.errors import SceneError
 from softlabel.results.names import safe_name
 from softlabel.store import commit
 
+_REMEDY = "geoparquet keeps the coordinates as the scene has them"
 SUFFIX = {"geoparquet": "parquet", "geojson": "geojson"}
 
 
@@ -48,6 +51,9 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
     Columns: scene_id, class (name of the best), score (of the best), scores (the class vector, in the order of
     ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels), geometry: the box's four corners in the
     scene's CRS, or in pixels (y down) and without a CRS where the scene has none.
+
+    Raises:
+        SceneError: The scene's CRS is not known.
     """
     size = len(found.boxes)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel(), pa.float32()), len(classes))
@@ -60,7 +66,10 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
         "members": found.members,
         **dict(zip(("xmin", "ymin", "xmax", "ymax"), found.boxes.T, strict=True)),
     }
-    return gpd.GeoDataFrame(columns, geometry=_polygons(found.boxes, found.transform), crs=found.crs)
+    try:
+        return gpd.GeoDataFrame(columns, geometry=_polygons(found.boxes, found.transform), crs=found.crs)
+    except CRSError as error:
+        raise SceneError(f"a CRS that is not known: {' '.join(str(error).split())[:200]}") from None
 
 
 def scene_file(folder: Path, scene_id: str, fmt: str) -> Path:
@@ -69,7 +78,11 @@ def scene_file(folder: Path, scene_id: str, fmt: str) -> Path:
 
 
 def write_scene(path: Path, frame: gpd.GeoDataFrame, fmt: str) -> None:
-    """Commit one scene's file. GeoJSON is longitude and latitude to 7 decimals (RFC 7946), without a CRS pixels."""
+    """Commit one scene's file. GeoJSON is longitude and latitude to 7 decimals (RFC 7946), without a CRS pixels.
+
+    Raises:
+        SceneError: GeoJSON cannot say where these boxes are.
+    """
     write = _write_geoparquet if fmt == "geoparquet" else _write_geojson
     commit(path, lambda temporary: write(temporary, frame))
 
@@ -96,9 +109,21 @@ def _write_geoparquet(path: Path, frame: gpd.GeoDataFrame) -> None:
     pq.write_table(table.replace_schema_metadata(notes), path, compression="zstd")
 
 
+def _check_lonlat(frame: gpd.GeoDataFrame) -> None:
+    """Refuse what leads to no longitude and latitude, as a CRS of the Moon, and places beyond a pole."""
+    try:
+        west, south, east, north = frame.to_crs("EPSG:4326").total_bounds
+    except ProjError as error:
+        raise SceneError(f"no longitude and latitude ({' '.join(str(error).split())[:200]}): {_REMEDY}") from None
+    if not (np.isfinite([west, east]).all() and -90 <= south <= north <= 90):
+        raise SceneError(f"boxes at latitudes {south:g} to {north:g}: {_REMEDY}")
+
+
 def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
     # A CRS of a building site or a ship leads to no longitude: its coordinates stay as they are.
     on_earth = frame.crs is not None and (frame.crs.is_projected or frame.crs.is_geographic)
+    if on_earth and len(frame):
+        _check_lonlat(frame)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'crs' was not provided")
         frame.to_file(

@@ -4,6 +4,7 @@ Work is dealt out in groups of shards, as Ray Data tasks. Every file appears by 
 it, so a task that is retried does no harm. Only counts come back to the driver.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,18 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from tqdm import tqdm
 
 import softlabel
 from softlabel.errors import SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.lease import Lease
-from softlabel.records import LABELLED, REJECTED, Detections
+from softlabel.progress import progress
+from softlabel.records import EMPTY, LABELLED, REJECTED, Detections
 from softlabel.results import datasets, geo
 from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard
 from softlabel.results.merge import Method
 from softlabel.results.names import teacher_name
-from softlabel.results.scenes import read_scenes
+from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all, read_shard
 from softlabel.store import (
     DONE,
@@ -44,9 +45,11 @@ from softlabel.store import (
 
 Format = Literal["geoparquet", "geojson", "coco", "yolo"]
 MARKER = "export.json"
+FAILED = "failed.jsonl"
 
 _MAX_SHARDS = 16  # in a task: about a thousand tiles
 _TASKS_PER_CPU = 4
+_STATUSES = (LABELLED, EMPTY, REJECTED)
 _REJECTED_COLUMNS = ["tile_id", "reason", "retryable"]
 
 
@@ -55,8 +58,8 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
 
     geoparquet and geojson are a file per scene with every object once (softlabel.results.geo); coco and yolo are data
     sets of tiles with their pictures (softlabel.results.datasets), and ``merge`` and ``iou`` are nothing to them. Tiles
-    that were rejected, or whose pixels cannot be read any more, are left out and counted. A rerun writes everything
-    anew, by rename.
+    that were rejected or are empty are left out and counted. Scenes that cannot be written, and tiles whose pixels
+    cannot be read any more, are listed in failed.jsonl. A rerun writes everything anew, by rename.
 
     Returns:
         What done.json in ``output`` says: the settings and the counts.
@@ -69,16 +72,19 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
     _claim(output, made_from)
     by_scene = fmt in geo.SUFFIX
     task = _export_scenes if by_scene else _export_tiles
-    counts, problem = _spread(job.store, partial(task, job), f"export {fmt}")
-    in_words = _tiles_in_words(counts) + (f", {counts['unreadable']} unreadable: {problem}" if problem else "")
+    counts, failures = _spread(job.store, partial(task, job), f"export {fmt}")
+    if failures:
+        write_text(output / FAILED, "".join(json.dumps(failure) + "\n" for failure in failures))
+    what = "scenes" if by_scene else "tiles"
+    problem = f", {len(failures)} {what} failed, the first: {failures[0]['reason']}" if failures else ""
+    in_words = _tiles_in_words(counts) + problem
     if not counts["written"]:
         raise StoreError(f"nothing of {store} can be exported: {in_words}")
     if not by_scene:
         _write_index(job)
     settings = {"threshold": threshold, **({"merge": merge, "iou": iou} if by_scene else {})}
-    finish(output, {**made_from, **settings, **counts})
-    what = f"{counts['boxes']} boxes in {counts['written']} {'scenes' if by_scene else 'tiles'}"
-    print(f"{what} (of {in_words}) in {output}")
+    finish(output, {**made_from, **settings, **counts, "failed": len(failures)})
+    print(f"{counts['boxes']} boxes in {counts['written']} {what} (of {in_words}) in {output}")
     return summary(output)
 
 
@@ -123,13 +129,14 @@ def _claim(output: Path, made_from: dict) -> None:
     if marker.exists() and read_json(marker) != made_from:
         raise StoreError(f"{output} holds an export of {read_json(marker)}, not of {made_from}: give another --output")
     write_json(marker, made_from)
-    (output / DONE).unlink(missing_ok=True)
+    for name in (DONE, FAILED):
+        (output / name).unlink(missing_ok=True)
 
 
 def _spread(
     store: Store, task: Callable[[dict], dict[str, list]], description: str, lease: Lease | None = None
-) -> tuple[Counter[str], str]:
-    """Run a task over all shards, in groups of consecutive ones; the sum of its counts, and the first ``problem``."""
+) -> tuple[Counter[str], list[dict[str, str]]]:
+    """Run a task over all shards, in groups of consecutive ones; the sum of its counts, and what ``failed``."""
     shards = num_shards(store)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     size = max(1, min(_MAX_SHARDS, shards // (_TASKS_PER_CPU * cpus)))
@@ -140,20 +147,19 @@ def _spread(
         partial(_told, task), batch_size=1, num_cpus=1
     )
     counts: Counter[str] = Counter()
-    first_problem = ""
-    with tqdm(total=store.num_tiles, unit="tile", desc=description, mininterval=2) as bar:
+    failures: list[dict[str, str]] = []
+    with progress(total=store.num_tiles, unit="tile", desc=description) as bar:
         for row in results.iter_rows():
             if mistake := row.pop("mistake"):
                 raise StoreError(mistake)
             if lease is not None:
                 lease.check()
-            problem = row.pop("problem", "")
-            first_problem = first_problem or problem
+            failures += json.loads(row.pop("failed", "[]"))
             counts.update(row)
-            bar.update(row[LABELLED] + row[REJECTED])
-    if counts[LABELLED] + counts[REJECTED] != store.num_tiles:
+            bar.update(sum(row[status] for status in _STATUSES))
+    if sum(counts[status] for status in _STATUSES) != store.num_tiles:
         raise StoreError(f"{store.folder} does not balance ({dict(counts)} of {store.num_tiles} tiles): label again")
-    return counts, first_problem
+    return counts, failures
 
 
 def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, list]:
@@ -165,38 +171,47 @@ def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, lis
 
 
 def _as_row(counts: Counter[str], keys: Sequence[str]) -> dict[str, list]:
-    return {key: [counts[key]] for key in (LABELLED, REJECTED, *keys)}
+    return {key: [counts[key]] for key in (*_STATUSES, *keys)}
 
 
 def _export_scenes(job: _ExportJob, batch: dict) -> dict[str, list]:
     counts: Counter[str] = Counter()
+    failed: list[dict[str, str]] = []
     first, stop = int(batch["first"][0]), int(batch["stop"][0])
     for scene in read_scenes(job.store, first, stop, job.threshold):
-        counts.update({LABELLED: scene.labelled, REJECTED: scene.rejected})
-        if not scene.labelled:
+        counts.update(scene.counts)
+        if not scene.counts[LABELLED]:
             continue  # an empty file would say that nothing is there
-        found = scene.merged(job.merge, job.iou)
-        frame = geo.to_frame(found, job.store.classes, teacher_name(job.store.teacher))
-        geo.write_scene(geo.scene_file(job.output, scene.scene_id, job.fmt), frame, job.fmt)
-        counts.update({"written": 1, "boxes": len(found.boxes)})
-    return _as_row(counts, ("written", "boxes"))
+        try:
+            counts.update({"written": 1, "boxes": _export_scene(job, scene)})
+        except SceneError as error:
+            failed.append({"scene_id": scene.scene_id, "reason": str(error)})
+    return {**_as_row(counts, ("written", "boxes")), "failed": [json.dumps(failed)]}
+
+
+def _export_scene(job: _ExportJob, scene: Scene) -> int:
+    """Write a scene's file and return the number of boxes in it."""
+    path = geo.scene_file(job.output, scene.scene_id, job.fmt)
+    path.unlink(missing_ok=True)  # what an earlier export left must not stand for a scene that fails now
+    found = scene.merged(job.merge, job.iou)
+    geo.write_scene(path, geo.to_frame(found, job.store.classes, teacher_name(job.store.teacher)), job.fmt)
+    return len(found.boxes)
 
 
 def _export_tiles(job: _ExportJob, batch: dict) -> dict[str, list]:
     counts: Counter[str] = Counter()
-    reader, problem = TileReader(), ""
+    reader, failed = TileReader(), []
     for shard in range(int(batch["first"][0]), int(batch["stop"][0])):
         for tile in read_shard(job.store, shard):
-            counts[REJECTED if tile.reason else LABELLED] += 1
-            if tile.reason is not None:
+            counts[tile.status] += 1
+            if tile.status != LABELLED:
                 continue
             try:
                 counts.update({"written": 1, "boxes": _export_tile(job, reader, tile)})
             except SceneError as error:
-                counts["unreadable"] += 1
-                problem = problem or str(error)
+                failed.append({"tile_id": tile.tile["tile_id"], "reason": str(error)})
     reader.close()
-    return {**_as_row(counts, ("written", "unreadable", "boxes")), "problem": [problem]}
+    return {**_as_row(counts, ("written", "boxes")), "failed": [json.dumps(failed)]}
 
 
 def _export_tile(job: _ExportJob, reader: TileReader, tile: LabelledTile) -> int:
@@ -229,12 +244,13 @@ def _write_index(job: _ExportJob) -> None:
 
 def _pictured(job: _ExportJob) -> Iterator[tuple[dict, Detections]]:
     for tile in read_all(job.store):
-        if tile.reason is None and (job.output / datasets.image_file(tile.tile, by_split=False)).exists():
+        if tile.status == LABELLED and (job.output / datasets.image_file(tile.tile, by_split=False)).exists():
             yield tile.tile, tile.found.above(job.threshold)
 
 
 def _tiles_in_words(counts: dict[str, int]) -> str:
-    return f"{counts[LABELLED]} labelled tiles, {counts[REJECTED]} rejected"
+    empty = f", {counts[EMPTY]} empty" if counts.get(EMPTY) else ""
+    return f"{counts[LABELLED]} labelled tiles{empty}, {counts[REJECTED]} rejected"
 
 
 def _fuse_shards(job: FuseJob, batch: dict) -> dict[str, list]:
@@ -246,8 +262,7 @@ def _fuse_shards(job: FuseJob, batch: dict) -> dict[str, list]:
             continue
         if not path.exists():
             write_table(path, table)
-        counts[REJECTED] += pc.sum(pc.equal(table["status"], REJECTED)).as_py()
-        counts[LABELLED] += pc.sum(pc.equal(table["status"], LABELLED)).as_py()
+        counts.update(table["status"].to_pylist())
         counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py()
         counts["saturated"] += pc.sum(table["saturated"]).as_py()
     return _as_row(counts, ("boxes", "saturated"))
@@ -262,5 +277,5 @@ def _finish_fused(job: FuseJob, counts: Counter[str]) -> None:
             rejected.append(table.filter(pc.equal(table["status"], REJECTED)).select(_REJECTED_COLUMNS))
     if counts[REJECTED]:
         write_table(job.output / "rejected" / "rejected.parquet", pa.concat_tables(rejected))
-    counted = {name: counts[name] for name in (LABELLED, REJECTED, "boxes", "saturated")}
+    counted = {name: counts[name] for name in (*_STATUSES, "boxes", "saturated")}
     finish(job.output, {"name": "fused", "requested": job.stores[0].num_tiles, **counted})

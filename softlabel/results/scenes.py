@@ -1,6 +1,7 @@
 """The scenes of a store, one at a time, each with the detections of all its tiles."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from softlabel.results.geo import SceneDetections
 from softlabel.results.merge import Method, cut_by_tiles, merge
 from softlabel.results.stores import LabelledTile, Store, num_shards, tile_rows, with_labels
 
+_IDENTITY = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
 
 @dataclass
 class Scene:
@@ -19,18 +22,18 @@ class Scene:
     scene_id: str
     crs: str | None = None
     transform: tuple[float, ...] | None = None
-    labelled: int = 0
-    rejected: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     windows: list[tuple[int, int, int, int]] = field(default_factory=list)
     boxes: list[NDArray[np.float32]] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
 
     def add(self, tile: LabelledTile, threshold: float) -> None:
-        """Take in one more tile; a rejected one has no boxes, and is a tile of the scene all the same."""
+        """Take in one more tile; a rejected or empty one has no boxes, and is a tile of the scene all the same."""
         above = tile.found.above(threshold)
-        self.crs, self.transform = tile.tile["crs"], tile.tile["transform"]
-        self.rejected += tile.reason is not None
-        self.labelled += tile.reason is None
+        transform = tile.tile["transform"]
+        if transform != _IDENTITY:  # tiles made by an older version may have it, which is no place
+            self.crs, self.transform = tile.tile["crs"], transform
+        self.counts[tile.status] += 1
         self.windows.append(tile.tile["window"])
         self.boxes.append(above.boxes)
         self.scores.append(above.scores)

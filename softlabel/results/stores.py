@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from softlabel.errors import StoreError
-from softlabel.records import REJECTED, TILES, Detections
+from softlabel.records import LABELLED, REJECTED, TILES, Detections
 from softlabel.store import (
     STORE,
     TILES_FILE,
@@ -45,12 +45,16 @@ class Store:
 
 @dataclass(frozen=True)
 class LabelledTile:
-    """A tile row without its truth, and what was found there. ``reason`` is why it was rejected, else None."""
+    """A tile row without its truth, what became of it (records.LABELLED, EMPTY or REJECTED), and what was found there.
+
+    ``reason`` is why it was rejected, else None.
+    """
 
     tile: dict
     found: Detections
-    reason: str | None
-    retryable: bool
+    status: str = LABELLED
+    reason: str | None = None
+    retryable: bool = False
 
 
 def open_store(folder: Path) -> Store:
@@ -106,11 +110,10 @@ def with_labels(store: Store, shard: int, rows: list[dict]) -> list[LabelledTile
     if table["tile_id"].to_pylist() != [row["tile_id"] for row in rows]:
         raise StoreError(f"{path} is not about the tiles in {store.tiles}: delete {store.folder} and make it again")
     found = _detections(table, len(store.classes))
-    rejected = pc.equal(table["status"], REJECTED).to_pylist()
-    reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
+    columns = (table[name].to_pylist() for name in ("status", "reason", "retryable"))
     return [
-        LabelledTile(row, one, (reason or "no reason given") if bad else None, retry)
-        for row, one, bad, reason, retry in zip(rows, found, rejected, reasons, retryable, strict=True)
+        LabelledTile(row, one, status, (reason or "no reason given") if status == REJECTED else None, retry)
+        for row, one, status, reason, retry in zip(rows, found, *columns, strict=True)
     ]
 
 

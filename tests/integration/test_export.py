@@ -20,6 +20,7 @@ from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.imagery.truth import read_truth
+from softlabel.records import EMPTY
 from softlabel.results.datasets import image_file
 from softlabel.results.fuse import fuse_job, fuse_tile
 from softlabel.results.run import export, fuse
@@ -109,6 +110,45 @@ def test_a_scene_with_nothing_in_it_has_a_file_and_one_that_nobody_saw_has_none(
     assert path.name.startswith("empty-") and json.loads(path.read_text())["features"] == []
 
 
+BOX = (10, 10, 20, 20, 0, 0.9)
+
+
+def test_a_scene_that_cannot_be_written_costs_no_other(tmp_path, capsys):
+    """On Earth, on the Moon, beyond a pole, of no known CRS, on a building site; and of tiles that an older version made,
+    which took an identity transform for a place."""
+    places = {
+        "earth": ("EPSG:32631", [0.5, 0, 4e5, 0, -0.5, 5.4e6]),
+        "moon": ("IAU_2015:30100", [0.5, 0, 4.0, 0, -0.5, 5.0]),
+        "pole": ("EPSG:4326", [0.5, 0, 4.0, 0, 0.5, 85.0]),
+        "unknown": ("no CRS at all", [0.5, 0, 4.0, 0, -0.5, 5.0]),
+        "site": ('LOCAL_CS["site",UNIT["metre",1]]', [0.5, 0, 4.0, 0, -0.5, 5.0]),
+        "identity": ("EPSG:4326", [1, 0, 0, 0, 1, 0]),
+    }
+    made = [
+        made_tile(name, (210, 210, 64, 64), detections(BOX), crs=crs, transform=transform)
+        for name, (crs, transform) in places.items()
+    ]
+    store = made_store(tmp_path, made)
+    for fmt, lost in (("geojson", {"moon", "pole", "unknown"}), ("geoparquet", {"unknown"})):
+        done = export(store, tmp_path / fmt, fmt, 0.3, "nms", 0.5)
+        assert (done["written"], done["failed"], done["boxes"]) == (6 - len(lost), len(lost), 6 - len(lost))
+        listed = [json.loads(line) for line in (tmp_path / fmt / "failed.jsonl").read_text().splitlines()]
+        assert {row["scene_id"] for row in listed} == lost and all(row["reason"] for row in listed)
+        assert f"{len(lost)} scenes failed, the first: " in capsys.readouterr().out
+    (path,) = (tmp_path / "geojson").glob("identity-*")
+    (feature,) = json.loads(path.read_text())["features"]
+    assert feature["geometry"]["coordinates"][0][0] == [220, 220]  # pixels, and no latitude of 220
+    with pytest.raises(StoreError, match=r"exported: 1 labelled tiles, 0 rejected, 1 scenes failed, the first: a CRS"):
+        export(made_store(tmp_path / "one", made[3:4]), tmp_path / "none", "geojson", 0.3, "nms", 0.5)
+
+
+def test_empty_tiles_are_left_out_and_counted(tmp_path):
+    made = [made_tile("a", (0, 0, 64, 64), detections(BOX)), made_tile("b", (0, 0, 64, 64), reason=EMPTY)]
+    done = export(made_store(tmp_path, made), tmp_path / "out", "geojson", 0.3, "nms", 0.5)
+    assert (done["labelled"], done["empty"], done["rejected"], done["written"]) == (1, 1, 0, 1)
+    assert [path.name[0] for path in (tmp_path / "out").glob("*.geojson")] == ["a"]
+
+
 def test_another_threshold_rewrites_and_another_store_is_refused(tmp_path):
     made = archive(scenes=2)
     store, output = made_store(tmp_path, made), tmp_path / "out"
@@ -155,7 +195,7 @@ def test_a_data_set_has_every_labelled_tile_and_comes_back(real, tmp_path, fmt, 
     output = tmp_path / "out"
     done = export(real, output, fmt, 0.5, "nms", 0.5)
     tiles, total = tiles_of(real), open_store(real).num_tiles
-    counts = [done[name] for name in ("labelled", "rejected", "written", "unreadable", "boxes")]
+    counts = [done[name] for name in ("labelled", "rejected", "written", "failed", "boxes")]
     assert counts == [total - 1, 1, total - 1, 0, total - 1] and "merge" not in done
     truth = read_truth(TruthSource(format=fmt, path=str(output / index)), tuple(CLASSES))
     scenes = {Path(name).name: scene.fitted(128, 128)[0] for name, scene in truth.scenes.items()}
@@ -193,8 +233,10 @@ def test_tiles_that_cannot_be_read_any_more_are_left_out_and_counted(tmp_path, c
     lost = [row for row, *_ in made if row["scene_uri"] == str(gone)]
     gone.rename(tmp_path / "moved")
     done = export(store, output, fmt, 0.5, "nms", 0.5)
-    assert (done["unreadable"], done["written"]) == (len(lost), len(made) - len(lost))
-    assert f"{len(lost)} unreadable: cannot read scene {gone}" in capsys.readouterr().out
+    assert (done["failed"], done["written"]) == (len(lost), len(made) - len(lost))
+    assert f"{len(lost)} tiles failed, the first: cannot read scene {gone}" in capsys.readouterr().out
+    listed = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
+    assert [row["tile_id"] for row in listed] == [row["tile_id"] for row in lost]
     assert not any((output / image_file(row, by_split=fmt == "yolo")).exists() for row in lost)
     if fmt == "coco":
         assert len(json.loads((output / "annotations.json").read_text())["images"]) == done["written"]
@@ -202,7 +244,7 @@ def test_tiles_that_cannot_be_read_any_more_are_left_out_and_counted(tmp_path, c
 
 def test_a_store_with_nothing_to_export_is_a_mistake(tmp_path):
     store = made_store(tmp_path, [made_tile("s", (0, 0, 64, 64), detections((1, 1, 9, 9, 0, 0.9)))])
-    with pytest.raises(StoreError, match=r"can be exported: 1 labelled tiles, 0 rejected, 1 unreadable: can"):
+    with pytest.raises(StoreError, match=r"exported: 1 labelled tiles, 0 rejected, 1 tiles failed, the first: can"):
         export(store, tmp_path / "out", "coco", 0.5, "nms", 0.5)
 
 

@@ -24,6 +24,22 @@ def test_rates_count_from_the_first_shard_to_the_last():
     assert speed.line() == "5.2 tiles/s, 0.6 megapixels/s, 1.6 km2/s; model busy 100%, limit: model"
 
 
+@pytest.mark.parametrize(
+    "crs",
+    [
+        'LOCAL_CS["site",UNIT["metre",1]]',
+        'ENGCRS["a ship",EDATUM["x"],CS[Cartesian,2],AXIS["(E)",east],AXIS["(N)",north],LENGTHUNIT["metre",1]]',
+        "IAU_2015:30100",  # the Moon
+        "IAU_2015:49900",  # Mars
+        "EPSG:4978",
+        "EPSG:5703",
+        "no CRS at all",
+    ],
+)
+def test_no_crs_ends_a_run(crs):
+    assert tile_km2({"window": [0, 0, 100, 100], "crs": crs, "transform": (10.0, 0, 5e5, 0, -10.0, 5e6)}) == 0
+
+
 def test_an_idle_model_waits_for_reading():
     speed = Speed()
     speed.add(shard("a", 9.0, 10.0, 1.0))  # a row may come before that of an earlier shard

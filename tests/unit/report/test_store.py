@@ -15,7 +15,7 @@ from softlabel.cli import main
 from softlabel.config import TruthSource
 from softlabel.errors import StoreError
 from softlabel.imagery.truth import read_truth
-from softlabel.records import TILES, Detections, soft_labels_schema
+from softlabel.records import TILES, Detections, soft_labels_schema, soft_labels_table
 from softlabel.report import figures
 from softlabel.report import store as report
 from softlabel.report.run import show
@@ -219,6 +219,16 @@ def test_reasons_without_end_do_not_fill_the_memory():
     tally = tally_of([rejected(f"s#{word}", f"no {word}") for word in words_], shard_tiles=500)
     assert len(tally.reasons) == 1001 and sum(reason.tiles for reason in tally.reasons.values()) == 1500
     assert report.top_reasons(tally)[1] == "991 tiles for 991 other reasons"
+
+
+def test_empty_tiles_are_told_apart():
+    ids = ["a#0_0_8x8", "a#8_0_8x8", "a#16_0_8x8"]
+    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 3), np.float32))
+    tally = Tally(3, 4)
+    table = soft_labels_table(3, ids, [nothing] * 3, [None] * 3, [None, None, "cut"], [False] * 3, {ids[1]})
+    tally.add(table)
+    assert (tally.requested, tally.labelled, tally.empty, tally.rejected) == (3, 1, 1, 1)
+    assert report.tile_counts(tally)["empty"] == "1 (no valid pixel)"
 
 
 def test_the_terminal_says_who_labelled_and_what_came_of_it(rows, shown):

@@ -7,7 +7,7 @@ import pytest
 from made_stores import detections, made_store, made_tile, write_store, write_tiles
 
 from softlabel.errors import StoreError
-from softlabel.records import Detections
+from softlabel.records import EMPTY, Detections
 from softlabel.results.fuse import fuse_job, fuse_shard, fuse_tile
 
 A = detections((0, 0, 10, 10, 0, 0.8))
@@ -77,6 +77,19 @@ def test_one_teacher_who_agrees_with_itself_is_unchanged():
     found = fuse(apart, apart, weights=(3, 1))
     np.testing.assert_allclose(found.boxes, apart.boxes)
     np.testing.assert_allclose(found.scores, apart.scores, rtol=1e-6)
+
+
+def test_a_tile_that_is_empty_stays_so_unless_another_could_not_be_read(tmp_path):
+    box = detections((1, 1, 9, 9, 0, 0.9))
+    ones, others = (
+        [made_tile("a", (64 * i, 0, 64, 64), box, reason=reason) for i, reason in enumerate(reasons)]
+        for reasons in ((EMPTY, EMPTY, None), (EMPTY, "cut", EMPTY))
+    )
+    write_tiles(tmp_path, ones)
+    stores = [write_store(tmp_path, made, weights=name) for name, made in (("w1", ones), ("w2", others))]
+    rows = fuse_shard(fuse_job(stores, [1, 1], 0.05, 0.5, tmp_path), 0).to_pylist()
+    assert [row["status"] for row in rows] == ["empty", "rejected", "empty"]
+    assert not any(row["boxes"] for row in rows)
 
 
 def test_a_tile_rejected_by_one_is_rejected_with_its_reason(tmp_path):

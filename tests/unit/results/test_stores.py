@@ -6,6 +6,7 @@ import pytest
 from made_stores import detections, made_store, made_tile, write_tiles
 
 from softlabel.errors import StoreError
+from softlabel.records import LABELLED
 from softlabel.results.scenes import read_scenes
 from softlabel.results.stores import num_shards, open_store, read_all
 from softlabel.store import DONE, shard_file, write_table
@@ -76,7 +77,7 @@ def test_every_scene_is_read_once_and_whole_however_shards_are_dealt_out(tmp_pat
         for first in range(0, shards, step)
         for scene in read_scenes(store, first, min(first + step, shards), threshold=0.1)
     ]
-    assert [(scene.scene_id, scene.labelled, len(scene.windows)) for scene in scenes] == [
+    assert [(scene.scene_id, scene.counts[LABELLED], len(scene.windows)) for scene in scenes] == [
         (f"scene-{number}", size, size) for number, size in enumerate(sizes)
     ]
 
@@ -86,7 +87,7 @@ def test_scenes_of_other_splits_are_not_there(tmp_path):
     store = open_store(made_store(tmp_path, made(sizes, splits), shard_tiles=2, splits=["test"]))
     for step in (1, 3):
         found = [
-            (scene.scene_id, scene.labelled)
+            (scene.scene_id, scene.counts[LABELLED])
             for first in range(0, num_shards(store), step)
             for scene in read_scenes(store, first, first + step, threshold=0.1)
         ]
