@@ -27,6 +27,7 @@ from softlabel.report.page import render
 from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all
 from softlabel.store import read_tiles, summary, write_json, write_table, write_text
+from softlabel.terminal import say
 
 _EXAMPLES, _CROP_PX, _SHEET_BYTES = 12, 120, 120_000
 _MAX_PANELS = 60
@@ -60,7 +61,7 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
         census = _count(store, threshold)
         results = _results(recipe, store, census, threshold)
         _write(run_dir, worded, store, census, results)
-    print(f"\n{_in_words(results)}\n\nreport: {run_dir / 'categories.html'}\ndraft:  {run_dir / 'classes.yaml'}")
+    say(f"\n{_in_words(results)}\n\nreport: {run_dir / 'categories.html'}\ndraft:  {run_dir / 'classes.yaml'}")
     return results
 
 

@@ -4,19 +4,21 @@ import argparse
 import errno
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import softlabel
 from softlabel.config import Recipe, dump_recipe, load_recipe
-from softlabel.errors import SoftlabelError
+from softlabel.errors import SessionError, SoftlabelError
+from softlabel.session import LOG, Terminated, ray_session
+from softlabel.terminal import say
 
 # Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
 # recipe is answered at once.
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DEMO_RECIPE = Path(softlabel.__file__).parent.parent / "jobs" / "recipes" / "demo.yaml"
 
 
@@ -34,24 +36,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _DISK_FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"softlabel {arguments.verb}: no space left{where}: free some and run the same again", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except (KeyboardInterrupt, Terminated) as stop:
         again = "the same command with --resume" if arguments.verb == "search" else "the same command"
         print(f"softlabel {arguments.verb}: stopped; {again} goes on from here", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 143 if isinstance(stop, Terminated) else 130
     return 0
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as `ray job stop` and a preempted machine send it: leave by way of every `finally`."""
-
-
-def _terminate(_signal: int, _frame: object) -> None:
-    raise _Terminated
 
 
 def _run_recipe(arguments: argparse.Namespace) -> None:
@@ -59,9 +53,31 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
     run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
-    else:
-        options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
-        _VERBS[arguments.verb][0](recipe, run_dir, **options)
+        return
+    _check_writable(run_dir)
+    if arguments.verb not in _WITHOUT_RAY:
+        _name_log(run_dir, arguments.verbose)
+    options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
+    on_ray = arguments.verb not in _WITHOUT_RAY
+    _VERBS[arguments.verb][0](recipe, run_dir, **options, **({"verbose": arguments.verbose} if on_ray else {}))
+
+
+def _name_log(run_dir: Path, verbose: bool) -> None:
+    if not verbose:
+        say(f"log: {run_dir / LOG}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to before hours of work are lost to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        reason = os.strerror(error.errno) if error.errno else error
+        raise SessionError(f"cannot write to {folder} ({reason}): give another --run-dir or --output") from None
 
 
 def _import_weights(checkpoint: Path, output: Path | None) -> None:
@@ -85,7 +101,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
     store = open_store(arguments.store).folder  # before a Ray is started for nothing
     output = (arguments.output or store.with_name(f"export-{arguments.format}-{store.name}")).resolve()
-    with _ray_session():
+    _check_writable(output)
+    _name_log(store.parent, arguments.verbose)
+    with ray_session(store.parent, verbose=arguments.verbose):
         export(store, output, arguments.format, arguments.threshold, arguments.merge, arguments.iou)
 
 
@@ -97,7 +115,9 @@ def _fuse(arguments: argparse.Namespace) -> None:
     weights = arguments.weights or [1.0] * len(arguments.stores)
     asked = (arguments.stores, weights, arguments.threshold, arguments.iou, run_dir)
     fuse_job(*asked)  # what cannot be fused is said before a Ray is started for nothing
-    with _ray_session():
+    _check_writable(run_dir)
+    _name_log(run_dir, arguments.verbose)
+    with ray_session(run_dir, verbose=arguments.verbose):
         fuse(*asked)
 
 
@@ -105,23 +125,23 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
     print(_tiles(recipe, run_dir))
 
 
-def _label(recipe: Recipe, run_dir: Path, retry_rejected: bool = False) -> None:
+def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool = False) -> None:
     from softlabel.labelling.run import label
     from softlabel.labelling.teachers import recipe_label_job
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
-    with _ray_session():
+    with ray_session(run_dir, verbose=verbose):
         (folder,) = label(recipe, [job], run_dir, retry_rejected=retry_rejected)
     print(folder)
 
 
-def _train(recipe: Recipe, run_dir: Path) -> None:
+def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
 
     tiles = _tiles(recipe, run_dir)
     job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
-    with _ray_session():
+    with ray_session(run_dir, verbose=verbose):
         train(recipe, [job], run_dir)
     print(job.folder)
 
@@ -147,24 +167,24 @@ def _calibrate(recipe: Recipe, run_dir: Path) -> None:
     print(folder / CALIBRATION)
 
 
-def _experiment(recipe: Recipe, run_dir: Path) -> None:
+def _experiment(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.experiment import experiment
 
-    with _ray_session():
+    with ray_session(run_dir, verbose=verbose):
         experiment(recipe, run_dir)
 
 
-def _search(recipe: Recipe, run_dir: Path, budget: float | None = None, resume: bool = False) -> None:
+def _search(recipe: Recipe, run_dir: Path, *, verbose: bool, budget: float | None = None, resume: bool = False) -> None:
     from softlabel.search_experiment import search_experiment
 
-    with _ray_session():
+    with ray_session(run_dir, verbose=verbose):
         search_experiment(recipe, run_dir, budget, resume=resume)
 
 
-def _categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float = 0.1) -> None:
+def _categorize(recipe: Recipe, run_dir: Path, *, verbose: bool, vocabulary: Path, threshold: float = 0.1) -> None:
     from softlabel.categorize import categorize
 
-    with _ray_session():
+    with ray_session(run_dir, verbose=verbose):
         categorize(recipe, run_dir, vocabulary, threshold)
 
 
@@ -181,6 +201,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
+_WITHOUT_RAY = ("tile", "evaluate", "calibrate")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
 
@@ -196,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        if name not in _WITHOUT_RAY:
+            _add_verbose(verb)
         if name == "label":
             purpose = "read again the tiles whose failure may have been transient"
             verb.add_argument("--retry-rejected", action="store_true", help=purpose)
@@ -217,6 +240,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_verbose(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--verbose", action="store_true", help="print what Ray and other libraries say, in no log")
+
+
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "count a store of soft labels, and draw its most doubtful tiles for a look and for correction"
     verb = verbs.add_parser("show", help=purpose, description=purpose)
@@ -235,6 +262,7 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
     verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
     verb.add_argument("--iou", type=_share, default=0.5, help="boxes of a class above it are one (default: 0.5)")
+    _add_verbose(verb)
 
 
 def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -244,6 +272,7 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
     verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
+    _add_verbose(verb)
 
 
 def _seconds(text: str) -> float:
@@ -284,24 +313,3 @@ def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
     for line in plan(recipe):
         print(f"# {line}")
-
-
-@contextmanager
-def _ray_session() -> Iterator[None]:
-    """The cluster this runs in when it was submitted as a job, else a Ray of its own on this machine.
-
-    A bare ray.init() would attach to whatever Ray happens to run here. RAY_ADDRESS with http:// is where jobs are
-    submitted to, not a cluster to join.
-    """
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS", "")
-    joined = bool(address) and not address.startswith("http")
-    # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
-    ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
-    before = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets a handler of its own
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        ray.shutdown()

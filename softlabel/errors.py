@@ -36,5 +36,9 @@ class WeightsError(SoftlabelError):
     """Weights cannot be loaded safely, or do not fit the model."""
 
 
+class SessionError(SoftlabelError):
+    """Ray does not start, or a folder cannot be written to."""
+
+
 class TrainingError(SoftlabelError):
     """A training set or a training run cannot go on."""

@@ -33,6 +33,7 @@ from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report
 from softlabel.results.run import fuse
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
+from softlabel.terminal import say
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
@@ -83,7 +84,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
         overlays = _overlays(recipe, tiles, next(iter(stores.values())))
         write_report(run_dir / "report.html", results, all_curves, overlays)
     files = f"results: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}"
-    print(f"\n{words.format_table(results)}\n\n{files}")
+    say(f"\n{words.format_table(results)}\n\n{files}")
     return results
 
 
@@ -281,7 +282,7 @@ class Steps:
     @contextmanager
     def next(self, name: str) -> Iterator[None]:
         self._count += 1
-        print(f"[{self._count}/{self._total}] {name}", flush=True)
+        say(f"[{self._count}/{self._total}] {name}")
         started = time.monotonic()
         yield
         times = self.times()

@@ -21,6 +21,7 @@ from softlabel.report.search import format_answer, write_search_report
 from softlabel.search.run import Inputs, check_space, search
 from softlabel.search.space import Values
 from softlabel.store import commit, read_json, read_soft_labels, read_tiles, summary, write_json, write_text
+from softlabel.terminal import say
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS
@@ -75,8 +76,8 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         _write_best(taught, run_dir, folder, results["answer"]["values"], chosen)
         write_json(run_dir / "search.json", results)
         write_search_report(run_dir / "search.html", results)
-    print(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
-    print(f"train the final student: {_final_command(run_dir)}")
+    say(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
+    say(f"train the final student: {_final_command(run_dir)}")
     return results
 
 

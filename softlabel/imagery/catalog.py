@@ -16,7 +16,7 @@ from softlabel.imagery import scenes as scene_files
 from softlabel.imagery import tiles
 from softlabel.imagery.scenes import SceneInfo
 from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, lookalike, match_scenes
-from softlabel.progress import progress
+from softlabel.terminal import progress
 
 MANY_SCENES = 200
 """From here on progress is shown."""

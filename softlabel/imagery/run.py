@@ -22,9 +22,9 @@ from softlabel.imagery import synthetic, tiles
 from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, load_scenes, rejected_truth, set_splits
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
-from softlabel.progress import progress
 from softlabel.records import TILES
 from softlabel.store import SHARD_TILES, TILES_FILE
+from softlabel.terminal import progress, say
 
 REJECTED_FILE = "rejected.jsonl"
 _TRUTH_COUNTS = ("rows", "dropped", "duplicates", "polygons")
@@ -75,9 +75,9 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
     if not store.is_done(step):
         _write_step(recipe, listed, source, step)
     summary = store.summary(step)
-    print(_headline(step, summary))
+    say(_headline(step, summary))
     for warning in summary["warnings"]:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     if refusal := _refusal(recipe, summary["truth_rows"], step):
         raise TruthError(refusal)
     return step

@@ -49,6 +49,7 @@ from softlabel.store import (
     write_json,
     write_text,
 )
+from softlabel.terminal import progress, say
 
 # A Ray started from here lets a reader wait for the model. Of more idle processes than CPUs, as on a laptop, Ray
 # ends those that wait for a second, and the next shard pays seconds for another. (On a cluster see docs/cluster.md.)
@@ -159,9 +160,9 @@ def _label_missing(
     if not work:
         return speed
     room = _room(execution)
-    print(f"labelling {sum(work.values())} tiles in {len(work)} shards")
+    say(f"labelling {sum(work.values())} tiles in {len(work)} shards")
     failures, most_deaths = 0, _deaths(folders)
-    with tqdm(total=sum(work.values()), unit="tile", desc="labelling", mininterval=2) as bar:
+    with progress(total=sum(work.values()), unit="tile", desc="labelling") as bar:
         while work:
             before = len(work)
             try:
@@ -170,8 +171,8 @@ def _label_missing(
                         lease.check()
                     work.pop((row["job"], row["shard"]), None)
                     speed.add(row)
+                    bar.set_postfix_str(speed.line(), refresh=False)
                     bar.update(row["tiles"])
-                    bar.set_postfix_str(speed.line())
             except RayError as error:
                 _raise_unless_lost(error, folders)
                 _drop_committed(folders, work, bar)
@@ -180,10 +181,10 @@ def _label_missing(
                 most_deaths = max(deaths, most_deaths)
                 if failures > execution.max_failures:
                     raise StoreError(f"labelling got no further in {failures} runs: {_one_line(error)}") from error
-                tqdm.write(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
+                say(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
             except ExecutionTimeoutError as error:
                 raise StoreError(_stalled(execution, folders, error)) from None
-    print(f"labelling: {speed.line()}")
+    say(f"labelling: {speed.line()}")
     return speed
 
 
@@ -328,7 +329,7 @@ def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
         left.unlink(missing_ok=True)
     finish(folder, {"name": job.name, **counts, "speed": speed.summary() if speed.tiles else None})
     empty = f" + {counts[EMPTY]} empty (no valid pixel)" if counts[EMPTY] else ""
-    print(
+    say(
         f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled{empty} + {counts[REJECTED]} "
         f"rejected ({counts['retryable']} retryable); {counts['boxes']} boxes, {counts['saturated']} tiles saturated"
     )

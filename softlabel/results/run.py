@@ -21,7 +21,6 @@ import softlabel
 from softlabel.errors import SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.lease import Lease
-from softlabel.progress import progress
 from softlabel.records import EMPTY, LABELLED, REJECTED, Detections
 from softlabel.results import datasets, geo
 from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard
@@ -42,6 +41,7 @@ from softlabel.store import (
     write_table,
     write_text,
 )
+from softlabel.terminal import progress, say
 
 Format = Literal["geoparquet", "geojson", "coco", "yolo"]
 MARKER = "export.json"
@@ -84,7 +84,7 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
         _write_index(job)
     settings = {"threshold": threshold, **({"merge": merge, "iou": iou} if by_scene else {})}
     finish(output, {**made_from, **settings, **counts, "failed": len(failures)})
-    print(f"{counts['boxes']} boxes in {counts['written']} {what} (of {in_words}) in {output}")
+    say(f"{counts['boxes']} boxes in {counts['written']} {what} (of {in_words}) in {output}")
     return summary(output)
 
 
@@ -107,7 +107,7 @@ def fuse(stores: Sequence[Path], weights: Sequence[float], threshold: float, iou
         with Lease(job.output) as lease:
             _finish_fused(job, _spread(job.stores[0], partial(_fuse_shards, job), "fuse", lease)[0])
     counts = summary(job.output)
-    print(f"{counts['boxes']} boxes of {len(job.stores)} teachers (of {_tiles_in_words(counts)}) in {job.output}")
+    say(f"{counts['boxes']} boxes of {len(job.stores)} teachers (of {_tiles_in_words(counts)}) in {job.output}")
     return job.output
 
 

@@ -30,6 +30,7 @@ from softlabel.search.trainable import Student
 from softlabel.search.trials import Trial
 from softlabel.search.tuning import Asker, Stopper, Watch
 from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
+from softlabel.terminal import say
 from softlabel.training.job import train_job
 from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 
@@ -118,7 +119,7 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
             f"there is a search in {folder}, {state}: add --resume to go on with it, or use another --run-dir"
         )
     if resume and not (folder / "recipe.yaml").exists() and any(inputs.run_dir.glob("search-*/recipe.yaml")):
-        print(f"the search that is in {inputs.run_dir} is of another recipe: a new one begins")
+        say(f"the search that is in {inputs.run_dir} is of another recipe: a new one begins")
     _check(inputs)  # what would fail in every student fails here, once and at once
     groups = num_groups(inputs.recipe.execution)
     write_text(folder / "recipe.yaml", dump_recipe(inputs.recipe))
@@ -204,7 +205,7 @@ class _Search:
         if not self._has_time() or self.plan.is_over(self.elapsed_s()):
             return
         self.num_groups = num_groups
-        print(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
+        say(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
         self._groups = {self._launch(i): i for i in range(num_groups)}
         trainable = tune.with_parameters(Student, desk=self.desk)
         tuner = tune.Tuner(
@@ -350,7 +351,7 @@ class _Search:
                 "give it a larger --budget with --resume, or correct what failed"
             )
         if has_failed(trials):
-            print(f"ended by failures in a row, the last: {trials[-1].reason}: correct that, and go on with --resume")
+            say(f"ended by failures in a row, the last: {trials[-1].reason}: correct that, and go on with --resume")
         clock = read_json(self._clock)
         trained = sum(sum(row["seconds"] for row in trial.history) for trial in trials)
         results = {

@@ -41,6 +41,7 @@ from softlabel.labelling.yolo import YoloDetector
 from softlabel.labelling.yolov5 import YoloV5
 from softlabel.records import Truth
 from softlabel.store import commit, finish, is_done, read_tiles
+from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
@@ -373,7 +374,7 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def _say(self, text: str) -> None:
         if is_first():
-            print(f"{self._job.name}: {text}", flush=True)
+            print(f"{MARK}{self._job.name}: {text}", flush=True)
 
 
 @lru_cache(maxsize=8)  # for all models of a launch

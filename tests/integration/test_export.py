@@ -114,7 +114,7 @@ BOX = (10, 10, 20, 20, 0, 0.9)
 
 
 def test_a_scene_that_cannot_be_written_costs_no_other(tmp_path, capsys):
-    """On Earth, on the Moon, beyond a pole, of no known CRS, on a building site; and of tiles that an older version made,
+    """On Earth, on the Moon, beyond a pole, of no known CRS, on a building site; and of an older version's tiles,
     which took an identity transform for a place."""
     places = {
         "earth": ("EPSG:32631", [0.5, 0, 4e5, 0, -0.5, 5.4e6]),

@@ -16,13 +16,19 @@ GROUND = {
     "softlabel.config",
     "softlabel.records",
     "softlabel.boxes",
-    "softlabel.progress",
+    "softlabel.terminal",
     "softlabel.calibration",
     "softlabel.store",
 }
-TOP = {"softlabel.categorize", "softlabel.cli", "softlabel.experiment", "softlabel.search_experiment"}
+TOP = {
+    "softlabel.categorize",
+    "softlabel.cli",
+    "softlabel.experiment",
+    "softlabel.search_experiment",
+    "softlabel.session",
+}
 RAY = {
-    "cli.py",
+    "session.py",
     "labelling/run.py",
     "results/run.py",
     "search/groups.py",

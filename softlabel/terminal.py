@@ -1,0 +1,100 @@
+"""What a user reads: our own lines, and progress. All else that is printed goes to the run's log while there is one.
+
+Libraries print and log to stdout and stderr, some of them from C++. While a log is open, both file descriptors lead to
+it, and so do sys.stdout and sys.stderr; `say` and `progress` write to where those led before.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from tqdm import tqdm
+
+MARK = "softlabel: "
+"""How a line of a worker begins that is for the user."""
+_LINE_S = 30.0
+
+
+class _Terminal(NamedTuple):
+    out: TextIO
+    err: TextIO
+
+
+_kept: list[_Terminal] = []  # where stdout and stderr led before a log was opened
+
+
+def say(text: str) -> None:
+    """Print a line for the user, or several, clear of any progress bar."""
+    terminal = _terminal()
+    with tqdm.external_write_mode(file=terminal.err):
+        print(text, file=terminal.out, flush=True)
+
+
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """tqdm with its own options: a bar on a terminal; elsewhere, where a bar is one endless line, lines."""
+    err = _terminal().err
+    if err.isatty():
+        return tqdm(iterable, mininterval=2, file=err, **options)
+    return _Lines(iterable, mininterval=_LINE_S, maxinterval=_LINE_S, ncols=0, file=err, **options)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append to a file what anybody prints to stdout and stderr, but for `say` and `progress`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before, descriptors = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    terminal = _Terminal(*(_copy(stream, fd) for stream, fd in zip(before, descriptors, strict=True)))
+    with open(path, "a", buffering=1, errors="replace") as log:
+        for fd in (1, 2):
+            os.dup2(log.fileno(), fd)
+        sys.stdout = sys.stderr = log
+        _kept.append(terminal)
+        try:
+            yield
+        finally:
+            _kept.pop()
+            sys.stdout, sys.stderr = before
+            for fd, kept in zip((1, 2), descriptors, strict=True):
+                os.dup2(kept, fd)
+                os.close(kept)
+
+
+def _terminal() -> _Terminal:
+    return _kept[-1] if _kept else _Terminal(sys.stdout, sys.stderr)
+
+
+def _copy(stream: TextIO, descriptor: int) -> TextIO:
+    """A stream to where one leads now, also after its file descriptor leads elsewhere."""
+    stream.flush()
+    try:
+        if stream.fileno() > 2:
+            return stream
+    except io.UnsupportedOperation:  # it has none, as where a test captures it
+        return stream
+    return open(os.dup(descriptor), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+
+
+class _Lines(tqdm):
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """Whole lines, where tqdm begins each with a carriage return; the last is not said again at the end."""
+        said = [""]
+
+        def write(text: str) -> None:
+            if text.strip() and text != said[0]:
+                file.write(f"{text.strip()}\n")
+                file.flush()
+            said[0] = text
+
+        return write
+
+    def close(self) -> None:
+        """The last line, without the empty one that follows a bar."""
+        if not self.disable:
+            self.display()
+            self.disable = True
+            self._decr_instances(self)  # type: ignore[attr-defined]

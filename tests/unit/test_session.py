@@ -1,0 +1,93 @@
+"""The Ray of a command: its address in the environment, and one line where it does not start."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import ray
+
+from softlabel.cli import main
+from softlabel.errors import SessionError
+from softlabel.session import LOG, _pass_on, ray_session
+
+TIMED_OUT = (
+    "The current node timed out during startup. This could happen because some of the raylet failed to startup or the "
+    "GCS has become overloaded."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (Exception(TIMED_OUT), "this machine was too busy: try again, or set RAY_raylet_start_wait_time_s=300"),
+        (OSError("AF_UNIX path length cannot exceed 107 bytes: /a"), "set RAY_TMPDIR to a shorter one, such as /tmp"),
+        (ConnectionError("no Ray at\n127.0.0.1:9"), "run it again with --verbose"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("verbose", [True, False])
+def test_a_ray_that_does_not_start_is_one_line(tmp_path, error, remedy, verbose):
+    with (
+        mock.patch.object(ray, "init", side_effect=error),
+        pytest.raises(SessionError) as found,
+        ray_session(tmp_path, verbose=verbose),
+    ):
+        pytest.fail("it started")
+    assert str(found.value).startswith("Ray did not start (") and str(found.value).endswith(remedy)
+    assert "\n" not in str(found.value)
+
+
+def test_too_long_a_folder_for_sockets_is_one_line(tmp_path):
+    """Ray's own check, for real."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    code = "import sys; from softlabel.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["experiment", "--config", "jobs/recipes/demo.yaml", "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert found.returncode == 2, found.stderr
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("softlabel experiment: Ray did not start") and "RAY_TMPDIR" in line
+    assert found.stdout == f"log: {tmp_path / 'run' / LOG}\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "asked", "seen"),
+    [("", "local", "127.0.0.1:"), ("http://head:8265", "local", "127.0.0.1:"), ("head:6379", "head:6379", "head:6379")],
+)
+def test_all_processes_of_a_run_know_its_address(tmp_path, monkeypatch, address, asked, seen):
+    """They inherit the environment that Ray is started with; and it is as before afterwards."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:8265")
+    started = []
+    environment = ("RAY_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS")
+    note = lambda **options: started.append((options["address"], {name: os.environ.get(name) for name in environment}))  # noqa: E731
+    with mock.patch.object(ray, "init", note), mock.patch.object(ray, "shutdown"), ray_session(tmp_path, verbose=True):
+        pass
+    ((found, inherited),) = started
+    assert found == asked and inherited["RAY_ADDRESS"].startswith(seen)
+    if asked == "local":
+        assert inherited["RAY_ADDRESS"] == f"127.0.0.1:{inherited['RAY_GCS_SERVER_PORT']}"
+        assert inherited["RAY_API_SERVER_ADDRESS"] is None
+    assert os.environ["RAY_ADDRESS"] == address and os.environ["RAY_API_SERVER_ADDRESS"] == "http://elsewhere:8265"
+    assert "RAY_GCS_SERVER_PORT" not in os.environ
+
+
+def test_a_worker_s_line_for_the_user_is_said_without_its_mark(capsys):
+    _pass_on({"lines": ["softlabel: truth_1: epoch 1/3\r", "Setting up process group", " softlabel: no"], "pid": 1})
+    assert capsys.readouterr().out == "truth_1: epoch 1/3\n"
+
+
+@pytest.mark.parametrize("verb", ["tile", "label", "train", "evaluate", "calibrate", "experiment", "search", "demo"])
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("file", "File exists"), ("file/run", "Not a directory"), ("/proc/run", "")]
+)
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys, verb, folder, reason):
+    (tmp_path / "file").touch()
+    recipe = [] if verb == "demo" else ["--config", "jobs/recipes/demo.yaml"]
+    assert main([verb, *recipe, "--run-dir", str(tmp_path / folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"softlabel {verb}: cannot write to {tmp_path / folder} ({reason}")
+    assert captured.err.count("\n") == 1 and "--run-dir" in captured.err
