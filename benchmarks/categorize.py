@@ -2,7 +2,7 @@
 
 python benchmarks/categorize.py --model tests/assets/tiny-owlvit --run-dir runs/categorize
 python benchmarks/categorize.py --model tests/assets/tiny-owlvit --run-dir runs/overhead-words \
-    --config jobs/recipes/overhead.yaml --set tiles.scenes=DIR/images --set tiles.truth.path=DIR/instances.json
+    --config overhead --set tiles.scenes=DIR/images --set tiles.truth.path=DIR/instances.json
 
 Words of which there is nothing are in the vocabulary too. By class: in how many of the scenes that have it it was found
 (recall), how many of those where it was found have it (precision), and how far the counts are off.

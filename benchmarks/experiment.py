@@ -1,6 +1,6 @@
 """Run a recipe's experiment and print its section for RESULTS.md: machine, seeds, times, table.
 
-python benchmarks/experiment.py --config jobs/recipes/overhead.yaml --run-dir runs/overhead --set ...
+python benchmarks/experiment.py --config overhead --run-dir runs/overhead --set ...
 """
 
 import argparse

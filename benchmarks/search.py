@@ -1,7 +1,7 @@
 """Is the search as good as the whole grid, for less? On the same labels: every value in full, the search, and then
 students with other seeds at the best of the one and at the choice of the other.
 
-python benchmarks/search.py --config jobs/recipes/demo.yaml --work-dir runs/search --json search.json
+python benchmarks/search.py --config demo --work-dir runs/search --json search.json
 
 The grid trains each of its thresholds to the end, once; the search does what `softlabel search` does, its repeats with
 other seeds included. Compared is the mean mAP50 on the validation split, where both chose.

@@ -1,6 +1,6 @@
 """Time an epoch of ours against ultralytics' own trainer, on the same images, sizes, threads and loader workers.
 
-python benchmarks/training.py --config jobs/recipes/overhead.yaml --set tiles.scenes=DIR/images --set ...
+python benchmarks/training.py --config overhead --set tiles.scenes=DIR/images --set ...
 
 Three models are trained in turn from scratch on the recipe's train_1, validated after every epoch, with
 the student's args: ultralytics' own trainer with its anchor-free yolov5n on the tiles written out as PNG and txt, our

@@ -1,6 +1,6 @@
 """Fit what the labels' scores are worth, on a split with truth.
 
-ray job submit --working-dir . -- python jobs/calibrate.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/calibrate.py --config demo --run-dir /shared/runs/demo
 
 The labels are those that jobs/label.py made with the same recipe and --set label.weights.
 """

@@ -1,6 +1,6 @@
 """Judge labels against a split's truth.
 
-ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/evaluate.py --config demo --run-dir /shared/runs/demo
 
 The labels are those that jobs/label.py made with the same recipe and --set label.weights.
 """

@@ -1,6 +1,6 @@
 """The whole experiment: teachers, soft labels, students, numbers, report.
 
-ray job submit --working-dir . -- python jobs/experiment.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/experiment.py --config demo --run-dir /shared/runs/demo
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Label tiles with a teacher's weights, keeping every box above the floor.
 
-ray job submit --working-dir . -- python jobs/label.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/label.py --config demo --run-dir /shared/runs/demo
 
 The weights come with --set label.weights=/shared/weights/teacher.safetensors.
 """

@@ -1,6 +1,6 @@
 """Search the threshold that makes the best student: labels once, trains many students, says how sure the answer is.
 
-ray job submit --working-dir . -- python jobs/search.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/search.py --config demo --run-dir /shared/runs/demo
 
 Add --budget 8h for a night; a driver that died goes on with --resume.
 """

@@ -1,6 +1,6 @@
 """Cut scenes and truth into tiles.
 
-ray job submit --working-dir . -- python jobs/tile.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/tile.py --config demo --run-dir /shared/runs/demo
 """
 
 import sys

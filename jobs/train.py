@@ -1,6 +1,6 @@
 """Train a student on a split's truth or on its soft labels.
 
-ray job submit --working-dir . -- python jobs/train.py --config jobs/recipes/demo.yaml --run-dir /shared/runs/demo
+ray job submit --working-dir . -- python jobs/train.py --config demo --run-dir /shared/runs/demo
 
 Which split and which labels is said by --set train.split=train_1 --set train.labels=truth (or soft).
 """

@@ -19,12 +19,15 @@ from softlabel.terminal import say
 # recipe is answered at once.
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DEMO_RECIPE = Path(softlabel.__file__).parent.parent / "jobs" / "recipes" / "demo.yaml"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except SoftlabelError as error:
+        print(f"softlabel: {error}", file=sys.stderr)
+        return 2
     try:
         if arguments.verb == "import-weights":
             _import_weights(arguments.checkpoint, arguments.output)
@@ -212,9 +215,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (_, purpose) in _VERBS.items():
         verb = verbs.add_parser(name, help=purpose, description=purpose)
-        default = DEMO_RECIPE if name == "demo" else None
-        verb.add_argument("--config", type=Path, default=default, required=default is None, help="the recipe, YAML")
-        verb.add_argument("--run-dir", type=Path, help="where results go (default: runs/<name of the recipe>)")
+        default = "demo" if name == "demo" else None
+        purpose = "the recipe: a YAML file, or the name of one that comes along (demo, paper, ...)"
+        verb.add_argument("--config", default=default, required=default is None, metavar="RECIPE", help=purpose)
+        verb.add_argument(
+            "--run-dir", type=_local, metavar="DIR", help="where results go (default: runs/<name of the recipe>)"
+        )
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
         if name not in _WITHOUT_RAY:
@@ -233,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "turn an original YOLOv5 checkpoint (.pt) into safetensors, running nothing of it"
     importer = verbs.add_parser("import-weights", help=purpose, description=purpose)
     importer.add_argument("checkpoint", type=Path, help="a .pt file of YOLOv5 v6 or v7")
-    importer.add_argument("--output", type=Path, help="where to (default: beside it, as .safetensors)")
+    importer.add_argument("--output", type=_local, help="where to (default: beside it, as .safetensors)")
     _add_show(verbs)
     _add_export(verbs)
     _add_fuse(verbs)
@@ -247,17 +253,17 @@ def _add_verbose(verb: argparse.ArgumentParser) -> None:
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "count a store of soft labels, and draw its most doubtful tiles for a look and for correction"
     verb = verbs.add_parser("show", help=purpose, description=purpose)
-    verb.add_argument("store", type=Path, metavar="STORE", help="a label-* or fused-* folder of a run")
-    verb.add_argument("--output", type=Path, metavar="DIR", help="where to (default: STORE/show)")
+    verb.add_argument("store", type=_local, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: STORE/show)")
     verb.add_argument("--doubtful", type=int, default=24, metavar="N", help="how many tiles to draw (default: 24)")
 
 
 def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a COCO or YOLO data set"
     verb = verbs.add_parser("export", help=purpose, description=purpose)
-    verb.add_argument("store", type=Path, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("store", type=_local, metavar="STORE", help="a label-* or fused-* folder of a run")
     verb.add_argument("--format", choices=("geoparquet", "geojson", "coco", "yolo"), default="geoparquet")
-    verb.add_argument("--output", type=Path, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
+    verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
     verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
     verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
@@ -268,11 +274,20 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "fuse the labels of several teachers over the same tiles into one store"
     verb = verbs.add_parser("fuse", help=purpose, description=purpose)
-    verb.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="label-* or fused-* folders of a run")
+    verb.add_argument("stores", type=_local, nargs="+", metavar="STORE", help="label-* or fused-* folders of a run")
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
     verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
     _add_verbose(verb)
+
+
+def _local(text: str) -> Path:
+    """A path; of a URI Path would make a folder named ``s3:``. (argparse would put its usage before what is wrong.)"""
+    if "://" in text:
+        raise SessionError(
+            f"{text} is no folder: results lie on a disk, local or mounted on every node; give such a path"
+        )
+    return Path(text)
 
 
 def _seconds(text: str) -> float:
@@ -308,7 +323,7 @@ def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
 
 
 def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
-    from softlabel.imagery.plan import plan
+    from softlabel.plan import plan
 
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
     for line in plan(recipe):

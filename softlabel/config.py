@@ -286,20 +286,39 @@ class Recipe(_Section):
         return self
 
 
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that come with the package."""
+
+
+def find_recipe(path: Path | str) -> Path:
+    """The file of that path, else the recipe of that name which comes with the package: ``demo`` or ``demo.yaml``.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    asked = Path(path)
+    packaged = RECIPES / f"{asked.name.removesuffix('.yaml')}.yaml"
+    if asked.is_file() or not (len(asked.parts) == 1 and packaged.is_file()):
+        if not asked.exists():
+            names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+            raise RecipeError(f"no recipe at {path}: give an existing file with --config, or one of {names}")
+        return asked
+    return packaged
+
+
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; relative paths in it count from the current folder.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a recipe that comes with the package.
         overrides: ``key.sub=value`` strings, values in YAML, as ``--set`` takes them.
 
     Raises:
         RecipeError: The file is missing or not YAML, a key is unknown or a value does not fit.
     """
+    path = find_recipe(path)
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}: give an existing file with --config (see jobs/recipes/)") from None
+        data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:

@@ -1,20 +1,25 @@
 """How an open rasterio dataset stores what a person sees: which way up, in which bands, in values of which meaning."""
 
+import io
+import os
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.fs
-from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.enums import ColorInterp, MaskFlags
 
-from softlabel.imagery.georeference import Georeference, georeference
+from softlabel.imagery.georeference import georeference
 from softlabel.imagery.listing import has_scheme
 from softlabel.imagery.pixels import ORIENTATIONS, Encoding
 
 _ORIENTATION_TAG = 274
+_PNG_SIGNATURE_BYTES = 8
+_REQUEST_BYTES = 1_000_000
+# What it cannot read it skips, with a warning for each: damaged tags do not matter here, and have no file's name.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 def has_mask(dataset: Any) -> bool:
@@ -47,14 +52,14 @@ def encoding(dataset: Any, band: int) -> Encoding:
 
 
 def orientation(uri: str, dataset: Any) -> int:
-    """EXIF's, 1 where there is none; a scene with a georeference lies as that says.
+    """EXIF's, 1 where there is none; a scene that has a place on a map lies as that says.
 
     GDAL tells that of a JPEG only.
     """
     if dataset.driver == "JPEG":
         found = dataset.tags().get("EXIF_Orientation", "1")
         return int(found) if found.isdecimal() and int(found) in ORIENTATIONS else 1
-    if dataset.driver == "PNG" or (dataset.driver == "GTiff" and georeference(dataset) == Georeference()):
+    if dataset.driver == "PNG" or (dataset.driver == "GTiff" and georeference(dataset).transform is None):
         found = _stored_orientation(uri, dataset.driver)
         return found if found in ORIENTATIONS else 1
     return 1
@@ -64,22 +69,33 @@ def _stored_orientation(uri: str, driver: str) -> Any:
     """The tag of a PNG or TIFF whose bytes can be had; http is left to GDAL, which does not read it."""
     if uri.startswith(("http://", "https://", "/vsi")):
         return None
-    system, path = pyarrow.fs.FileSystem.from_uri(uri) if has_scheme(uri) else (None, uri)
-    # Not by PIL.Image.open: ultralytics replaces it by one that fails on what Pillow cannot read, as five bands.
-    with system.open_input_file(path) if system else open(path, "rb") as file:
+    # Not by Pillow's images: ultralytics patches them, and some that GDAL reads are none of Pillow's (five bands).
+    with _open_bytes(uri) as file:
         try:
             return (_png_exif(file) if driver == "PNG" else _tiff_tags(file)).get(_ORIENTATION_TAG)
         except (SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
             return None
 
 
-def _png_exif(file: Any) -> Mapping[int, Any]:
-    exif = Image.Exif()
-    exif.load(PngImageFile(file).info.get("exif", b""))  # getexif would decode an image that has none
-    return exif
+def _open_bytes(uri: str) -> BinaryIO:
+    if not has_scheme(uri):
+        return open(uri, "rb")
+    system, path = pyarrow.fs.FileSystem.from_uri(uri)
+    return io.BufferedReader(system.open_input_file(path), _REQUEST_BYTES)
 
 
-def _tiff_tags(file: Any) -> Mapping[int, Any]:
+def _png_exif(file: BinaryIO) -> Mapping[int, Any]:
+    """By a walk over the chunks: it may come after the pixels, and Pillow would decode them to get there."""
+    file.seek(_PNG_SIGNATURE_BYTES)
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"eXIf":
+            return _tiff_tags(io.BytesIO(file.read(min(length, _REQUEST_BYTES))))
+        file.seek(length + 4, os.SEEK_CUR)  # its checksum follows
+    return {}
+
+
+def _tiff_tags(file: BinaryIO) -> Mapping[int, Any]:
     header = file.read(8)
     tags = ImageFileDirectory_v2(header + file.read(8) if header[2:3] == b"\x2b" else header)  # BigTIFF: 16 bytes
     file.seek(tags.next)

@@ -1,5 +1,6 @@
 """Where on Earth, or elsewhere, a scene says that it lies; and why it has no place where it only seems to say so."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +26,9 @@ def georeference(dataset: Any) -> Georeference:
     """
     gcps, gcps_crs = dataset.gcps
     if dataset.transform != Affine.identity():
-        if dataset.crs:
-            return Georeference(dataset.crs.to_string(), _six(dataset.transform))
-        return Georeference(unplaced="a geotransform without a CRS")
-    if gcps and gcps_crs:
-        transform = _affine_of(gcps)
-        if transform is not None:
-            return Georeference(gcps_crs.to_string(), _six(transform))
-        return Georeference(unplaced="ground control points that no affine transform fits within half a pixel")
+        return _placed(dataset.crs, dataset.transform)
+    if gcps:
+        return _placed_by_points(gcps, gcps_crs)
     if dataset.crs:
         return Georeference(unplaced="a CRS without a geotransform")
     if dataset.rpcs is not None:
@@ -40,15 +36,36 @@ def georeference(dataset: Any) -> Georeference:
     return Georeference()
 
 
+def _placed(crs: Any, transform: Affine) -> Georeference:
+    if not crs:
+        return Georeference(unplaced="a geotransform without a CRS")
+    if not _has_area(transform):
+        return Georeference(unplaced=f"a geotransform in which pixels have no area, {transform[:6]}")
+    return Georeference(crs.to_string(), _six(transform))
+
+
+def _placed_by_points(gcps: list[Any], crs: Any) -> Georeference:
+    if not crs:
+        return Georeference(unplaced="ground control points without a CRS")
+    transform = _affine_of(gcps)
+    if transform is None:
+        return Georeference(unplaced="ground control points that no affine transform fits within half a pixel")
+    return Georeference(crs.to_string(), _six(transform))
+
+
 def _affine_of(gcps: list[Any]) -> Affine | None:
     if len(gcps) < 3:
         return None
     transform = from_gcps(gcps)
-    if transform.determinant == 0:
+    if not _has_area(transform):
         return None
     found = np.array([~transform @ (point.x, point.y) for point in gcps])
     misfit = np.hypot(*(found - [(point.col, point.row) for point in gcps]).T)
     return transform if misfit.max() <= _MAX_MISFIT_PX else None
+
+
+def _has_area(transform: Affine) -> bool:
+    return math.isfinite(transform.determinant) and transform.determinant != 0
 
 
 def _six(transform: Affine) -> tuple[float, ...]:

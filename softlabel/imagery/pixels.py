@@ -73,6 +73,17 @@ def valid_pixels(pixels: NDArray) -> NDArray[np.bool_]:
     return np.any(valid, axis=0)
 
 
+def valid_values(pixels: NDArray) -> NDArray:
+    """(n,) those of the valid pixels, to find a range by.
+
+    The nodata value of an unsigned type is one that a sensor reaches, and counts in a valid pixel as any other; of the
+    others it is one that none reaches (-9999), which would spoil the range: there it is left out band by band.
+    """
+    if pixels.dtype.kind == "u":
+        return np.asarray(np.ma.getdata(pixels)[:, valid_pixels(pixels)].ravel())
+    return np.asarray(np.ma.masked_invalid(pixels).compressed())
+
+
 def apply_palette(indices: NDArray, palette: Mapping[int, Sequence[int]]) -> tuple[NDArray, NDArray[np.bool_]]:
     """Indices (1, rows, columns) to (3, rows, columns) uint8 by a colour table, and where they are not transparent."""
     values = np.ma.getdata(indices)[0]
@@ -101,7 +112,8 @@ def to_rgb8(
         low, high = stretch
         # float32 is exact for 16 bit; 32-bit integers and float64 keep their precision.
         values = values.astype(np.result_type(values.dtype, np.float32))
-        values = np.where(np.isfinite(values), values, low)
+        if pixels.dtype.kind == "f":
+            values = np.where(np.isfinite(values), values, low)
         values = np.rint(np.clip((values - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
     if encoding.white_is_zero:
         values = 255 - values

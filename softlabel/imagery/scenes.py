@@ -5,7 +5,6 @@ as white. Truth is drawn on what is seen, and so other programs read them. Sidec
 are not looked for, so that a scene reads the same from a folder and from an object store.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,24 +17,23 @@ import pyarrow.fs
 import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import Interleaving
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from softlabel.errors import NoValidPixelError, SceneError
+from softlabel.imagery import blocks
 from softlabel.imagery.encoding import choose_bands, encoding, has_mask, is_8_bit, orientation
 from softlabel.imagery.georeference import georeference
 from softlabel.imagery.listing import has_scheme
-from softlabel.imagery.pixels import ORIENTATIONS, UPRIGHT, apply_palette, to_rgb8, valid_pixels
+from softlabel.imagery.pixels import ORIENTATIONS, UPRIGHT, apply_palette, to_rgb8, valid_pixels, valid_values
 
 PERCENTILES = (2, 98)
 _SAMPLE_PX = 1024
-_CACHE_BYTES, _MAX_CACHE_BYTES = 64_000_000, 256_000_000
 _GDAL = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder: a request per scene on S3
     # Bytes: rasterio.Env takes no megabytes, and 64 would mean no cache, each tile decoding its JPEG anew. Per process:
     # the default of 5 % of memory, times the readers, is too much.
-    "GDAL_CACHEMAX": _CACHE_BYTES,
+    "GDAL_CACHEMAX": blocks.CACHE_BYTES,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a JPEG cut short reads as grey, with a warning only
     # A remote scene that failed once must not be remembered as missing when it is tried again.
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/",
@@ -130,7 +128,7 @@ class TileReader:
         self._uri: str | None = None
         self._dataset: Any = None
         self._orientation = UPRIGHT
-        self._cache_bytes = _CACHE_BYTES
+        self._cache_bytes = blocks.CACHE_BYTES
 
     def read(self, row: dict) -> NDArray[np.uint8]:
         """The pixels of one tile.
@@ -152,7 +150,7 @@ class TileReader:
             window = Window(*self._stored_window(row, dataset))
             bands = row["bands"][:1] if coded.palette else row["bands"]
             pixels = dataset.read(list(bands), window=window, masked=has_mask(dataset))
-            self._cache_bytes = _cache_bytes(dataset, window)
+            self._cache_bytes = blocks.cache_bytes(dataset, window, self._orientation.transpose)
         pixels = self._orientation.upright(pixels)
         valid = valid_pixels(pixels) if np.ma.is_masked(pixels) or pixels.dtype.kind == "f" else None
         if coded.palette:
@@ -205,7 +203,7 @@ class TileReader:
         self.close()
         self._dataset = rasterio.open(uri)
         self._uri = uri
-        _check_blocks(uri, self._dataset)
+        blocks.check_blocks(uri, self._dataset)
         self._orientation = ORIENTATIONS[orientation(uri, self._dataset)]
 
     def _stored_window(self, row: dict, dataset: Any) -> tuple[int, int, int, int]:
@@ -260,28 +258,8 @@ def _open(uri: str) -> Iterator[Any]:
     with _scene_errors(uri):
         uri.encode()  # a name that is not UTF-8 cannot be written to a table
         with rasterio.Env(**_GDAL), rasterio.open(uri) as dataset:
-            _check_blocks(uri, dataset)
+            blocks.check_blocks(uri, dataset)
             yield dataset
-
-
-def _check_blocks(uri: str, dataset: Any) -> None:
-    """Refuse blocks that no cache holds: any pixel decodes its whole block, and a kilobyte may claim one of 60 GB."""
-    height, width = max(dataset.block_shapes, key=math.prod)
-    needed = height * width * _block_bands(dataset) * _item_bytes(dataset)
-    if needed > _MAX_CACHE_BYTES:
-        raise SceneError(
-            f"scene {uri} has blocks of {width}x{height} px, {needed / 1e6:,.0f} MB decoded for each tile: rewrite it "
-            "with small ones (gdal_translate -co TILED=YES)"
-        )
-
-
-def _block_bands(dataset: Any) -> int:
-    return dataset.count if dataset.interleaving == Interleaving.pixel else 1
-
-
-def _item_bytes(dataset: Any) -> int:
-    kind = dataset.dtypes[0]
-    return 16 if kind.startswith("complex") else np.dtype(kind).itemsize  # complex_int16 is none of NumPy's
 
 
 def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:
@@ -295,14 +273,6 @@ def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:
         raise SceneError(f"scene {uri} has bands of {', '.join(sorted(kinds))}: choose tiles.bands of one real type")
 
 
-def _cache_bytes(dataset: Any, window: Window) -> int:
-    """Room for the blocks under a row of tiles, and another row of blocks, for all bands where a block holds all."""
-    rows = window.height + 3 * max(height for height, _ in dataset.block_shapes)
-    bands = dataset.count if dataset.interleaving == Interleaving.pixel else 3
-    needed = int(rows * dataset.width * bands * np.dtype(dataset.dtypes[0]).itemsize)
-    return min(max(needed, _CACHE_BYTES), _MAX_CACHE_BYTES)
-
-
 def _find_stretch(
     uri: str, dataset: Any, bands: Sequence[int], given: tuple[float, float] | None
 ) -> tuple[float, float] | None:
@@ -310,7 +280,7 @@ def _find_stretch(
         return given
     for level in range(len(dataset.overviews(bands[0]))):  # the sample comes from one of them
         with rasterio.open(uri, overview_level=level) as overview:
-            _check_blocks(uri, overview)
+            blocks.check_blocks(uri, overview)
     factor = max(1.0, max(dataset.width, dataset.height) / _SAMPLE_PX)
     shape = (len(bands), max(1, int(dataset.height / factor)), max(1, int(dataset.width / factor)))
     sample = _valid_values(dataset, bands, out_shape=shape)
@@ -321,7 +291,7 @@ def _find_stretch(
 
 
 def _valid_values(dataset: Any, bands: Sequence[int], **options: Any) -> NDArray:
-    return np.ma.masked_invalid(dataset.read(list(bands), masked=True, **options)).compressed()
+    return valid_values(dataset.read(list(bands), masked=True, **options))
 
 
 def _first_valid_values(dataset: Any, bands: Sequence[int]) -> NDArray:

@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from softlabel.labelling.engine_choice import CPU_BATCH
+
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CUDA_BATCH = 64  # the first size tried
-_CPU_BATCH = 4  # 4 and 8 are equally fast, 16 and 32 slower: so much memory is fetched anew for each pass
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def build(
     if engine == "pytorch" and device.type == "cpu" and threads is not None:
         if torch.backends.mkldnn.is_available():
             network.fuse_activations()
-        return _TorchThreads(network, batch_size or _CPU_BATCH, threads)
+        return _TorchThreads(network, batch_size or CPU_BATCH, threads)
     if engine == "pytorch":
         return _Torch(network, device, batch_size, whole_batches=False)
     if threads is not None:
@@ -138,7 +139,7 @@ class _Torch:
     ) -> None:
         self._forward, self._device, self._whole_batches = forward, device, whole_batches
         self._trying = batch_size is None
-        self._batch_size = batch_size or (_CUDA_BATCH if device.type == "cuda" else _CPU_BATCH)
+        self._batch_size = batch_size or (_CUDA_BATCH if device.type == "cuda" else CPU_BATCH)
 
     def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         source, waiting = iter(images), list[Pixels]()

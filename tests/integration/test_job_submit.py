@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from softlabel.session import LOG
 from softlabel.store import is_done, summary
 
 REPO = Path(__file__).parents[2]
@@ -120,7 +121,7 @@ def run_dir(tmp_path_factory):
 
 
 def run(head, verb, run_dir, *flags):
-    script = ["python", f"jobs/{verb}.py", "--config", "jobs/recipes/demo.yaml", "--run-dir", str(run_dir)]
+    script = ["python", f"jobs/{verb}.py", "--config", "demo", "--run-dir", str(run_dir)]
     done = head.submit("--working-dir", ".", "--", *script, *TINY, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
@@ -148,7 +149,9 @@ def test_the_upload_leaves_out_what_is_not_code(head, tiled):
 
 
 def test_a_label_job_joins_the_cluster_that_it_was_submitted_to(head, tiled, run_dir, weights):
-    log = run(head, "label", run_dir, f"--set=label.weights={weights}")
+    said = run(head, "label", run_dir, f"--set=label.weights={weights}")
+    assert f"log: {run_dir / LOG}" in said and "pid=" not in said
+    log = (run_dir / LOG).read_text()
     assert re.search(rf"Connecting to existing Ray cluster at address: \S+:{head.port}\b", log)
     (store,) = run_dir.glob("label-labels-*")
     assert summary(store)["requested"] == summary(store)["labelled"] > 0

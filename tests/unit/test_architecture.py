@@ -24,6 +24,7 @@ TOP = {
     "softlabel.categorize",
     "softlabel.cli",
     "softlabel.experiment",
+    "softlabel.plan",
     "softlabel.search_experiment",
     "softlabel.session",
 }

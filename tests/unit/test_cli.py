@@ -4,7 +4,7 @@ import pytest
 
 from softlabel.cli import main
 
-DEMO = "jobs/recipes/demo.yaml"
+DEMO = "demo"
 
 
 def run(capsys, *words):
@@ -23,7 +23,7 @@ def in_the_checkout(monkeypatch, request):
     [
         (["tile", "--config", "gone.yaml"], "no recipe at gone.yaml"),
         (["tile", "--config", DEMO, "--set", "tiles.sizepx=1"], "tiles.sizepx: unknown key"),
-        (["tile", "--config", "jobs/recipes/overhead.yaml", "--set", "tiles.scenes=gone"], "no scenes at gone"),
+        (["tile", "--config", "overhead", "--set", "tiles.scenes=gone"], "no scenes at gone"),
         (["label", "--config", DEMO], "label.weights is not set"),
         (["label", "--config", DEMO, "--set", "label.weights=gone.safetensors"], "no weights at"),
         (
@@ -40,6 +40,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, words, message)
     assert code == 2
     assert message in error and error.startswith(f"softlabel {words[0]}: ")
     assert error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("where", ["s3://bucket/run", "gs://bucket/run", "file:///runs/demo"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tile", "--config", DEMO, "--run-dir"],
+        ["experiment", "--config", DEMO, "--dry-run", "--run-dir"],
+        ["show"],
+        ["export", "runs/label-1", "--output"],
+        ["fuse", "runs/label-1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_bucket_is_refused_and_no_folder_of_its_name_is_made(capsys, tmp_path, monkeypatch, words, where):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(capsys, *words, where)
+    assert (code, out) == (2, "") and list(tmp_path.iterdir()) == []
+    assert error.startswith(f"softlabel: {where} is no folder: results lie on a disk") and error.count("\n") == 1
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys, tmp_path):

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softlabel.config import Recipe, dump_recipe, load_recipe
+from softlabel.config import RECIPES, Recipe, dump_recipe, find_recipe, load_recipe
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
 
-RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
 MINIMAL = {"name": "x", "classes": ["car"], "tiles": {"scenes": "images"}}
 
 
@@ -23,7 +22,7 @@ def recipe_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_that_come_with_the_project_load_and_survive_saving(path, tmp_path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -32,8 +31,20 @@ def test_the_recipes_that_come_with_the_project_load_and_survive_saving(path, tm
     assert load_recipe(saved) == recipe
 
 
+def test_a_recipe_of_the_package_goes_by_its_name_where_there_is_no_such_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paper").mkdir()  # results of an earlier run, perhaps
+    for name in ("demo", "demo.yaml", "paper", "paper.yaml"):
+        assert find_recipe(name) == RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(MINIMAL))
+    assert load_recipe("demo.yaml").name == "x" and load_recipe("demo").name == "demo"
+    for name in ("gone", "gone.yaml", "jobs/demo.yaml", str(tmp_path / "paper.yaml")):
+        with pytest.raises(RecipeError, match=rf"no recipe at {name}: .* demo, overhead, owlvit, paper, synthetic$"):
+            load_recipe(name)
+
+
 def test_the_paper_s_recipe_keeps_mosaic_and_its_own_optimizer():
-    args = load_recipe(next(path for path in RECIPES if path.stem == "paper")).train.student.args
+    args = load_recipe("paper").train.student.args
     assert (args["epochs"], args["close_mosaic"], args["optimizer"], args["lr0"]) == (3, 0, "SGD", 0.01)
     assert (args["imgsz"], args["batch"]) == (640, 16)
 

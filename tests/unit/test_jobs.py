@@ -30,7 +30,7 @@ def test_every_verb_is_a_job():
 @each_job
 def test_the_docstring_says_how_to_submit_it(job):
     docstring = ast.get_docstring(ast.parse(job.read_text()))
-    works_on = "/shared/runs/demo/label-" if job.stem in _STORE_VERBS else "--config jobs/recipes/"
+    works_on = "/shared/runs/demo/label-" if job.stem in _STORE_VERBS else "--config demo "
     assert f"\nray job submit --working-dir . -- python jobs/{job.name} {works_on}" in docstring
 
 

@@ -44,7 +44,7 @@ def test_too_long_a_folder_for_sockets_is_one_line(tmp_path):
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     code = "import sys; from softlabel.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["experiment", "--config", "jobs/recipes/demo.yaml", "--run-dir", str(tmp_path / "run")]
+    words = ["experiment", "--config", "demo", "--run-dir", str(tmp_path / "run")]
     environment = {**os.environ, "TMPDIR": str(folder)}
     found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert found.returncode == 2, found.stderr
@@ -86,7 +86,7 @@ def test_a_worker_s_line_for_the_user_is_said_without_its_mark(capsys):
 )
 def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys, verb, folder, reason):
     (tmp_path / "file").touch()
-    recipe = [] if verb == "demo" else ["--config", "jobs/recipes/demo.yaml"]
+    recipe = [] if verb == "demo" else ["--config", "demo"]
     assert main([verb, *recipe, "--run-dir", str(tmp_path / folder)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"softlabel {verb}: cannot write to {tmp_path / folder} ({reason}")

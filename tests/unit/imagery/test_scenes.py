@@ -4,13 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from PIL import Image, ImageOps
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.rpc import RPC
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
 from softlabel.errors import NoValidPixelError, SceneError
-from softlabel.imagery import scenes
+from softlabel.imagery import blocks, scenes
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import TileReader, describe_scene
 
@@ -99,8 +102,8 @@ def test_stretch_is_the_percentiles_without_nodata_and_nan(tmp_path, dtype):
 def test_a_large_scene_is_sampled_not_read(tmp_path, monkeypatch):
     uri = write(tmp_path / "a.tif", formula(3000, 500, dtype="uint16"))
     shapes = []
-    real = np.ma.masked_invalid
-    monkeypatch.setattr(scenes.np.ma, "masked_invalid", lambda sample: shapes.append(sample.shape) or real(sample))
+    real = scenes.valid_values
+    monkeypatch.setattr(scenes, "valid_values", lambda sample: shapes.append(sample.shape) or real(sample))
     describe_scene(uri, (1, 2, 3), None)
     assert shapes == [(3, 170, 1024)]
 
@@ -141,6 +144,45 @@ def test_nodata_is_a_pixel_s_and_no_band_s(tmp_path, dtype):
     assert found[0].tolist() == [[255, 40, 40], [0, 0, 0], [255, 255, 40]]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata", "counts"), [("uint16", 0, True), ("int16", -9999, False), ("float32", -9999, False)]
+)
+def test_nodata_in_a_valid_pixel_counts_for_the_stretch_where_a_sensor_may_reach_it(tmp_path, dtype, nodata, counts):
+    pixels = formula(40, 30, dtype=dtype, scale=10) + np.array(50, dtype)
+    pixels[0, :, :20] = nodata  # a third of a half: far beyond the 2nd percentile
+    pixels[:, :3] = nodata
+    info = describe_scene(write(tmp_path / "a.tif", pixels, nodata=nodata), (1, 2, 3), None)
+    seen = pixels[:, 3:]
+    expected = np.percentile(seen if counts else seen[seen != nodata], (2, 98))
+    np.testing.assert_allclose(info.stretch, expected)
+
+
+@pytest.mark.parametrize("kind", ["alpha", "mask", "colour", "16 bit alpha"])
+def test_alpha_masks_and_a_transparent_colour_say_what_is_missing(tmp_path, kind):
+    pixels = formula(50, 40) + np.uint8(1)
+    missing = np.zeros((40, 50), bool)
+    missing[:, :20] = True
+    if kind == "colour":
+        pixels[:, missing] = np.array([[9], [8], [7]])
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "a.png", transparency=(9, 8, 7))
+        uri = str(tmp_path / "a.png")
+    elif kind == "mask":
+        uri = write(tmp_path / "a.tif", pixels)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(uri, "r+") as file:
+            file.write_mask(~missing)
+    else:
+        dtype = "uint16" if kind == "16 bit alpha" else "uint8"
+        alpha = np.where(missing, 0, 1).astype(dtype)  # hardly there, but there
+        uri = write(tmp_path / "a.tif", np.stack([*pixels.astype(dtype), alpha]), photometric="RGB", alpha="YES")
+    stretch, reader = [0, 255] if kind == "16 bit alpha" else None, TileReader()
+    found = reader.read(row(uri, (0, 0, 50, 40), stretch=stretch))
+    np.testing.assert_array_equal(found, np.where(missing, 0, pixels).transpose(1, 2, 0))
+    empty = row(uri, (0, 0, 20, 40), stretch=stretch)
+    assert reader.is_empty(empty) and not reader.is_empty(row(uri, (19, 0, 20, 40), stretch=stretch))
+    with pytest.raises(NoValidPixelError):
+        reader.read(empty)
+
+
 @pytest.mark.parametrize("number", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 def test_pixels_are_upright_as_exif_says(tmp_path, suffix, number):
@@ -162,13 +204,32 @@ def test_pixels_are_upright_as_exif_says(tmp_path, suffix, number):
         np.testing.assert_allclose(found, expected[top : top + height, column : column + width], atol=2)
 
 
-def test_what_is_georeferenced_lies_as_that_says(tmp_path):
+@pytest.mark.parametrize(("placed", "number"), [(True, 1), (False, 6)])
+def test_what_is_georeferenced_lies_as_that_says(tmp_path, placed, number):
     path = tmp_path / "a.tif"
     Image.fromarray(formula(50, 40).transpose(1, 2, 0)).save(path, tiffinfo={274: 6})
     with rasterio.open(path, "r+") as file:
-        file.crs, file.transform = "EPSG:32631", from_origin(400_000, 5_400_000, 0.5, 0.5)
+        file.crs = "EPSG:32631"
+        if placed:
+            file.transform = from_origin(400_000, 5_400_000, 0.5, 0.5)
     info = describe_scene(str(path), (1, 2, 3), None)
-    assert (info.width, info.height, info.orientation) == (50, 40, 1)
+    assert (info.width, info.height) == ((50, 40) if placed else (40, 50))
+    assert (info.orientation, info.transform is None) == (number, not placed)
+
+
+@pytest.mark.parametrize("where", ["{}", "file://{}"])
+def test_the_orientation_of_a_png_may_come_after_its_pixels(tmp_path, where):
+    """As the standard allows and exiftool writes; OpenCV and Pillow take it from there."""
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[274] = 6
+    Image.fromarray(formula(50, 40).transpose(1, 2, 0)).save(path, exif=exif)
+    data = path.read_bytes()
+    start, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    with Image.open(path) as image:
+        assert ImageOps.exif_transpose(image).size == (40, 50)
+    info = describe_scene(where.format(path), (1, 2, 3), None)
+    assert (info.width, info.height, info.orientation) == (40, 50, 6)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -351,6 +412,15 @@ def gcps(*places):
 FITTING = gcps((0, 0, 10, 50), (0, 30, 13, 50), (20, 0, 10, 48), (20, 30, 13, 48))
 BENT = gcps((0, 0, 10, 50), (0, 30, 13, 50), (20, 0, 10, 48), (20, 30, 14, 47))
 
+ONES = [1.0, *[0.0] * 19]
+NAMES = ("height", "lat", "line", "long", "samp")
+RPCS = RPC(
+    **{f"{name}_{part}": 1.0 for name in NAMES for part in ("off", "scale")},
+    **{f"{name}_{part}_coeff": ONES for name in ("line", "samp") for part in ("num", "den")},
+    err_bias=0.0,
+    err_rand=0.0,
+)
+
 
 @pytest.mark.parametrize(
     ("options", "crs", "transform", "unplaced"),
@@ -359,9 +429,13 @@ BENT = gcps((0, 0, 10, 50), (0, 30, 13, 50), (20, 0, 10, 48), (20, 30, 14, 47))
         ({"crs": "EPSG:4326", "gcps": BENT}, None, None, "ground control points that no affine transform fits"),
         ({"crs": "EPSG:4326"}, None, None, "a CRS without a geotransform"),
         ({"transform": from_origin(9, 9, 1, 1)}, None, None, "a geotransform without a CRS"),
+        ({"crs": "EPSG:4326", "gcps": gcps(*3 * [(0, 0, 10, 50)])}, None, None, "ground control points that no"),
+        ({"crs": CRS(), "gcps": FITTING}, None, None, "ground control points without a CRS"),
+        ({"crs": "EPSG:4326", "transform": Affine(1, 0, 5, 0, 0, 9)}, None, None, "a geotransform in which pixels"),
+        ({"rpcs": RPCS}, None, None, "rational polynomial coefficients"),
         ({}, None, None, None),
     ],
-    ids=["gcps", "bent gcps", "no transform", "no crs", "nothing"],
+    ids=["gcps", "bent", "no transform", "no crs", "one gcp", "gcps without crs", "flat", "rpc", "nothing"],
 )
 def test_what_is_no_georeference_is_said_and_not_used(tmp_path, options, crs, transform, unplaced):
     info = describe_scene(write(tmp_path / "a.tif", formula(30, 20), **options), (1, 2, 3), None)
@@ -436,11 +510,24 @@ def test_a_block_under_several_tiles_is_decoded_once(tmp_path, monkeypatch, inte
     noise = np.random.default_rng(0).integers(0, 60_000, (3, 1024, 2048), dtype=np.uint16)
     options = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "interleave": interleave}
     uri = write(tmp_path / "a.tif", noise, **options)
-    monkeypatch.setattr(scenes, "_CACHE_BYTES", 4_000_000)  # a third of a row of these tiles
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 4_000_000)  # a third of a row of these tiles
     reader, before = TileReader(), _bytes_read()
     for x, y in ((x, y) for y in (0, 448) for x in range(0, 2048 - 512 + 1, 512 - 64)):
         reader.read(row(uri, (x, y, 512, 512), stretch=[0.0, 60_000.0]))
     assert (_bytes_read() - before) / os.path.getsize(uri) < 1.1
+
+
+def test_a_turned_scene_is_not_decoded_anew_for_each_tile(tmp_path, monkeypatch):
+    """A row of tiles as seen goes up the stored rows, and a JPEG can be decoded downwards only."""
+    exif = Image.Exif()
+    exif[274] = 6
+    noise = np.random.default_rng(0).integers(0, 255, (1024, 2048, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", exif=exif)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 4_000_000)  # two thirds of its pixels
+    reader, before = TileReader(), _bytes_read()
+    for x, y in ((x, y) for y in range(0, 2048, 256) for x in range(0, 1024, 256)):
+        reader.read(row(str(tmp_path / "a.jpg"), (x, y, 256, 256)))
+    assert (_bytes_read() - before) / (tmp_path / "a.jpg").stat().st_size < 3
 
 
 def _bytes_read():

@@ -1,0 +1,79 @@
+"""What a run would work on, told without reading a pixel, writing a file or starting Ray (``--dry-run``)."""
+
+import os
+from collections.abc import Iterator
+
+from softlabel.config import Execution, Recipe
+from softlabel.errors import SceneError
+from softlabel.imagery.listing import list_scenes
+from softlabel.imagery.scenes import describe_scene
+from softlabel.imagery.tiles import windows
+from softlabel.labelling.engine_choice import CPU_BATCH, resolve
+from softlabel.labelling.room import Room
+
+_SAMPLE = 20
+
+
+def plan(recipe: Recipe) -> Iterator[str]:
+    """Lines about scenes, tiles and workers; the number of tiles is estimated from some scenes' sizes.
+
+    Raises:
+        SceneError: There are no scenes, or none of the sample can be read.
+        RecipeError: The engine cannot run here.
+    """
+    settings = recipe.tiles
+    if settings.synthetic:
+        count, side = settings.synthetic.num_scenes, settings.synthetic.scene_size_px
+        yield f"scenes: {count} made up, {side} x {side} px"
+        sizes = [(side, side)]
+    else:
+        scenes = list_scenes(str(settings.scenes))
+        count = len(scenes)
+        yield f"scenes: {count} at {settings.scenes}"
+        sizes, problems = _sizes(recipe, [uri for _, uri in scenes[:: max(1, count // _SAMPLE)][:_SAMPLE]])
+        if problems:
+            yield f"{len(problems)} of {len(sizes) + len(problems)} scenes looked at will be rejected: {problems[0]}"
+    per_scene = [len(windows(width, height, settings.size_px, settings.overlap_px)) for width, height in sizes]
+    tiles = round(count * sum(per_scene) / len(per_scene))
+    yield f"tiles: about {tiles} of {settings.size_px} px, background not yet thinned out"
+    # A soft label is 4 + K numbers; at a low floor a tile keeps some 50 of them, and zstd halves what is left.
+    megabytes = tiles * 50 * 4 * (4 + len(recipe.classes)) / 2 / 1e6
+    yield f"soft labels: some {max(megabytes, 0.1):.1f} MB per teacher over all tiles"
+    yield _labelling(recipe)
+    yield _training(recipe.execution)
+
+
+def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list[SceneError]]:
+    """Width and height of each scene, and why others have none."""
+    sizes, problems = [], []
+    for uri in uris:
+        try:
+            info = describe_scene(uri, recipe.tiles.bands, recipe.tiles.stretch or (0, 1))
+            sizes.append((info.width, info.height))
+        except SceneError as error:
+            problems.append(error)
+    if not sizes:
+        raise SceneError(f"none of {len(uris)} scenes looked at can be read; the first: {problems[0]}")
+    return sizes, problems
+
+
+def _labelling(recipe: Recipe) -> str:
+    execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
+    asked = recipe.label.engine if recipe.label.owlvit is None else "pytorch"
+    engine, precision = resolve(asked, recipe.label.precision, cuda=cuda, with_losses=False)
+    room = Room(execution, (float(os.cpu_count() or 1),), 0)
+    most = "" if room.most_actors == room.least_actors else f" to {room.most_actors}"
+    actors = "1 actor" if room.most_actors == 1 else f"{room.least_actors}{most} actors"
+    # Of a cluster nothing is known before it is joined.
+    here = "" if cuda or execution.cpus_per_actor else " (on this machine; on a cluster all that its readers leave)"
+    size = "as many tiles as fit" if cuda and not execution.batch_size else f"{execution.batch_size or CPU_BATCH} tiles"
+    batch = "tile by tile" if engine == "openvino" else f"{size} per forward pass"
+    return (
+        f"labelling: {actors} of {room.cpus_per_actor:g} CPU and {execution.gpus_per_actor:g} GPU{here}, "
+        f"{engine} in {precision}, {batch}"
+    )
+
+
+def _training(execution: Execution) -> str:
+    workers = "1 worker" if execution.workers == 1 else f"{execution.workers} workers"
+    return f"training: {workers} of {execution.cpus_per_worker:g} CPU and {execution.gpus_per_worker:g} GPU"

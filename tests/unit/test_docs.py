@@ -1,0 +1,165 @@
+"""README and docs/: every block is a command that parses and plans, a recipe that loads, or the map of the folders.
+
+What is printed runs here on a data set made for it, dry where it would take minutes (tests/integration/test_readme.py
+runs the first commands of all). A block of a kind that nobody knows fails.
+"""
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from ray.scripts.scripts import cli as ray_cli
+
+from softlabel.cli import _STORE_VERBS, _VERBS, _parser, main
+from softlabel.config import Recipe, find_recipe
+
+REPO = Path(__file__).parents[2]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+MINIMAL = {"name": "x", "classes": ["car", "plane", "ship"], "tiles": {"scenes": "images"}}
+
+
+def blocks(page):
+    """The code of a page: what is fenced, and what is indented by four after an empty line."""
+    text = page.read_text()
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?<=\n\n)((?:    .*\n|\n(?=    ))+)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [*fenced, *(re.sub(r"^    ", "", found, flags=re.MULTILINE) for found in indented)]
+
+
+def all_blocks():
+    return [pytest.param(block, id=f"{page.stem}-{i}") for page in PAGES for i, block in enumerate(blocks(page))]
+
+
+def lines(block):
+    """The commands of a block as words, continued lines joined, comments left out."""
+    return [words for line in block.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder in which the commands of README and docs find what they name."""
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path)
+    (tmp_path / "mine.yaml").write_text(next(block for block in blocks(PAGES[0]) if block.startswith("name: mine")))
+    (tmp_path / "recipe.yaml").write_text("name: look\nclasses: [any]\ntiles: {scenes: images}\n")
+    (tmp_path / "words.txt").write_text("car\nplane\n")
+    return tmp_path
+
+
+def make_images(folder, count=12):
+    """Images with a box each, as COCO; and as many that nobody has labelled."""
+    images, notes = [], []
+    for name in ("images", "archive"):
+        (folder / name).mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
+            cv2.imwrite(str(folder / name / f"{i}.png"), pixels)
+    for i in range(count):
+        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
+        notes.append({"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [8, 8, 20, 20]})
+    categories = [{"id": 1, "name": "plane"}, {"id": 2, "name": "ship"}]
+    truth = {"images": images, "annotations": notes, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(truth))
+
+
+@pytest.mark.parametrize("block", all_blocks())
+def test_every_block_runs_or_loads(block, world, capsys):
+    if block.startswith("softlabel/  "):
+        is_the_map(block)
+    elif re.match(r"\w+:", block):
+        is_a_recipe(block)
+    else:
+        for words in lines(block):
+            COMMANDS[words[0]](words[1:])
+
+
+def is_the_map(block):
+    named = set(re.findall(r"(?<![\w.])(\w+/|\w+\.py)", block))
+    assert {"imagery/", "labelling/", "recipes/", "cli.py", "docs/"} <= named
+    assert all((REPO / name).exists() or (REPO / "softlabel" / name).exists() for name in named)
+
+
+def is_a_recipe(block):
+    data = yaml.safe_load(block)
+    named = data.get("label", {}).get("owlvit", {})
+    classes = [*named.get("prompts", {}), *named.get("examples", {})] or MINIMAL["classes"]
+    assert Recipe.model_validate({**MINIMAL, "classes": classes, **data})
+
+
+def softlabel(words):
+    arguments = _parser().parse_args(words)
+    if words[0] in _VERBS:
+        # The one recipe that is named there without its data.
+        here = ["--set", "tiles.scenes=images"] if arguments.config == "owlvit" else []
+        assert main([*words, *here, "--dry-run"]) == 0
+    else:
+        assert words[0] in {*_STORE_VERBS, "import-weights"} and isinstance(arguments, argparse.Namespace)
+
+
+def python(words):
+    script, *flags = words
+    assert (REPO / script).is_file() and script.startswith("jobs/")
+    arguments = _parser().parse_args([Path(script).stem, *flags])
+    assert find_recipe(arguments.config).is_file()
+
+
+def ray(words):
+    command, *rest = words
+    known = ray_cli.commands[command]
+    if command == "job":
+        known, rest = known.commands[rest[0]], rest[1:]
+    if "--" in rest:
+        rest, (name, *words) = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+        COMMANDS[name](words)
+    flags = {option for parameter in known.params for option in parameter.opts}
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= flags
+    assert all((REPO / word).is_file() for word in rest if word.endswith(".yaml"))
+
+
+def files(words):
+    named = [word for word in words if "/" in word and word.startswith("k8s/")]
+    assert named == [] or all((REPO / word).is_file() for word in named)
+    assert words[0] in ("apply", "build", "logs", "replace")
+
+
+def make(words):
+    assert all(re.search(rf"^{word}:", (REPO / "Makefile").read_text(), re.MULTILINE) for word in words) and words
+
+
+def pip(words):
+    assert words[0] == "install" and len(words) > 1
+
+
+def export(words):
+    assert words == ["RAY_AUTH_MODE=token"]
+
+
+COMMANDS = {
+    "softlabel": softlabel,
+    "python": python,
+    "ray": ray,
+    "kubectl": files,
+    "docker": files,
+    "make": make,
+    "pip": pip,
+    "export": export,
+    "RAY_AUTH_MODE=token": lambda words: COMMANDS[words[0]](words[1:]),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_in_the_text_exist(page):
+    verbs = {*_VERBS, *_STORE_VERBS, "import-weights"}
+    assert set(re.findall(r"`softlabel ([\w-]+)", page.read_text())) <= verbs
+    for name in re.findall(r"`((?:jobs|docs|k8s|benchmarks|softlabel)/[\w./-]+)`", page.read_text()):
+        assert (REPO / name).exists(), name
+
+
+def test_blocks_are_found():
+    assert len(blocks(PAGES[0])) >= 8 and sum(len(blocks(page)) for page in PAGES) >= 14

@@ -1,0 +1,86 @@
+"""`--dry-run`: every verb with every recipe, values as they will be, and nothing written."""
+
+import os
+
+import cv2
+import numpy as np
+import pytest
+from conftest import tiny_recipe
+
+from softlabel.cli import _VERBS, main
+from softlabel.config import RECIPES
+from softlabel.errors import RecipeError, SceneError
+from softlabel.plan import plan
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.full((64, 80, 3), 90, np.uint8))
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
+def test_every_verb_with_every_recipe(images, tmp_path, monkeypatch, capsys, verb, recipe):
+    monkeypatch.chdir(tmp_path)
+    scenes = [] if recipe in ("demo", "synthetic") else ["--set", f"tiles.scenes={images}"]
+    extra = ["--vocabulary", "words.txt"] if verb == "categorize" else []
+    assert main([verb, "--config", recipe, *scenes, *extra, "--run-dir", "run", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"# {verb} into {tmp_path / 'run'}\nname: {recipe}\n")
+    assert "# labelling: 1 actor of " in out and "# training: 1 worker of " in out
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def lines(**changes):
+    return list(plan(tiny_recipe(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("execution", "label", "said"),
+    [
+        (
+            {},
+            {},
+            "1 actor of {all:g} CPU and 0 GPU (on this machine; on a cluster all that its readers leave), openvino in "
+            "float32, tile by tile",
+        ),
+        (
+            {"cpus_per_actor": 1.5},
+            {"engine": "pytorch"},
+            "1 actor of 1.5 CPU and 0 GPU, pytorch in float32, 4 tiles per forward pass",
+        ),
+        (
+            {"actors": [1, 3], "cpus_per_actor": 1, "batch_size": 7},
+            {"engine": "pytorch", "precision": "bfloat16"},
+            "1 to 3 actors of 1 CPU and 0 GPU, pytorch in bfloat16, 7 tiles per forward pass",
+        ),
+        (
+            {"actors": 8, "gpus_per_actor": 1},
+            {},
+            "8 actors of 1 CPU and 1 GPU, pytorch in float16, as many tiles as fit per forward pass",
+        ),
+    ],
+)
+def test_values_are_as_they_will_be(execution, label, said):
+    expected = "labelling: " + said.format(all=os.cpu_count() - 0.25)
+    assert expected in lines(execution=execution, label=label)
+
+
+def test_what_cannot_run_here_is_said():
+    with pytest.raises(RecipeError, match="float16 needs CUDA"):
+        lines(label={"precision": "float16"})
+
+
+def test_a_bad_scene_does_not_end_it(images):
+    (images / "bad.png").write_bytes(b"no image")
+    found = lines(tiles={"scenes": str(images), "size_px": 64})
+    assert found[0] == f"scenes: 4 at {images}"
+    assert found[1].startswith("1 of 4 scenes looked at will be rejected: cannot read scene") and "bad.png" in found[1]
+    assert found[2].startswith("tiles: about 8 of 64 px")
+    for image in images.iterdir():
+        image.write_bytes(b"no image")
+    with pytest.raises(SceneError, match=r"none of 4 scenes looked at can be read; the first: .*0\.png"):
+        lines(tiles={"scenes": str(images)})
