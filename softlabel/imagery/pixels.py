@@ -80,7 +80,8 @@ def valid_values(pixels: NDArray) -> NDArray:
     others it is one that none reaches (-9999), which would spoil the range: there it is left out band by band.
     """
     if pixels.dtype.kind == "u":
-        return np.asarray(np.ma.getdata(pixels)[:, valid_pixels(pixels)].ravel())
+        values = np.ma.getdata(pixels)
+        return np.asarray(values[:, valid_pixels(pixels)] if np.ma.is_masked(pixels) else values).ravel()
     return np.asarray(np.ma.masked_invalid(pixels).compressed())
 
 

@@ -8,7 +8,7 @@ are not looked for, so that a scene reads the same from a folder and from an obj
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,6 +203,7 @@ class TileReader:
         self.close()
         self._dataset = rasterio.open(uri)
         self._uri = uri
+        _forget_errors(self._dataset)
         blocks.check_blocks(uri, self._dataset)
         self._orientation = ORIENTATIONS[orientation(uri, self._dataset)]
 
@@ -258,8 +259,15 @@ def _open(uri: str) -> Iterator[Any]:
     with _scene_errors(uri):
         uri.encode()  # a name that is not UTF-8 cannot be written to a table
         with rasterio.Env(**_GDAL), rasterio.open(uri) as dataset:
+            _forget_errors(dataset)
             blocks.check_blocks(uri, dataset)
             yield dataset
+
+
+def _forget_errors(dataset: Any) -> None:
+    """GDAL opens a JPEG with damaged EXIF, but keeps an error for the next call to raise; once raised, it is gone."""
+    with suppress(CPLE_BaseError):
+        _ = dataset.colorinterp
 
 
 def _check_bands(uri: str, dataset: Any, bands: Sequence[int]) -> None:

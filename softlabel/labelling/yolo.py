@@ -12,44 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
-from softlabel.config import is_anchor_based
-from softlabel.errors import RecipeError
 from softlabel.labelling.detector import Detector, Geometry, Image
 from softlabel.labelling.engines import Network, Outputs
 from softlabel.labelling.losses import TileLoss, targets_of
 from softlabel.labelling.weights import default_train_args, load_model
 from softlabel.labelling.yolov5 import AnchorDetect
 from softlabel.records import PAD_VALUE, Detections, Nms, Truth
-
-
-def check_train_args(args: dict, where: str, model: str) -> None:
-    """Refuse train arguments that ultralytics does not know, softlabel sets itself, or the model has no use for.
-
-    Raises:
-        RecipeError: Naming the argument.
-    """
-    taken = sorted(set(args) & _SET_BY_SOFTLABEL)
-    if taken:
-        raise RecipeError(f"{where}.args.{taken[0]} is set by softlabel: remove it ({_SET_BY_SOFTLABEL_HINT})")
-    unknown = sorted(set(args) - set(DEFAULT_CFG_DICT))
-    if unknown:
-        raise RecipeError(f"{where}.args.{unknown[0]} is no ultralytics train argument: correct or remove it")
-    if "dfl" in args and is_anchor_based(model):
-        raise RecipeError(f"{where}.args.dfl: {model} has no such loss (its losses are box, obj and cls): remove it")
-    try:
-        get_cfg(overrides=args)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise RecipeError(f"{where}.args: {' '.join(str(error).split())}") from None
-
-
-_SET_BY_SOFTLABEL = {"data", "model", "device", "project", "name", "save_dir", "resume", "pretrained", "seed"} | {
-    "exist_ok", "val", "plots", "save", "task", "mode", "single_cls", "classes", "fraction", "time", "compile", "split"
-}  # fmt: skip
-_SET_BY_SOFTLABEL_HINT = "model, weights and seed have keys of their own, devices follow from `execution`"
 
 
 class YoloDetector(Detector):

@@ -21,7 +21,6 @@ from softlabel.calibration import calibration_of
 from softlabel.config import Execution, Recipe, dump_recipe, with_values
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.lease import Lease
-from softlabel.labelling.yolo import check_train_args
 from softlabel.search.answer import answer
 from softlabel.search.desk import Desk
 from softlabel.search.groups import launch, words
@@ -31,6 +30,7 @@ from softlabel.search.trials import Trial
 from softlabel.search.tuning import Asker, Stopper, Watch
 from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
 from softlabel.terminal import say
+from softlabel.training.arguments import check_train_args
 from softlabel.training.job import train_job
 from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 

@@ -68,7 +68,7 @@ def _worker(config: dict) -> None:
 def _check(job: TrainJob) -> None:
     """What would fail in every worker fails here, once and at once."""
     from softlabel.labelling.weights import build_model
-    from softlabel.labelling.yolo import check_train_args
+    from softlabel.training.arguments import check_train_args
 
     check_train_args(job.args, "train.teacher or train.student", job.model)
     build_model(job.model, len(job.classes))

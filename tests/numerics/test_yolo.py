@@ -8,12 +8,12 @@ import torch
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.boxes import iou_matrix
-from softlabel.errors import RecipeError, WeightsError
+from softlabel.errors import WeightsError
 from softlabel.labelling.detector import _suppressed
 from softlabel.labelling.header import Header
 from softlabel.labelling.losses import mean_losses
 from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
-from softlabel.labelling.yolo import YoloDetector, check_train_args
+from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import Nms, Truth
 
 CLASSES = ("car", "plane", "ship")
@@ -192,20 +192,3 @@ def test_what_is_not_safetensors_is_refused(tmp_path, content):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(WeightsError, match=r"no weights at .*gone\.safetensors"):
         load_model(tmp_path / "gone.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"epoch": 3}, r"student\.args\.epoch is no ultralytics train argument"),
-        ({"device": "cpu"}, "device is set by softlabel"),
-        ({"epochs": "many"}, "epochs"),
-    ],
-)
-def test_wrong_train_arguments_are_named(args, message):
-    with pytest.raises(RecipeError, match=message):
-        check_train_args(args, "student", "yolov5n.yaml")
-
-
-def test_right_train_arguments_pass():
-    check_train_args({"epochs": 3, "optimizer": "SGD", "mosaic": 0.5, "cache": "ram"}, "student", "yolov5n.yaml")

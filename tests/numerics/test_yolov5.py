@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.labelling.header import Header
 from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
-from softlabel.labelling.yolo import YoloDetector, check_train_args
+from softlabel.labelling.yolo import YoloDetector
 from softlabel.labelling.yolov5 import COCO_ANCHORS, AnchorDetect, YoloV5
 from softlabel.records import Nms
 
@@ -116,12 +116,6 @@ def test_other_anchors_travel_with_the_weights(model, tmp_path):
 def test_an_unknown_model_is_named(name):
     with pytest.raises(RecipeError, match=f"no model {name}"):
         build_model(name, 3)
-
-
-def test_an_argument_without_a_meaning_is_refused():
-    with pytest.raises(RecipeError, match=r"args\.dfl: yolov5n-anchor\.yaml has no such loss"):
-        check_train_args({"dfl": 1.0}, "student", "yolov5n-anchor.yaml")
-    check_train_args({"dfl": 1.0}, "student", "yolov5n.yaml")
 
 
 def test_a_weights_file_cannot_have_its_yaml_evaluated(model, tmp_path):

@@ -45,6 +45,7 @@ ULTRALYTICS = {
     "labelling/yolo.py",
     "labelling/yolov5.py",
     "labelling/yolov5_loss.py",
+    "training/arguments.py",
     "training/dataset.py",
     "training/trainer.py",
 }

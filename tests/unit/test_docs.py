@@ -5,40 +5,22 @@ runs the first commands of all). A block of a kind that nobody knows fails.
 """
 
 import argparse
-import json
 import re
-import shlex
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import yaml
+from pages import PAGES, REPO, blocks, lines, make_images
 from ray.scripts.scripts import cli as ray_cli
 
 from softlabel.cli import _STORE_VERBS, _VERBS, _parser, main
 from softlabel.config import Recipe, find_recipe
 
-REPO = Path(__file__).parents[2]
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 MINIMAL = {"name": "x", "classes": ["car", "plane", "ship"], "tiles": {"scenes": "images"}}
-
-
-def blocks(page):
-    """The code of a page: what is fenced, and what is indented by four after an empty line."""
-    text = page.read_text()
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"(?<=\n\n)((?:    .*\n|\n(?=    ))+)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    return [*fenced, *(re.sub(r"^    ", "", found, flags=re.MULTILINE) for found in indented)]
 
 
 def all_blocks():
     return [pytest.param(block, id=f"{page.stem}-{i}") for page in PAGES for i, block in enumerate(blocks(page))]
-
-
-def lines(block):
-    """The commands of a block as words, continued lines joined, comments left out."""
-    return [words for line in block.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture
@@ -50,22 +32,6 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text("name: look\nclasses: [any]\ntiles: {scenes: images}\n")
     (tmp_path / "words.txt").write_text("car\nplane\n")
     return tmp_path
-
-
-def make_images(folder, count=12):
-    """Images with a box each, as COCO; and as many that nobody has labelled."""
-    images, notes = [], []
-    for name in ("images", "archive"):
-        (folder / name).mkdir()
-        for i in range(count):
-            pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
-            cv2.imwrite(str(folder / name / f"{i}.png"), pixels)
-    for i in range(count):
-        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
-        notes.append({"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [8, 8, 20, 20]})
-    categories = [{"id": 1, "name": "plane"}, {"id": 2, "name": "ship"}]
-    truth = {"images": images, "annotations": notes, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(truth))
 
 
 @pytest.mark.parametrize("block", all_blocks())

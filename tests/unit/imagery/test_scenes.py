@@ -204,6 +204,28 @@ def test_pixels_are_upright_as_exif_says(tmp_path, suffix, number):
         np.testing.assert_allclose(found, expected[top : top + height, column : column + width], atol=2)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("number", [0, 9, 65535])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path, suffix, number):
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[274] = number
+    image = Image.fromarray(formula(50, 40).transpose(1, 2, 0))
+    image.save(path, **({"tiffinfo": {274: number}} if suffix == "tif" else {"exif": exif}))
+    info = describe_scene(str(path), (1, 2, 3), None)
+    assert (info.width, info.height, info.orientation) == (50, 40, 1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("damaged", [b"XX*\0\0\0\0\0", b"II\0\0\x08\0\0\0", b"II*\0\xff\x7f\0\0", b"II*\0\x08\0", b""])
+def test_damaged_exif_costs_the_picture_nothing(tmp_path, suffix, damaged):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(formula(50, 40).transpose(1, 2, 0)).save(path, exif=b"Exif\0\0" + damaged)
+    info = describe_scene(str(path), (1, 2, 3), None)
+    assert (info.width, info.height, info.orientation) == (50, 40, 1)
+    assert TileReader().read(row(str(path), (0, 0, 50, 40))).any()
+
+
 @pytest.mark.parametrize(("placed", "number"), [(True, 1), (False, 6)])
 def test_what_is_georeferenced_lies_as_that_says(tmp_path, placed, number):
     path = tmp_path / "a.tif"
