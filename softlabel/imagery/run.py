@@ -128,8 +128,9 @@ def _write_step(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSour
         _check_splits(recipe, source, tally)
     except SoftlabelError as error:
         _write_rejected(step, rejected)
-        # Without the truth that was refused there may be no scene for a split: that is what its user must know.
-        if truth and (refusal := _refusal(recipe, truth.counts["rows"], step)):
+        # Where a split stays empty, it may be for the truth that was refused: that is what its user must know.
+        empty = isinstance(error, RecipeError)
+        if truth and empty and (refusal := _refusal(recipe, truth.counts["rows"], step)):
             raise TruthError(refusal) from error
         raise
     _write_rejected(step, rejected)

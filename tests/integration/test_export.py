@@ -25,6 +25,7 @@ from softlabel.results.datasets import image_file
 from softlabel.results.fuse import fuse_job, fuse_tile
 from softlabel.results.run import export, fuse
 from softlabel.results.stores import open_store, read_all
+from softlabel.session import LOG
 from softlabel.store import DONE, read_json, read_soft_labels, read_tiles, shard_file, summary
 from softlabel.training.targets import soft_targets
 
@@ -329,7 +330,8 @@ def test_export_on_the_command_line(tmp_path, run):
     store = made_store(tmp_path, archive(scenes=2))
     code, out, _ = run("export", store, "--threshold", "0.4", "--merge", "wbf", "--iou", "0.6")
     folder = store.with_name(f"export-geoparquet-{store.name}")
-    assert code == 0 and out.endswith(f" in {folder}\n") and out.count("\n") == 1
+    log, said = out.splitlines()
+    assert code == 0 and log == f"log: {tmp_path / LOG}" and said.endswith(f" in {folder}")
     done = summary(folder)
     assert [done[key] for key in ("format", "threshold", "merge", "iou")] == ["geoparquet", 0.4, "wbf", 0.6]
     code, out, _ = run("export", store, "--format", "geojson", "--output", tmp_path / "there")

@@ -203,6 +203,20 @@ def test_scenes_without_the_place_that_they_claim_are_said(world, capsys):
     assert "warning: 1 scenes have no place on a map" in capsys.readouterr().out
 
 
+def test_a_name_that_only_looks_like_a_scene_s_is_shown_with_the_difference(world):
+    world.scene("a.tif", [(1, 1, 9, 9)])
+    world.scene("b.tif", [(1, 1, 9, 9)], listed=False)
+    world.images.append({"id": "b.tif", "file_name": "\u0412.tif".lower()})  # a Cyrillic letter
+    world.images.append({"id": "c", "file_name": "B.tif"})
+    rejected = world.tile()[1]
+    assert (
+        "no scene, or more than one, is named B.tif ('B.tif' in the truth and 'b.tif' on disk" in rejected[-1]["reason"]
+    )
+    world.images[:] = [{"id": "a.tif", "file_name": "A .tif"}]
+    with pytest.raises(TruthError, match=r"none of the scenes: .* \('A \.tif' in the truth and 'a\.tif' on disk"):
+        world.tile()
+
+
 def test_done_once_and_again_when_something_changes(world, monkeypatch):
     world.scene("a.tif", [(1, 1, 9, 9)])
     recipe, runs = world.recipe(), world.folder / "runs"
