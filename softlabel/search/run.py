@@ -244,6 +244,8 @@ class _Search:
         """Hand a student to the desk."""
         job = self.inputs.job(trial)
         trial.folder = job.folder.name
+        values = ", ".join(f"{key} {value}" for key, value in trial.values.items())
+        say(f"{trial.name}: {values}, seed {trial.seed}")
         self.save(trial)
         ray.get(self.desk.submit.remote(trial.name, job, self.plan.until(trial)))
 
