@@ -7,11 +7,12 @@ public types of what was collected.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.fields import BadRow, Box, attempt, show
+from softlabel.imagery.fields import BadRow, Box, attempt, one_line, show
 from softlabel.records import UNKNOWN_CLASS
 
 Rejected = tuple[str, int | None, str]
@@ -153,3 +154,19 @@ def require_all(
 def _some(names: Iterable[str]) -> str:
     """The first names of a source, in quotes, as they may hold lines and half characters."""
     return ", ".join(show(name) for name in list(names)[:10])
+
+
+def read_lines(
+    collector: Collector, file: Path, image: str, parse: Callable[[str], Row], skip: tuple[str, ...] = ()
+) -> None:
+    """Every line of an image's label file but empty ones and headers; an unreadable file is one rejection, and nobody
+    can say what is in its image."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except (OSError, ValueError) as error:
+        collector.reject(str(file), None, f"cannot be read: {one_line(error)}")
+        collector.image(image).unsure.add(UNKNOWN_CLASS)
+        return
+    rows = ((number, line.strip()) for number, line in enumerate(lines, start=1))
+    wanted = ((number, line) for number, line in rows if line and not line.lower().startswith(skip or ("\0",)))
+    collector.read(str(file), wanted, parse)
