@@ -35,9 +35,13 @@ def main(argv: list[str] | None = None) -> int:
             _STORE_VERBS[arguments.verb](arguments)
         else:
             _run_recipe(arguments)
+        sys.stdout.flush()
     except SoftlabelError as error:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
@@ -79,22 +83,27 @@ def _check_writable(folder: Path) -> None:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise
-        reason = os.strerror(error.errno) if error.errno else error
-        raise SessionError(f"cannot write to {folder} ({reason}): give another --run-dir or --output") from None
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise SessionError(f"cannot write to {folder} ({reason}): give another folder") from None
 
 
 def _import_weights(checkpoint: Path, output: Path | None) -> None:
     from softlabel.labelling.weights import import_weights
 
     target = output or checkpoint.with_suffix(".safetensors")
+    if checkpoint.is_file():
+        _check_writable(target.parent)
     header = import_weights(checkpoint, target)
     print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
     from softlabel.report.run import show
+    from softlabel.results.stores import open_store
 
     output = (arguments.output or arguments.store / "show").resolve()
+    open_store(arguments.store)  # before a folder is made for nothing
+    _check_writable(output if arguments.output else arguments.store)
     print(show(arguments.store, output, arguments.doubtful))
 
 
@@ -105,8 +114,8 @@ def _export(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.store).folder  # before a Ray is started for nothing
     output = (arguments.output or store.with_name(f"export-{arguments.format}-{store.name}")).resolve()
     _check_writable(output)
-    _name_log(store.parent, arguments.verbose)
-    with ray_session(store.parent, verbose=arguments.verbose):
+    _name_log(output.parent, arguments.verbose)
+    with ray_session(output.parent, verbose=arguments.verbose):
         export(store, output, arguments.format, arguments.threshold, arguments.merge, arguments.iou)
 
 
@@ -247,7 +256,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_verbose(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--verbose", action="store_true", help="print what Ray and other libraries say, in no log")
+    purpose = "print what Ray and other libraries say instead of writing it to the log"
+    verb.add_argument("--verbose", action="store_true", help=purpose)
 
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -283,10 +293,9 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def _local(text: str) -> Path:
     """A path; of a URI Path would make a folder named ``s3:``. (argparse would put its usage before what is wrong.)"""
-    if "://" in text:
-        raise SessionError(
-            f"{text} is no folder: results lie on a disk, local or mounted on every node; give such a path"
-        )
+    if re.match(r"\w{2,}:/", text):
+        problem = "is not a folder: results go to a local disk or one mounted on every node: give a path there"
+        raise SessionError(f"{text} {problem}")
     return Path(text)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
@@ -270,6 +270,13 @@ class Recipe(_Section):
     search: Search = Search()
     execution: Execution = Execution()
 
+    @field_validator("name")
+    @classmethod
+    def _is_no_path(cls, name: str) -> str:
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError("it names a folder below runs/, and may hold no slash")
+        return name
+
     @model_validator(mode="after")
     def _classes_are_known(self) -> "Recipe":
         if len(set(self.classes)) != len(self.classes):
@@ -298,7 +305,7 @@ def find_recipe(path: Path | str) -> Path:
     """
     asked = Path(path)
     packaged = RECIPES / f"{asked.name.removesuffix('.yaml')}.yaml"
-    if asked.is_file() or not (len(asked.parts) == 1 and packaged.is_file()):
+    if asked.is_file() or "/" in str(path) or not packaged.is_file():
         if not asked.exists():
             names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
             raise RecipeError(f"no recipe at {path}: give an existing file with --config, or one of {names}")

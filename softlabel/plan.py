@@ -1,6 +1,7 @@
 """What a run would work on, told without reading a pixel, writing a file or starting Ray (``--dry-run``)."""
 
 import os
+import random
 from collections.abc import Iterator
 
 from softlabel.config import Execution, Recipe
@@ -30,9 +31,11 @@ def plan(recipe: Recipe) -> Iterator[str]:
         scenes = list_scenes(str(settings.scenes))
         count = len(scenes)
         yield f"scenes: {count} at {settings.scenes}"
-        sizes, problems = _sizes(recipe, [uri for _, uri in scenes[:: max(1, count // _SAMPLE)][:_SAMPLE]])
+        sample = random.Random(0).sample(scenes, min(count, _SAMPLE))
+        sizes, problems = _sizes(recipe, sorted(uri for _, uri in sample))
         if problems:
-            yield f"{len(problems)} of {len(sizes) + len(problems)} scenes looked at will be rejected: {problems[0]}"
+            yield f"of {len(sample)} scenes sampled, {len(problems)} cannot be read: {problems[0]}"
+            count = round(count * len(sizes) / len(sample))
     per_scene = [len(windows(width, height, settings.size_px, settings.overlap_px)) for width, height in sizes]
     tiles = round(count * sum(per_scene) / len(per_scene))
     yield f"tiles: about {tiles} of {settings.size_px} px, background not yet thinned out"
@@ -53,13 +56,13 @@ def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list
         except SceneError as error:
             problems.append(error)
     if not sizes:
-        raise SceneError(f"none of {len(uris)} scenes looked at can be read; the first: {problems[0]}")
+        raise SceneError(f"none of {len(uris)} scenes sampled can be read; the first: {problems[0]}")
     return sizes, problems
 
 
 def _labelling(recipe: Recipe) -> str:
     execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
-    asked = recipe.label.engine if recipe.label.owlvit is None else "pytorch"
+    asked = recipe.label.engine if recipe.label.owlvit is None or recipe.label.engine != "auto" else "pytorch"
     engine, precision = resolve(asked, recipe.label.precision, cuda=cuda, with_losses=False)
     room = Room(execution, (float(os.cpu_count() or 1),), 0)
     most = "" if room.most_actors == room.least_actors else f" to {room.most_actors}"
@@ -68,9 +71,11 @@ def _labelling(recipe: Recipe) -> str:
     here = "" if cuda or execution.cpus_per_actor else " (on this machine; on a cluster all that its readers leave)"
     size = "as many tiles as fit" if cuda and not execution.batch_size else f"{execution.batch_size or CPU_BATCH} tiles"
     batch = "tile by tile" if engine == "openvino" else f"{size} per forward pass"
+    needed, there = room.least_actors * room.cpus_per_actor + room.cpus_per_reader, room.node_cpus[0]
+    more = f": more than the {there:g} CPUs of this machine" if needed > there and not cuda else ""
     return (
         f"labelling: {actors} of {room.cpus_per_actor:g} CPU and {execution.gpus_per_actor:g} GPU{here}, "
-        f"{engine} in {precision}, {batch}"
+        f"{engine} in {precision}, {batch}{more}"
     )
 
 

@@ -30,8 +30,19 @@ def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[None]:
         with _ray():
             yield
         return
-    with log_to(run_dir / LOG), _ray(), _workers_heard():
+    _check_log(run_dir / LOG)
+    with log_to(run_dir / LOG), _workers_heard(), _ray():
         yield
+
+
+def _check_log(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "a").close()
+    except OSError as error:
+        raise SessionError(
+            f"cannot write the log {path} ({error.strerror}): make room for it, or use --verbose"
+        ) from None
 
 
 @contextmanager
@@ -48,10 +59,11 @@ def _ray() -> Iterator[None]:
     with mock.patch.dict(os.environ):
         if not joined:
             _settle_address()
+        before = signal.signal(signal.SIGTERM, _terminate)
         # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
-        with _said_in_one_line():
+        with _said_in_one_line(address if joined else None):
             ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
-        before = signal.signal(signal.SIGTERM, _terminate)  # after ray.init, which sets a handler of its own
+        signal.signal(signal.SIGTERM, _terminate)  # ray.init sets a handler of its own
         try:
             yield
         finally:
@@ -74,11 +86,15 @@ def _settle_address() -> None:
 
 
 @contextmanager
-def _said_in_one_line() -> Iterator[None]:
+def _said_in_one_line(joined: str | None) -> Iterator[None]:
     try:
         yield
+    except SystemExit:  # what Ray makes of SIGTERM while it starts
+        raise Terminated from None
     except Exception as error:  # Ray raises all kinds
         text = " ".join(str(error).split())
+        if joined is not None:
+            raise SessionError(f"cannot join the Ray at {joined} ({text[:300]}): check address and token") from error
         if "AF_UNIX" in text:
             remedy = "the folder for its sockets has too long a path: set RAY_TMPDIR to a shorter one, such as /tmp"
         elif "timed out" in text:

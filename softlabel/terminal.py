@@ -44,23 +44,28 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Append to a file what anybody prints to stdout and stderr, but for `say` and `progress`."""
+    """Append to a file what anybody prints to stdout and stderr, but for `say` and `progress`.
+
+    The file stays open: a library may have made a handler of it, and speak later.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, "a", buffering=1, errors="replace")  # noqa: SIM115
     before, descriptors = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     terminal = _Terminal(*(_copy(stream, fd) for stream, fd in zip(before, descriptors, strict=True)))
-    with open(path, "a", buffering=1, errors="replace") as log:
-        for fd in (1, 2):
-            os.dup2(log.fileno(), fd)
-        sys.stdout = sys.stderr = log
-        _kept.append(terminal)
-        try:
-            yield
-        finally:
-            _kept.pop()
-            sys.stdout, sys.stderr = before
-            for fd, kept in zip((1, 2), descriptors, strict=True):
-                os.dup2(kept, fd)
-                os.close(kept)
+    for fd in (1, 2):
+        os.dup2(log.fileno(), fd)
+    sys.stdout = sys.stderr = log
+    _kept.append(terminal)
+    try:
+        yield
+    finally:
+        _kept.pop()
+        sys.stdout, sys.stderr = before
+        for fd, kept in zip((1, 2), descriptors, strict=True):
+            os.dup2(kept, fd)
+            os.close(kept)
+        for stream in {*terminal} - {*before}:
+            stream.close()
 
 
 def _terminal() -> _Terminal:
@@ -79,18 +84,28 @@ def _copy(stream: TextIO, descriptor: int) -> TextIO:
 
 
 class _Lines(tqdm):
+    """Lines instead of a bar, each of another count."""
+
+    _said: float = -1
+
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """Whole lines, where tqdm begins each with a carriage return; the last is not said again at the end."""
-        said = [""]
+        """Whole lines, where tqdm begins each with a carriage return."""
 
         def write(text: str) -> None:
-            if text.strip() and text != said[0]:
-                file.write(f"{text.strip()}\n")
-                file.flush()
-            said[0] = text
+            file.write(f"{text.strip()}\n")
+            file.flush()
 
         return write
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Say how far it is, if that is news."""
+        if self.n != self._said:
+            self._said = self.n
+            super().display(msg, pos)
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing: a line that was said stays."""
 
     def close(self) -> None:
         """The last line, without the empty one that follows a bar."""

@@ -65,7 +65,7 @@ def _affine_of(gcps: list[Any]) -> Affine | None:
 
 
 def _has_area(transform: Affine) -> bool:
-    return math.isfinite(transform.determinant) and transform.determinant != 0
+    return all(map(math.isfinite, transform[:6])) and transform.determinant != 0
 
 
 def _six(transform: Affine) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 from pyproj import Geod, Transformer
-from pyproj.exceptions import ProjError
+from pyproj.exceptions import GeodError, ProjError
 
 _GEOD = Geod(ellps="WGS84")
 
@@ -24,7 +24,7 @@ def tile_km2(row: dict) -> float:
     try:
         lons, lats = zip(*(_to_lonlat(row["crs"]).transform(*place) for place in places), strict=True)
         area_m2, _ = _GEOD.polygon_area_perimeter(lons, lats)
-    except ProjError:
+    except (ProjError, GeodError):
         return 0.0
     return abs(area_m2) / 1e6 if area_m2 == area_m2 else 0.0
 

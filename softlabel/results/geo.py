@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
+import shapely.affinity
 from numpy.typing import NDArray
 from pyproj.exceptions import CRSError, ProjError
 
@@ -21,6 +22,7 @@ from softlabel.errors import SceneError
 from softlabel.results.names import safe_name
 from softlabel.store import commit
 
+_WGS84 = "EPSG:4326"
 _REMEDY = "geoparquet keeps the coordinates as the scene has them"
 SUFFIX = {"geoparquet": "parquet", "geojson": "geojson"}
 
@@ -53,8 +55,10 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
     scene's CRS, or in pixels (y down) and without a CRS where the scene has none.
 
     Raises:
-        SceneError: The scene's CRS is not known.
+        SceneError: The scene's CRS is not known, or its transform has a value that is no number.
     """
+    if found.transform is not None and not np.isfinite(found.transform).all():
+        raise SceneError("its transform has values that are no numbers")
     size = len(found.boxes)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel(), pa.float32()), len(classes))
     columns = {
@@ -109,21 +113,11 @@ def _write_geoparquet(path: Path, frame: gpd.GeoDataFrame) -> None:
     pq.write_table(table.replace_schema_metadata(notes), path, compression="zstd")
 
 
-def _check_lonlat(frame: gpd.GeoDataFrame) -> None:
-    """Refuse what leads to no longitude and latitude, as a CRS of the Moon, and places beyond a pole."""
-    try:
-        west, south, east, north = frame.to_crs("EPSG:4326").total_bounds
-    except ProjError as error:
-        raise SceneError(f"no longitude and latitude ({' '.join(str(error).split())[:200]}): {_REMEDY}") from None
-    if not (np.isfinite([west, east]).all() and -90 <= south <= north <= 90):
-        raise SceneError(f"boxes at latitudes {south:g} to {north:g}: {_REMEDY}")
-
-
 def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
-    # A CRS of a building site or a ship leads to no longitude: its coordinates stay as they are.
+    # A CRS of a building site or a ship leads to no longitude: its coordinates stay as they are, and nothing is said of
+    # a CRS, since a file that names another than WGS84 is no GeoJSON.
     on_earth = frame.crs is not None and (frame.crs.is_projected or frame.crs.is_geographic)
-    if on_earth and len(frame):
-        _check_lonlat(frame)
+    frame = _to_lonlat(frame) if on_earth else frame.set_crs(None, allow_override=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'crs' was not provided")
         frame.to_file(
@@ -135,3 +129,28 @@ def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
             RFC7946="YES" if on_earth else "NO",
             WRITE_NAME="NO",  # it would be that of the temporary file
         )
+
+
+def _to_lonlat(frame: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
+    """In longitude and latitude; longitudes beyond 180, as of a raster from 0 to 360, turned back by whole turns.
+
+    GDAL could do it, but not from every CRS, and it drops what lies beyond 360 without a word.
+
+    Raises:
+        SceneError: There is no way from this CRS, as from one of the Moon, or boxes lie beyond a pole.
+    """
+    try:
+        found = frame.to_crs(_WGS84)
+    except ProjError:
+        raise SceneError(f"its CRS is not on Earth, or leads to no longitude and latitude: {_REMEDY}") from None
+    if not len(found):
+        return found
+    bounds = found.bounds.to_numpy()
+    if not np.isfinite(bounds).all():
+        raise SceneError(f"boxes that cannot be projected to longitude and latitude: {_REMEDY}")
+    if np.abs(bounds[:, [1, 3]]).max() > 90:
+        south, north = bounds[:, 1].min(), bounds[:, 3].max()
+        raise SceneError(f"boxes at latitudes {south:g} to {north:g}: {_REMEDY}")
+    turns = 360 * np.round((bounds[:, 0] + bounds[:, 2]) / 720)
+    moved = [shapely.affinity.translate(box, -turn) for box, turn in zip(found.geometry, turns, strict=True)]
+    return found.set_geometry(moved, crs=_WGS84) if turns.any() else found

@@ -73,10 +73,11 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
     by_scene = fmt in geo.SUFFIX
     task = _export_scenes if by_scene else _export_tiles
     counts, failures = _spread(job.store, partial(task, job), f"export {fmt}")
+    failures.sort(key=lambda failure: list(failure.values()))  # they come as tasks end
     if failures:
         write_text(output / FAILED, "".join(json.dumps(failure) + "\n" for failure in failures))
     what = "scenes" if by_scene else "tiles"
-    problem = f", {len(failures)} {what} failed, the first: {failures[0]['reason']}" if failures else ""
+    problem = f", {len(failures)} {what} failed, the first: {_failure_in_words(failures[0])}" if failures else ""
     in_words = _tiles_in_words(counts) + problem
     if not counts["written"]:
         raise StoreError(f"nothing of {store} can be exported: {in_words}")
@@ -246,6 +247,10 @@ def _pictured(job: _ExportJob) -> Iterator[tuple[dict, Detections]]:
     for tile in read_all(job.store):
         if tile.status == LABELLED and (job.output / datasets.image_file(tile.tile, by_split=False)).exists():
             yield tile.tile, tile.found.above(job.threshold)
+
+
+def _failure_in_words(failure: dict[str, str]) -> str:
+    return failure["reason"] if "tile_id" in failure else f"{failure['scene_id']}: {failure['reason']}"
 
 
 def _tiles_in_words(counts: dict[str, int]) -> str:

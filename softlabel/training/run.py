@@ -6,12 +6,14 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from softlabel.config import Recipe, dump_recipe
+from softlabel.config import Execution, Recipe, dump_recipe
 from softlabel.errors import TrainingError
 from softlabel.store import digest, is_done, write_text
+from softlabel.terminal import say
 from softlabel.training.job import scaling
 from softlabel.training.targets import TrainJob, truth_targets
 
@@ -49,6 +51,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
             failure_config=ray.train.FailureConfig(max_failures=recipe.execution.max_failures),
         ),
     )
+    _say_what_is_missing(recipe.execution)
     before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
@@ -63,6 +66,16 @@ def _worker(config: dict) -> None:
     from softlabel.training.trainer import train_models
 
     train_models(config["jobs"], config["cpu_threads"])
+
+
+def _say_what_is_missing(execution: Execution) -> None:
+    """Training waits for its resources, which an autoscaler may be about to bring; else for ever."""
+    there = ray.cluster_resources()
+    for resource, each in (("CPU", execution.cpus_per_worker), ("GPU", execution.gpus_per_worker)):
+        needed, found = execution.workers * each, there.get(resource, 0.0)
+        if needed > found:
+            lower = f"execution.workers or execution.{resource.lower()}s_per_worker"
+            say(f"warning: training waits for {needed:g} {resource}, there are {found:g}: lower {lower}")
 
 
 def _check(job: TrainJob) -> None:

@@ -112,6 +112,7 @@ def test_a_scene_with_nothing_in_it_has_a_file_and_one_that_nobody_saw_has_none(
 
 
 BOX = (10, 10, 20, 20, 0, 0.9)
+ROTATED_POLE = "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39.25 +lon_0=18 +to_meter=0.0174532925199433"
 
 
 def test_a_scene_that_cannot_be_written_costs_no_other(tmp_path, capsys):
@@ -124,22 +125,32 @@ def test_a_scene_that_cannot_be_written_costs_no_other(tmp_path, capsys):
         "unknown": ("no CRS at all", [0.5, 0, 4.0, 0, -0.5, 5.0]),
         "site": ('LOCAL_CS["site",UNIT["metre",1]]', [0.5, 0, 4.0, 0, -0.5, 5.0]),
         "identity": ("EPSG:4326", [1, 0, 0, 0, 1, 0]),
+        "weather": (ROTATED_POLE, [0.01, 0, 4.0, 0, -0.01, 5.0]),
+        "nowhere": ("EPSG:32631", [0.5, 0, float("nan"), 0, -0.5, 5.4e6]),
+        "turned": ("EPSG:4326", [0.001, 0, 365.0, 0, -0.001, 5.0]),
     }
     made = [
         made_tile(name, (210, 210, 64, 64), detections(BOX), crs=crs, transform=transform)
         for name, (crs, transform) in places.items()
     ]
     store = made_store(tmp_path, made)
-    for fmt, lost in (("geojson", {"moon", "pole", "unknown"}), ("geoparquet", {"unknown"})):
+    for fmt, lost in (("geojson", ["moon", "nowhere", "pole", "unknown"]), ("geoparquet", ["nowhere", "unknown"])):
         done = export(store, tmp_path / fmt, fmt, 0.3, "nms", 0.5)
-        assert (done["written"], done["failed"], done["boxes"]) == (6 - len(lost), len(lost), 6 - len(lost))
+        assert (done["written"], done["failed"], done["boxes"]) == (9 - len(lost), len(lost), 9 - len(lost))
         listed = [json.loads(line) for line in (tmp_path / fmt / "failed.jsonl").read_text().splitlines()]
-        assert {row["scene_id"] for row in listed} == lost and all(row["reason"] for row in listed)
-        assert f"{len(lost)} scenes failed, the first: " in capsys.readouterr().out
+        assert [row["scene_id"] for row in listed] == lost and all(row["reason"] for row in listed)
+        assert f"{len(lost)} scenes failed, the first: {lost[0]}: " in capsys.readouterr().out
+    corners = {}
+    for name in ("weather", "turned"):
+        (path,) = (tmp_path / "geojson").glob(f"{name}-*")
+        (feature,) = json.loads(path.read_text())["features"]
+        corners[name] = np.array(feature["geometry"]["coordinates"][0])
+    assert (np.abs(corners["weather"]) < [180, 90]).all()
+    assert (corners["turned"][:, 0] > 5).all() and (corners["turned"][:, 0] < 6).all()  # 365 degrees are 5
     (path,) = (tmp_path / "geojson").glob("identity-*")
     (feature,) = json.loads(path.read_text())["features"]
     assert feature["geometry"]["coordinates"][0][0] == [220, 220]  # pixels, and no latitude of 220
-    with pytest.raises(StoreError, match=r"exported: 1 labelled tiles, 0 rejected, 1 scenes failed, the first: a CRS"):
+    with pytest.raises(StoreError, match=r"exported: 1 labelled .*, 1 scenes failed, the first: unknown: a CRS"):
         export(made_store(tmp_path / "one", made[3:4]), tmp_path / "none", "geojson", 0.3, "nms", 0.5)
 
 
@@ -237,7 +248,7 @@ def test_tiles_that_cannot_be_read_any_more_are_left_out_and_counted(tmp_path, c
     assert (done["failed"], done["written"]) == (len(lost), len(made) - len(lost))
     assert f"{len(lost)} tiles failed, the first: cannot read scene {gone}" in capsys.readouterr().out
     listed = [json.loads(line) for line in (output / "failed.jsonl").read_text().splitlines()]
-    assert [row["tile_id"] for row in listed] == [row["tile_id"] for row in lost]
+    assert [row["tile_id"] for row in listed] == sorted(row["tile_id"] for row in lost)
     assert not any((output / image_file(row, by_split=fmt == "yolo")).exists() for row in lost)
     if fmt == "coco":
         assert len(json.loads((output / "annotations.json").read_text())["images"]) == done["written"]

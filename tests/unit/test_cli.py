@@ -1,5 +1,8 @@
 """The command line: one line for a user's mistake, a plan that writes nothing."""
 
+import subprocess
+import sys
+
 import pytest
 
 from softlabel.cli import main
@@ -42,7 +45,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, words, message)
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("where", ["s3://bucket/run", "gs://bucket/run", "file:///runs/demo"])
+@pytest.mark.parametrize("where", ["s3://bucket/run", "gs://bucket/run", "file:///runs/demo", "s3:/bucket/run"])
 @pytest.mark.parametrize(
     "words",
     [
@@ -58,7 +61,23 @@ def test_a_bucket_is_refused_and_no_folder_of_its_name_is_made(capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     code, out, error = run(capsys, *words, where)
     assert (code, out) == (2, "") and list(tmp_path.iterdir()) == []
-    assert error.startswith(f"softlabel: {where} is no folder: results lie on a disk") and error.count("\n") == 1
+    assert (
+        error.startswith(f"softlabel: {where} is not a folder: results go to a local disk") and error.count("\n") == 1
+    )
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    command = (
+        f"{sys.executable} -c 'import sys; from softlabel.cli import main; sys.exit(main())' demo --dry-run | true"
+    )
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("name", ["s3://b/x", "../escaped", "a/b", ".."])
+def test_a_name_is_no_path(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, "tile", "--config", DEMO, "--set", f"name={name}")
+    assert code == 2 and "name: it names a folder below runs/" in error and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(capsys, tmp_path):

@@ -14,7 +14,7 @@ from pages import PAGES, REPO, blocks, lines, make_images
 from ray.scripts.scripts import cli as ray_cli
 
 from softlabel.cli import _STORE_VERBS, _VERBS, _parser, main
-from softlabel.config import Recipe, find_recipe
+from softlabel.config import Recipe, load_recipe
 
 MINIMAL = {"name": "x", "classes": ["car", "plane", "ship"], "tiles": {"scenes": "images"}}
 
@@ -72,7 +72,7 @@ def python(words):
     script, *flags = words
     assert (REPO / script).is_file() and script.startswith("jobs/")
     arguments = _parser().parse_args([Path(script).stem, *flags])
-    assert find_recipe(arguments.config).is_file()
+    assert load_recipe(arguments.config, arguments.set).name
 
 
 def ray(words):

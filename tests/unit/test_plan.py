@@ -53,9 +53,15 @@ def lines(**changes):
             "1 actor of 1.5 CPU and 0 GPU, pytorch in float32, 4 tiles per forward pass",
         ),
         (
-            {"actors": [1, 3], "cpus_per_actor": 1, "batch_size": 7},
+            {"actors": [1, 3], "cpus_per_actor": 0.5, "batch_size": 7},
             {"engine": "pytorch", "precision": "bfloat16"},
-            "1 to 3 actors of 1 CPU and 0 GPU, pytorch in bfloat16, 7 tiles per forward pass",
+            "1 to 3 actors of 0.5 CPU and 0 GPU, pytorch in bfloat16, 7 tiles per forward pass",
+        ),
+        (
+            {"actors": 1000, "cpus_per_actor": 4},
+            {"engine": "pytorch"},
+            "1000 actors of 4 CPU and 0 GPU, pytorch in float32, 4 tiles per forward pass: more than the {cpus:g} CPUs "
+            "of this machine",
         ),
         (
             {"actors": 8, "gpus_per_actor": 1},
@@ -65,7 +71,7 @@ def lines(**changes):
     ],
 )
 def test_values_are_as_they_will_be(execution, label, said):
-    expected = "labelling: " + said.format(all=os.cpu_count() - 0.25)
+    expected = "labelling: " + said.format(all=os.cpu_count() - 0.25, cpus=os.cpu_count())
     assert expected in lines(execution=execution, label=label)
 
 
@@ -78,9 +84,9 @@ def test_a_bad_scene_does_not_end_it(images):
     (images / "bad.png").write_bytes(b"no image")
     found = lines(tiles={"scenes": str(images), "size_px": 64})
     assert found[0] == f"scenes: 4 at {images}"
-    assert found[1].startswith("1 of 4 scenes looked at will be rejected: cannot read scene") and "bad.png" in found[1]
-    assert found[2].startswith("tiles: about 8 of 64 px")
+    assert found[1].startswith("of 4 scenes sampled, 1 cannot be read: cannot read scene") and "bad.png" in found[1]
+    assert found[2].startswith("tiles: about 6 of 64 px")
     for image in images.iterdir():
         image.write_bytes(b"no image")
-    with pytest.raises(SceneError, match=r"none of 4 scenes looked at can be read; the first: .*0\.png"):
+    with pytest.raises(SceneError, match=r"none of 4 scenes sampled can be read; the first: .*0\.png"):
         lines(tiles={"scenes": str(images)})

@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+import tempfile
 from unittest import mock
 
 import pytest
 import ray
+from made_stores import made_store, made_tile, write_store
 
 from softlabel.cli import main
 from softlabel.errors import SessionError
-from softlabel.session import LOG, _pass_on, ray_session
+from softlabel.session import LOG, Terminated, _pass_on, ray_session
 
 TIMED_OUT = (
     "The current node timed out during startup. This could happen because some of the raylet failed to startup or the "
@@ -57,7 +59,7 @@ def test_too_long_a_folder_for_sockets_is_one_line(tmp_path):
     ("address", "asked", "seen"),
     [("", "local", "127.0.0.1:"), ("http://head:8265", "local", "127.0.0.1:"), ("head:6379", "head:6379", "head:6379")],
 )
-def test_all_processes_of_a_run_know_its_address(tmp_path, monkeypatch, address, asked, seen):
+def test_a_ray_of_its_own_is_started_with_its_address(tmp_path, monkeypatch, address, asked, seen):
     """They inherit the environment that Ray is started with; and it is as before afterwards."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:8265")
@@ -82,7 +84,7 @@ def test_a_worker_s_line_for_the_user_is_said_without_its_mark(capsys):
 
 @pytest.mark.parametrize("verb", ["tile", "label", "train", "evaluate", "calibrate", "experiment", "search", "demo"])
 @pytest.mark.parametrize(
-    ("folder", "reason"), [("file", "File exists"), ("file/run", "Not a directory"), ("/proc/run", "")]
+    ("folder", "reason"), [("file", "it is a file"), ("file/run", "Not a directory"), ("/proc/run", "")]
 )
 def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys, verb, folder, reason):
     (tmp_path / "file").touch()
@@ -90,4 +92,42 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path, capsys, ve
     assert main([verb, *recipe, "--run-dir", str(tmp_path / folder)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"softlabel {verb}: cannot write to {tmp_path / folder} ({reason}")
-    assert captured.err.count("\n") == 1 and "--run-dir" in captured.err
+    assert captured.err.count("\n") == 1 and "give another folder" in captured.err
+
+
+@pytest.mark.parametrize("verb", ["show", "export", "fuse", "import-weights"])
+def test_neither_can_what_comes_of_a_store(tmp_path, capsys, verb):
+    (tmp_path / "file").touch()
+    (tmp_path / "old.pt").touch()
+    made = [made_tile("a", (0, 0, 64, 64))]
+    store = made_store(tmp_path / "run", made)
+    words = [str(tmp_path / "old.pt")] if verb == "import-weights" else [str(store)]
+    if verb == "fuse":
+        words.append(str(write_store(tmp_path / "run", made, weights="w2")))
+        with mock.patch.object(tempfile, "TemporaryFile", side_effect=PermissionError(13, "Permission denied")):
+            assert main([verb, *words]) == 2
+    else:
+        assert main([verb, *words, "--output", str(tmp_path / "file" / "x" / "y")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"softlabel {verb}: cannot write to ") and error.count("\n") == 1
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / LOG).mkdir()
+    with pytest.raises(SessionError, match=r"cannot write the log .*softlabel\.log \(Is a directory\)"):
+        ray_session(tmp_path, verbose=False).__enter__()
+
+
+def test_a_cluster_that_cannot_be_joined_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with (
+        mock.patch.object(ray, "init", side_effect=ConnectionError("InvalidAuthToken")),
+        pytest.raises(SessionError, match=r"cannot join the Ray at head:6379 \(InvalidAuthToken\)"),
+    ):
+        ray_session(tmp_path, verbose=True).__enter__()
+
+
+def test_sigterm_while_ray_starts_is_no_other_end(tmp_path):
+    """Ray's own handler, which it sets on the way, exits with 15."""
+    with mock.patch.object(ray, "init", side_effect=SystemExit(15)), pytest.raises(Terminated):
+        ray_session(tmp_path, verbose=True).__enter__()

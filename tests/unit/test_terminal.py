@@ -22,7 +22,9 @@ with log_to(Path(sys.argv[1])):
     logging.getLogger("a.library").warning("a log line")
     for _ in progress(range(3), desc="work", unit="tile"):
         pass
+    logging.getLogger("a.handler").addHandler(logging.StreamHandler())
     FAILURE
+logging.getLogger("a.handler").warning("later")
 print("after")
 os.write(2, b"after, too\\n")
 """
@@ -39,7 +41,15 @@ def test_our_lines_reach_the_user_and_all_else_the_log(tmp_path):
     assert found.returncode == 0 and found.stdout == "before\nfor the user\nafter\n"
     *progress, last = found.stderr.splitlines()
     assert last == "after, too" and [line.split(" [")[0] for line in progress] == ["work:   0% 0/3", "work: 100% 3/3"]
-    logged = ["a library prints", "a library complains", "C++ prints", "C++ complains", "a warning", "a log line"]
+    logged = [
+        "a library prints",
+        "a library complains",
+        "C++ prints",
+        "C++ complains",
+        "a warning",
+        "a log line",
+        "later",
+    ]
     assert all(text in log.read_text() for text in logged)
     assert "for the user" not in log.read_text()
 
@@ -66,15 +76,20 @@ for i in range(40):
     time.sleep(0.005)
     bar.set_postfix_str(f"now {i}", refresh=False)
     bar.update()
+    if i == 20:
+        terminal.say("a word between")
+time.sleep(0.1)
 bar.close()
 """
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():
-    found = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True).stderr
+    process = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True)
+    found = process.stderr
     lines = found.splitlines()
     assert "\r" not in found and all(line.startswith("work: ") for line in lines)
-    assert 3 <= len(lines) <= 9 and len(set(lines)) == len(lines)
+    counts = [line.split(" [")[0] for line in lines]
+    assert 3 <= len(lines) <= 9 and len(set(counts)) == len(counts) and process.stdout == "a word between\n"
     assert "40/40" in lines[-1] and "40/40" not in lines[-2]
 
 
