@@ -148,9 +148,11 @@ def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool
 
 
 def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
+    from softlabel.training.arguments import check_models
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
 
+    check_models(recipe.train)
     tiles = _tiles(recipe, run_dir)
     job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
     with ray_session(run_dir, verbose=verbose):

@@ -24,6 +24,7 @@ from softlabel.evaluation.quality import drop, loss_difference_percent
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.engine_choice import resolve
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job, owlvit_job
@@ -34,6 +35,7 @@ from softlabel.report.page import write_report
 from softlabel.results.run import fuse
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.terminal import say
+from softlabel.training.arguments import check_models
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
@@ -59,6 +61,9 @@ class _Student:
 
 def experiment(recipe: Recipe, run_dir: Path) -> dict:
     """Run all that is not done, write results.json and report.html into ``run_dir``, and return the results."""
+    check_models(recipe.train)  # before hours go into what they would not be trained on
+    cuda = recipe.execution.gpus_per_actor > 0
+    resolve(recipe.label.engine, recipe.label.precision, cuda=cuda, with_losses=False)
     steps = Steps(run_dir, total=7)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     with steps.next("tiles"):

@@ -11,6 +11,7 @@ from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
 from softlabel.labelling.engine_choice import CPU_BATCH, resolve
 from softlabel.labelling.room import Room
+from softlabel.training.arguments import check_models
 
 _SAMPLE = 20
 
@@ -20,8 +21,9 @@ def plan(recipe: Recipe) -> Iterator[str]:
 
     Raises:
         SceneError: There are no scenes, or none of the sample can be read.
-        RecipeError: The engine cannot run here.
+        RecipeError: The engine cannot run here, or a train argument has no effect.
     """
+    check_models(recipe.train)
     settings = recipe.tiles
     if settings.synthetic:
         count, side = settings.synthetic.num_scenes, settings.synthetic.scene_size_px

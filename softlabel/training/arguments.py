@@ -4,19 +4,22 @@ An argument that is silently ignored is a wrong experiment. But people paste who
 ultralytics' own default changes nothing there either, and passes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 
-from softlabel.config import is_anchor_based
+from softlabel.config import Train, is_anchor_based
 from softlabel.errors import RecipeError
 
 SET_BY_SOFTLABEL = {
     **dict.fromkeys(("data", "task", "mode", "fraction", "split"), "tiles and splits have keys of their own"),
     **dict.fromkeys(("classes", "single_cls"), "the recipe's `classes` say it"),
     **dict.fromkeys(("model", "pretrained", "seed"), "model, weights and seed have keys of their own"),
-    **dict.fromkeys(("device", "compile"), "devices follow from `execution`"),
-    **dict.fromkeys(("project", "name", "exist_ok", "resume", "save", "plots"), "results go to the run folder"),
+    **dict.fromkeys(("project", "name", "save_dir", "exist_ok", "save", "plots"), "results go to the run folder"),
+    "device": "devices follow from `execution`",
+    "compile": "models are trained as they are, uncompiled",
+    "resume": "the same command goes on where it stopped",
     "val": "every epoch is validated",
     "time": "set epochs, or `softlabel search --budget`",
 }
@@ -33,14 +36,15 @@ OBEYED = frozenset(
 
 _NOT_HERE = {
     "rect": "tiles of one batch are padded to a square",
-    "save_period": "the state of every epoch is kept until the next",
-    "cls_remap": "a head starts anew where its shape differs",
+    "save_period": "the best weights are kept, and no others",
+    "cls_remap": "a head of another shape is trained from scratch",
+    "augmentations": "ultralytics' own augmentations have arguments of their own",
     "verbose": "use --verbose",
     "quantize": "label.precision says how labels are computed",
     "conf": "label.floor says it, for validation too",
     "iou": "label.iou says it, for validation too",
     "max_det": "label.max_det says it, for validation too",
-    "agnostic_nms": "NMS is class-wise",
+    "agnostic_nms": "NMS is always per class",
     "copy_paste": "boxes have no outlines to copy by",
     "copy_paste_mode": "boxes have no outlines to copy by",
     "distill_model": "students learn from stored labels, no teacher runs beside them",
@@ -63,6 +67,8 @@ WITHOUT_EFFECT = {
 """Arguments that would change nothing here, with the reason; refused unless they are ultralytics' default."""
 
 _NOT_WITH_ANCHORS = ("dfl", "cls_pw")
+_FIXED_BY_AUTO = ("lr0", "momentum", "warmup_bias_lr")
+_OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
 
 
 def check_train_args(args: dict[str, Any], where: str, model: str) -> None:
@@ -74,23 +80,67 @@ def check_train_args(args: dict[str, Any], where: str, model: str) -> None:
         model: The model's name: those with anchors have other losses.
 
     Raises:
-        RecipeError: Naming the argument.
+        RecipeError: Naming each argument that is to go, or the first whose value does not fit.
     """
-    for name, value in args.items():
-        if name in SET_BY_SOFTLABEL:
-            raise RecipeError(f"{where}.args.{name} is set by softlabel: remove it ({SET_BY_SOFTLABEL[name]})")
-        if name not in DEFAULT_CFG_DICT:
-            raise RecipeError(f"{where}.args.{name} is no ultralytics train argument: correct or remove it")
-        if name in WITHOUT_EFFECT and value != DEFAULT_CFG_DICT[name]:
-            raise RecipeError(f"{where}.args.{name} has no effect: remove it ({WITHOUT_EFFECT[name]})")
-        if name in _NOT_WITH_ANCHORS and is_anchor_based(model) and value != DEFAULT_CFG_DICT[name]:
-            losses = "its losses are box, obj and cls"
-            raise RecipeError(f"{where}.args.{name}: {model} has no such loss ({losses}): remove it")
+    problems = [f"{name} {problem}" for name in args if (problem := _problem(name, args, model))]
+    if problems:
+        raise RecipeError(f"{where}.args: {'; '.join(problems)}: remove {'it' if len(problems) == 1 else 'them'}")
     try:
-        checked = get_cfg(overrides=args)
+        get_cfg(overrides=args)
     except (TypeError, ValueError, SyntaxError) as error:
         raise RecipeError(f"{where}.args: {' '.join(str(error).split())}") from None
-    if checked.batch < 1 or checked.batch != int(checked.batch):
-        raise RecipeError(f"{where}.args.batch is {checked.batch}: give the number of tiles, for all workers together")
-    if checked.cache == "disk":
-        raise RecipeError(f"{where}.args.cache: disk would write beside the scenes: set it to ram, or remove it")
+    for name, (fits, wanted) in _VALUES.items():
+        if name in args and not fits(args[name]):
+            raise RecipeError(f"{where}.args.{name} is {args[name]}: give {wanted}")
+
+
+def check_models(train: Train) -> None:
+    """The arguments of a recipe's teacher and student, before hours are spent on tiles and labels.
+
+    Raises:
+        RecipeError: As for `check_train_args`.
+    """
+    for role in ("teacher", "student"):
+        model = getattr(train, role)
+        check_train_args(model.args, f"train.{role}", model.model)
+
+
+def _problem(name: str, args: dict[str, Any], model: str) -> str | None:
+    """Why an argument has to go."""
+    if name in SET_BY_SOFTLABEL:
+        return f"is not for a recipe ({SET_BY_SOFTLABEL[name]})"
+    if name not in DEFAULT_CFG_DICT and name not in WITHOUT_EFFECT:
+        return "is no ultralytics train argument"
+    if args[name] == DEFAULT_CFG_DICT.get(name):
+        return None
+    if name in WITHOUT_EFFECT:
+        return f"has no effect ({WITHOUT_EFFECT[name]})"
+    if name in _NOT_WITH_ANCHORS and is_anchor_based(model):
+        return f"is of no loss that {model} has (they are box, obj and cls)"
+    optimizer = str(args.get("optimizer", "auto")).lower()
+    if name in _FIXED_BY_AUTO and optimizer == "auto":
+        return "has no effect under optimizer: auto, which chooses it (or name an optimizer)"
+    if name == "warmup_momentum" and optimizer not in ("sgd", "musgd", "rmsprop", "auto"):
+        return f"has no effect with {args['optimizer']}, which has no momentum of that kind"
+    return None
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _freezes(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return value is None or all(_is_count(one) or (isinstance(value, list) and isinstance(one, str)) for one in listed)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "batch": (lambda value: _is_count(value, 1), "the number of tiles, for all workers together"),
+    "imgsz": (lambda value: _is_count(value, 32) and value % 32 == 0, "a multiple of 32"),
+    "cache": (lambda value: value in (None, True, False) or str(value).lower() == "ram", "ram, or remove it"),
+    "freeze": (_freezes, "a number of layers, or a list of them"),
+    "optimizer": (lambda value: str(value).lower() in map(str.lower, _OPTIMIZERS), f"one of {', '.join(_OPTIMIZERS)}"),
+    "workers": (_is_count, "a number of processes"),
+    "close_mosaic": (_is_count, "a number of epochs"),
+}
+"""What ultralytics would take and not do, or fail at in the workers."""

@@ -83,7 +83,7 @@ def _check(job: TrainJob) -> None:
     from softlabel.labelling.weights import build_model
     from softlabel.training.arguments import check_train_args
 
-    check_train_args(job.args, "train.teacher or train.student", job.model)
+    check_train_args(job.args, f"train ({job.name})", job.model)
     build_model(job.model, len(job.classes))
     job.targets()
     truth_targets(job.tiles, job.val_split)

@@ -80,6 +80,12 @@ def test_what_cannot_run_here_is_said():
         lines(label={"precision": "float16"})
 
 
+def test_a_train_argument_without_effect_is_said_before_anything_is_done():
+    train = {"student": {"args": {"rect": True}}}
+    with pytest.raises(RecipeError, match=r"train\.student\.args: rect has no effect"):
+        lines(train=train)
+
+
 def test_a_bad_scene_does_not_end_it(images):
     (images / "bad.png").write_bytes(b"no image")
     found = lines(tiles={"scenes": str(images), "size_px": 64})

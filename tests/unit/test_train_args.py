@@ -2,11 +2,14 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data import augment, dataset
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.loss import v8DetectionLoss
 
 from softlabel.config import RECIPES, load_recipe
@@ -16,7 +19,8 @@ from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import Target
 from softlabel.training.trainer import SoftLabelTrainer
 
-KNOWN = set(DEFAULT_CFG_DICT)
+KNOWN = {*DEFAULT_CFG_DICT, "save_dir", "augmentations"}  # these two are no defaults, but args.yaml may have them
+DEFAULTS = {"save_dir": "runs/train", "augmentations": None, **DEFAULT_CFG_DICT}
 OTHER = {bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 0.5}
 
 
@@ -36,20 +40,22 @@ def test_every_argument_is_of_one_kind():
 
 @pytest.mark.parametrize("name", sorted(SET_BY_SOFTLABEL))
 def test_what_softlabel_sets_is_refused(name):
-    for value in (DEFAULT_CFG_DICT[name], other_than(DEFAULT_CFG_DICT[name])):
-        with pytest.raises(RecipeError, match=rf"train\.student\.args\.{name} is set by softlabel: remove it \(.+\)"):
+    for value in (DEFAULTS[name], other_than(DEFAULTS[name])):
+        with pytest.raises(RecipeError, match=rf"train\.student\.args: {name} is not for a recipe \(.+\): remove it$"):
             check({"epochs": 3, name: value})
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
 def test_what_has_no_effect_is_refused_unless_it_is_the_default(name):
-    check({name: DEFAULT_CFG_DICT[name]})  # as a pasted args.yaml has it
-    with pytest.raises(RecipeError, match=rf"train\.student\.args\.{name} has no effect: remove it \(.+\)"):
-        check({name: other_than(DEFAULT_CFG_DICT[name])})
+    check({name: DEFAULTS[name]})  # as a pasted args.yaml has it
+    with pytest.raises(RecipeError, match=rf"train\.student\.args: {name} has no effect \(.+\): remove it$"):
+        check({name: other_than(DEFAULTS[name])})
 
 
 def test_rect_is_refused():
-    with pytest.raises(RecipeError, match=r"args\.rect has no effect: remove it \(tiles of one batch are padded"):
+    with pytest.raises(
+        RecipeError, match=r"args: rect has no effect \(tiles of one batch are padded to a square\): remove it"
+    ):
         check({"rect": True})
 
 
@@ -77,6 +83,7 @@ READ_IN_VAIN = {
     "rect": "switched off beside other GPUs; the data set here has none",
     "save_period": "in a save_model that is replaced",
     "max_det": "of a validator that is replaced",
+    "augmentations": "a list of Albumentations, which a recipe has no words for",
     "quantize": "quantization-aware training, which the weights files here have no words for",
     "distill_model": "refused",
     "copy_paste": "of segments",
@@ -134,13 +141,20 @@ def test_tiles_are_kept_in_memory_where_the_recipe_says():
 @pytest.mark.parametrize(
     ("args", "model", "message"),
     [
-        ({"epoch": 3}, "yolov5n.yaml", r"args\.epoch is no ultralytics train argument"),
+        ({"epoch": 3}, "yolov5n.yaml", r"args: epoch is no ultralytics train argument: remove it"),
         ({"epochs": "many"}, "yolov5n.yaml", "epochs"),
-        ({"batch": -1}, "yolov5n.yaml", r"args\.batch is -1: give the number of tiles"),
-        ({"batch": 0.7}, "yolov5n.yaml", r"args\.batch is 0\.7: give the number of tiles"),
-        ({"cache": "disk"}, "yolov5n.yaml", "disk would write beside the scenes"),
-        ({"dfl": 1.0}, "yolov5n-anchor.yaml", r"args\.dfl: yolov5n-anchor\.yaml has no such loss"),
-        ({"cls_pw": 0.5}, "yolov5n-anchor.yaml", r"args\.cls_pw: yolov5n-anchor\.yaml has no such loss"),
+        *(({"batch": value}, "yolov5n.yaml", r"args\.batch is .*: give the number") for value in (-1, 0.7, 8.0, True)),
+        *(({"batch": float(value)}, "yolov5n.yaml", "batch") for value in ("inf", "nan")),
+        *(({"cache": value}, "yolov5n.yaml", r"args\.cache is .*: give ram") for value in ("disk", "Disk", "foo")),
+        *(({"imgsz": value}, "yolov5n.yaml", "imgsz") for value in (0, 100, 640.5, "big", [640, 480])),
+        *(({"freeze": value}, "yolov5n.yaml", "freeze") for value in ("10", -1, 1.5, True)),
+        ({"optimizer": "adamx"}, "yolov5n.yaml", r"args\.optimizer is adamx: give one of SGD, .*auto"),
+        ({"lr0": 0.5}, "yolov5n.yaml", "lr0 has no effect under optimizer: auto"),
+        ({"momentum": 0.5, "optimizer": "Auto"}, "yolov5n.yaml", "momentum has no effect under optimizer: auto"),
+        ({"warmup_momentum": 0.5, "optimizer": "AdamW"}, "yolov5n.yaml", "warmup_momentum has no effect with AdamW"),
+        ({"dfl": 1.0}, "yolov5n-anchor.yaml", r"args: dfl is of no loss that yolov5n-anchor\.yaml has"),
+        ({"cls_pw": 0.5}, "yolov5n-anchor.yaml", r"args: cls_pw is of no loss that yolov5n-anchor\.yaml has"),
+        ({"rect": True, "plots": True}, "yolov5n.yaml", r"rect has no effect .*; plots is not for .*: remove them"),
     ],
 )
 def test_values_that_do_not_go_are_named(args, model, message):
@@ -149,8 +163,30 @@ def test_values_that_do_not_go_are_named(args, model, message):
 
 
 def test_what_is_right_passes():
-    check({"epochs": 3, "optimizer": "SGD", "mosaic": 0.5, "cache": "ram", "dfl": 1.0, "cls_pw": 0.5})
-    check({name: DEFAULT_CFG_DICT[name] for name in KNOWN - set(SET_BY_SOFTLABEL)}, "yolov5n-anchor.yaml")
+    check({"epochs": 3, "optimizer": "SGD", "lr0": 0.5, "mosaic": 0.5, "cache": "ram", "dfl": 1.0, "cls_pw": 0.5})
+    check({"warmup_momentum": 0.5, "optimizer": "SGD", "freeze": [0, "23.cv2"], "imgsz": 96})
+    check({name: DEFAULTS[name] for name in KNOWN - set(SET_BY_SOFTLABEL)}, "yolov5n-anchor.yaml")
+
+
+def test_the_optimizer_is_as_the_recipe_says():
+    """What it is refused for under ``auto`` and with Adam it does elsewhere."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+    def groups(**args):
+        trainer = SimpleNamespace(args=get_cfg(overrides=args), data={"nc": 3})
+        found = DetectionTrainer.build_optimizer(
+            trainer, model, name=trainer.args.optimizer, lr=trainer.args.lr0, momentum=trainer.args.momentum,
+            decay=trainer.args.weight_decay, iterations=100,
+        )  # fmt: skip
+        return type(found).__name__, [
+            {key: value for key, value in group.items() if key != "params"} for group in found.param_groups
+        ]
+
+    assert groups() == groups(lr0=0.5, momentum=0.1)
+    name, (first, *_) = groups(optimizer="SGD", lr0=0.5, momentum=0.1)
+    assert (name, first["lr"], first["momentum"]) == ("SGD", 0.5, 0.1)
+    name, (first, *_) = groups(optimizer="AdamW", lr0=0.5, momentum=0.1)
+    assert (name, first["lr"], first["betas"][0], "momentum" in first) == ("AdamW", 0.5, 0.1, False)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
