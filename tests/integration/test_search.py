@@ -201,7 +201,7 @@ def test_what_the_space_names_wrongly_is_said_before_anything_is_made(tmp_path):
     with pytest.raises(RecipeError, match=r"train\.threshold"):
         search_experiment(recipe, tmp_path, None, resume=False)
     recipe = tiny_recipe(search={"space": {"train.student.args.lr": {"choices": [0.1]}}})
-    with pytest.raises(RecipeError, match=r"args\.lr is no ultralytics train argument"):
+    with pytest.raises(RecipeError, match=r"args: lr is no ultralytics train argument"):
         search_experiment(recipe, tmp_path, None, resume=False)
     assert not list(tmp_path.iterdir())
 
