@@ -17,7 +17,8 @@ from common import machine
 from tiny_owlvit import SCENE, SIDE
 
 from softlabel.categorize import categorize
-from softlabel.config import Recipe, load_recipe
+from softlabel.config import Recipe
+from softlabel.recipe_file import load_recipe
 
 _IOU = 0.3  # at 0.5 the tiny model finds many objects twice: see RESULTS.md
 _ABSENT = ("bridge", "tennis court", "wind turbine")

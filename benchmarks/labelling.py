@@ -31,12 +31,13 @@ from contestants import IOU, SCORE, THRESHOLD, Boxes, Share, Timing, Work, bare,
 from numpy.typing import NDArray
 
 from softlabel.boxes import iou_matrix
-from softlabel.config import Recipe, load_recipe
+from softlabel.config import Recipe
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.run import tile
 from softlabel.labelling.header import read_header
 from softlabel.labelling.run import KEEP_MEMORY
 from softlabel.labelling.weights import load_model
+from softlabel.recipe_file import load_recipe
 from softlabel.store import commit, digest
 
 _COLUMNS = 40  # tiles side by side in a scene

@@ -23,10 +23,11 @@ import torch
 import yaml
 from common import TILE_PX, machine, synthetic_piece, write_scene  # what the benchmarks share
 
-from softlabel.config import Recipe, load_recipe
+from softlabel.config import Recipe
 from softlabel.imagery.run import tile
 from softlabel.labelling.header import Header
 from softlabel.labelling.weights import build_model, save_weights
+from softlabel.recipe_file import load_recipe
 
 _CLASSES = ("plane", "ship", "car")
 _SMALL_PX = 128

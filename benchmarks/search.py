@@ -17,7 +17,7 @@ from statistics import mean, stdev
 import ray
 from common import machine  # what the benchmarks share
 
-from softlabel.config import load_recipe
+from softlabel.recipe_file import load_recipe
 from softlabel.search_experiment import search_experiment
 
 _KEY = "train.threshold"

@@ -20,9 +20,10 @@ import torch
 import yaml
 from ultralytics import YOLO
 
-from softlabel.config import Model, Recipe, load_recipe
+from softlabel.config import Model, Recipe
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
+from softlabel.recipe_file import load_recipe
 from softlabel.store import summary
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train

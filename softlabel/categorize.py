@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from softlabel.config import Recipe, dump_recipe
+from softlabel.config import Recipe
 from softlabel.errors import RecipeError, SceneError
 from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
@@ -20,6 +20,7 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import owlvit_job
 from softlabel.labelling.vocabulary import read_vocabulary
+from softlabel.recipe_file import dump_recipe
 from softlabel.records import LABELLED, UNKNOWN_CLASS, Detections, Truth
 from softlabel.report import figures, words
 from softlabel.report.census import Census, Example, against_truth

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import softlabel
-from softlabel.config import Recipe, dump_recipe, load_recipe
+from softlabel.config import Recipe
 from softlabel.errors import SessionError, SoftlabelError
+from softlabel.recipe_file import dump_recipe, load_recipe
 from softlabel.session import LOG, Terminated, ray_session
 from softlabel.terminal import say
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import softlabel
-from softlabel.config import Recipe, dump_recipe
+from softlabel.config import Recipe
 from softlabel.evaluation.quality import drop, loss_difference_percent
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
@@ -28,6 +28,7 @@ from softlabel.labelling.engine_choice import resolve
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job, owlvit_job
+from softlabel.recipe_file import dump_recipe
 from softlabel.records import LABELLED, Truth, detections_from_row
 from softlabel.report import words
 from softlabel.report.figures import Overlay

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Recipe, dump_recipe, with_values
+from softlabel.config import Recipe
 from softlabel.errors import RecipeError
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, evaluate_store, numbers, quality
 from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import label_job, recipe_label_job
+from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
 from softlabel.search.run import Inputs, check_space, search

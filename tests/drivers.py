@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softlabel.config import dump_recipe
+from softlabel.recipe_file import dump_recipe
 from softlabel.store import read_soft_labels
 
 JOBS = Path(__file__).parents[1] / "jobs"

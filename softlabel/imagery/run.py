@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel import store
-from softlabel.config import Recipe, Split, TruthSource, dump_recipe
+from softlabel.config import Recipe, Split, TruthSource
 from softlabel.errors import RecipeError, SoftlabelError, TruthError
 from softlabel.imagery import synthetic, tiles
 from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, load_scenes, rejected_truth, set_splits
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
+from softlabel.recipe_file import dump_recipe
 from softlabel.records import TILES
 from softlabel.store import SHARD_TILES, TILES_FILE
 from softlabel.terminal import progress, say

@@ -26,7 +26,7 @@ from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 from ray.util.metrics import Counter as MetricCounter
 from tqdm import tqdm
 
-from softlabel.config import Execution, Recipe, dump_recipe
+from softlabel.config import Execution, Recipe
 from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
@@ -35,6 +35,7 @@ from softlabel.labelling.lease import Lease
 from softlabel.labelling.reading import read_item, retryable_ids
 from softlabel.labelling.room import Room
 from softlabel.labelling.speed import Speed
+from softlabel.recipe_file import dump_recipe
 from softlabel.records import EMPTY, LABELLED, REJECTED
 from softlabel.store import (
     DONE,

@@ -13,8 +13,9 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from softlabel.config import Recipe, Search, with_values
+from softlabel.config import Recipe, Search
 from softlabel.errors import NO_LABELS
+from softlabel.recipe_file import with_values
 from softlabel.search.curve import Curve
 from softlabel.search.space import THRESHOLD, Values, distinct, distributions, first_points, grid, rounded, to_unit
 from softlabel.search.trials import Role, Trial, covariance, evidence

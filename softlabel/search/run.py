@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Execution, Recipe, dump_recipe, with_values
+from softlabel.config import Execution, Recipe
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.lease import Lease
+from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.search.answer import answer
 from softlabel.search.desk import Desk
 from softlabel.search.groups import launch, words

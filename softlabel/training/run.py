@@ -10,8 +10,9 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from softlabel.config import Execution, Recipe, dump_recipe
+from softlabel.config import Execution, Recipe
 from softlabel.errors import TrainingError
+from softlabel.recipe_file import dump_recipe
 from softlabel.store import digest, is_done, write_text
 from softlabel.terminal import say
 from softlabel.training.job import scaling

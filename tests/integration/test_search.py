@@ -18,10 +18,11 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.state import list_placement_groups
 
-from softlabel.config import Execution, load_recipe
+from softlabel.config import Execution
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.run import label
 from softlabel.labelling.teachers import recipe_label_job
+from softlabel.recipe_file import load_recipe
 from softlabel.search.desk import Desk
 from softlabel.search.run import Inputs, num_groups, search
 from softlabel.search_experiment import search_experiment

@@ -14,6 +14,7 @@ GROUND = {
     "softlabel",
     "softlabel.errors",
     "softlabel.config",
+    "softlabel.recipe_file",
     "softlabel.records",
     "softlabel.boxes",
     "softlabel.terminal",

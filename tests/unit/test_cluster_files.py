@@ -14,7 +14,7 @@ import yaml
 
 import softlabel
 from softlabel.cli import _parser
-from softlabel.config import load_recipe
+from softlabel.recipe_file import load_recipe
 
 REPO = Path(__file__).parents[2]
 CLUSTER = REPO / "cluster.yaml"

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softlabel.config import RECIPES, Recipe, dump_recipe, find_recipe, load_recipe
+from softlabel.config import Recipe
 from softlabel.errors import RecipeError
+from softlabel.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe
 from softlabel.records import Nms
 
 MINIMAL = {"name": "x", "classes": ["car"], "tiles": {"scenes": "images"}}

@@ -14,7 +14,8 @@ from pages import PAGES, REPO, blocks, lines, make_images
 from ray.scripts.scripts import cli as ray_cli
 
 from softlabel.cli import _STORE_VERBS, _VERBS, _parser, main
-from softlabel.config import Recipe, load_recipe
+from softlabel.config import Recipe
+from softlabel.recipe_file import load_recipe
 
 MINIMAL = {"name": "x", "classes": ["car", "plane", "ship"], "tiles": {"scenes": "images"}}
 

@@ -8,9 +8,9 @@ import pytest
 from conftest import tiny_recipe
 
 from softlabel.cli import _VERBS, main
-from softlabel.config import RECIPES
 from softlabel.errors import RecipeError, SceneError
 from softlabel.plan import plan
+from softlabel.recipe_file import RECIPES
 
 
 @pytest.fixture

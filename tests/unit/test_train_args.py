@@ -12,8 +12,8 @@ from ultralytics.data import augment, dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.loss import v8DetectionLoss
 
-from softlabel.config import RECIPES, load_recipe
 from softlabel.errors import RecipeError
+from softlabel.recipe_file import RECIPES, load_recipe
 from softlabel.training.arguments import OBEYED, SET_BY_SOFTLABEL, WITHOUT_EFFECT, check_train_args
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import Target

@@ -5,8 +5,9 @@ import pytest
 from conftest import tiny_recipe
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from softlabel.config import Search, with_values
+from softlabel.config import Search
 from softlabel.errors import RecipeError
+from softlabel.recipe_file import with_values
 from softlabel.search.space import distributions, first_points, grid, rounded, to_unit
 
 SPACE = Search.model_validate(
