@@ -23,7 +23,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run one verb.
+
+    Returns:
+        0, or 2 after a user's mistake (one line on stderr), 130 after Ctrl-C, 141 where nobody reads the output any
+        more (`| head`), 143 after SIGTERM.
+    """
     try:
         arguments = _parser().parse_args(argv)
     except SoftlabelError as error:
@@ -40,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except SoftlabelError as error:
         print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter meets it again
+        return 141
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
@@ -63,11 +68,11 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
         _print_plan(arguments.verb, recipe, run_dir)
         return
     _check_writable(run_dir)
+    options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
     if arguments.verb not in _WITHOUT_RAY:
         _name_log(run_dir, arguments.verbose)
-    options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
-    on_ray = arguments.verb not in _WITHOUT_RAY
-    _VERBS[arguments.verb][0](recipe, run_dir, **options, **({"verbose": arguments.verbose} if on_ray else {}))
+        options["verbose"] = arguments.verbose
+    _VERBS[arguments.verb][0](recipe, run_dir, **options)
 
 
 def _name_log(run_dir: Path, verbose: bool) -> None:
@@ -92,7 +97,7 @@ def _import_weights(checkpoint: Path, output: Path | None) -> None:
     from softlabel.labelling.weights import import_weights
 
     target = output or checkpoint.with_suffix(".safetensors")
-    if checkpoint.is_file():
+    if checkpoint.is_file():  # else that is what is wrong, and no folder is made
         _check_writable(target.parent)
     header = import_weights(checkpoint, target)
     print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
@@ -216,6 +221,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
+_TRAIN = ("train", "experiment", "search", "demo")
 _WITHOUT_RAY = ("tile", "evaluate", "calibrate")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
@@ -338,5 +344,5 @@ def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
     from softlabel.plan import plan
 
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
-    for line in plan(recipe):
+    for line in plan(recipe, trains=verb in _TRAIN):
         print(f"# {line}")

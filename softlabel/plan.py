@@ -16,14 +16,19 @@ from softlabel.training.arguments import check_models
 _SAMPLE = 20
 
 
-def plan(recipe: Recipe) -> Iterator[str]:
+def plan(recipe: Recipe, *, trains: bool) -> Iterator[str]:
     """Lines about scenes, tiles and workers; the number of tiles is estimated from some scenes' sizes.
+
+    Args:
+        recipe: What would run.
+        trains: Whether models would be trained, and their arguments must do.
 
     Raises:
         SceneError: There are no scenes, or none of the sample can be read.
         RecipeError: The engine cannot run here, or a train argument has no effect.
     """
-    check_models(recipe.train)
+    if trains:
+        check_models(recipe.train)
     settings = recipe.tiles
     if settings.synthetic:
         count, side = settings.synthetic.num_scenes, settings.synthetic.scene_size_px

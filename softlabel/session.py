@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from softlabel.errors import SessionError
@@ -24,25 +25,14 @@ def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[None]:
     """Ray, from here to the end; what it says goes to a log in the run folder, or to the terminal if ``verbose``.
 
     Raises:
-        SessionError: Ray does not start, or there is no such cluster.
+        SessionError: Ray does not start, there is no such cluster, or the log cannot be written.
     """
     if verbose:
         with _ray():
             yield
         return
-    _check_log(run_dir / LOG)
     with log_to(run_dir / LOG), _workers_heard(), _ray():
         yield
-
-
-def _check_log(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as error:
-        raise SessionError(
-            f"cannot write the log {path} ({error.strerror}): make room for it, or use --verbose"
-        ) from None
 
 
 @contextmanager
@@ -56,33 +46,40 @@ def _ray() -> Iterator[None]:
 
     address = os.environ.get("RAY_ADDRESS", "")
     joined = bool(address) and not address.startswith("http")
-    with mock.patch.dict(os.environ):
-        if not joined:
-            _settle_address()
-        before = signal.signal(signal.SIGTERM, _terminate)
-        # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
-        with _said_in_one_line(address if joined else None):
-            ray.init(address=address if joined else "local", include_dashboard=None if joined else True)
-        signal.signal(signal.SIGTERM, _terminate)  # ray.init sets a handler of its own
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            ray.shutdown()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with mock.patch.dict(os.environ):
+            with _said_in_one_line(address if joined else None):
+                ray.init(**(_join(address) if joined else _start()))
+            signal.signal(signal.SIGTERM, _terminate)  # ray.init sets a handler of its own
+            try:
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _settle_address() -> None:
-    """Settle where a Ray of our own will listen before it starts, so that all its processes know it.
+# Ray's State API looks for any Ray on the machine where the environment of a process names none, and with a second one
+# there it fails: Ray Train does not free the resources of a worker group that was lost. So every process is told.
 
-    Ray's State API looks for any Ray on the machine where the environment names none, and with a second one there it
-    fails: Ray Train does not free the resources of a worker group that was lost.
-    """
+
+def _join(address: str) -> dict[str, Any]:
+    """How to join a cluster, for ray.init: its processes live already, ours are told by their runtime environment."""
+    told = {} if address == "auto" else {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}}
+    return {"address": address, **told}
+
+
+def _start() -> dict[str, Any]:
+    """How to start a Ray of our own, for ray.init: where it will listen is settled first, and inherited by all."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+    # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
+    return {"address": "local", "include_dashboard": True}
 
 
 @contextmanager

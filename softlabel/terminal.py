@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from softlabel.errors import SessionError
+
 MARK = "softlabel: "
 """How a line of a worker begins that is for the user."""
 _LINE_S = 30.0
@@ -47,9 +49,15 @@ def log_to(path: Path) -> Iterator[None]:
     """Append to a file what anybody prints to stdout and stderr, but for `say` and `progress`.
 
     The file stays open: a library may have made a handler of it, and speak later.
+
+    Raises:
+        SessionError: The file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a", buffering=1, errors="replace")  # noqa: SIM115
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open(path, "a", buffering=1, errors="replace")  # noqa: SIM115
+    except OSError as error:
+        raise SessionError(f"cannot write the log {path} ({error.strerror}): move it, or use --verbose") from None
     before, descriptors = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     terminal = _Terminal(*(_copy(stream, fd) for stream, fd in zip(before, descriptors, strict=True)))
     for fd in (1, 2):

@@ -107,15 +107,16 @@ def truth_digest(source: TruthSource) -> str:
     Raises:
         TruthError: They cannot be found or read.
     """
-    path = Path(source.path)
+    path, names = Path(source.path), list[str]()
     if source.format == "dota":
         files = dota_files(path)
     else:
         splits = yolo_images(path, load_yaml(path)).values() if source.format == "yolo" else ()
         labels = {label for images in splits for label, _ in images.values()}
         files = [path, *(label for label in sorted(labels) if os.path.isfile(label))]
+        names = [name for images in splits for name in images]  # an image without a label file is background
     try:
-        return store.digest([(file.name, store.file_digest(file)) for file in files])
+        return store.digest([names, *((file.name, store.file_digest(file)) for file in files)])
     except (OSError, ValueError) as error:
         raise TruthError(f"cannot read the truth at {path} ({one_line(error)}): correct tiles.truth.path") from None
 

@@ -118,12 +118,16 @@ def _yolo_listed(root: Path, place: Path, collector: Collector | None) -> Iterat
 
 def _yolo_image(root: Path, folder: Path, line: str) -> Path | None:
     """``./`` counts from the list's folder, as in ultralytics, all else from the data set's; darknet's data/obj/a.png,
-    and absolute paths of another machine, from wherever their end is found there."""
+    and absolute paths of another machine, from wherever their end is found there.
+
+    That end has a folder in common, or any image of that name would do: train/1.png is not val/1.png.
+    """
     if line.startswith("./"):
         candidates = [folder / line, root / line]
     else:
         parts = PurePosixPath(line).parts
-        candidates = [root / line, *(root.joinpath(*parts[i:]) for i in range(1, len(parts))), folder / line]
+        last = len(parts) - (0 if len(parts) > 1 and parts[-2] == root.resolve().name else 1)
+        candidates = [root / line, *(root.joinpath(*parts[i:]) for i in range(1, last)), folder / line]
     return next((Path(os.path.normpath(image)) for image in candidates if os.path.isfile(image)), None)
 
 

@@ -7,7 +7,6 @@ what is left, as long as each gets further than the last.
 """
 
 import errno
-import logging
 import os
 import warnings
 from collections import Counter
@@ -205,8 +204,6 @@ def _drop_committed(folders: Sequence[Path], work: Work, bar: tqdm) -> None:
 def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work) -> Iterator[dict]:
     """One Ray Data job over what is left, yielding what the actors say of each shard."""
     context = ray.data.DataContext.get_current()
-    # After the first use of ray.data, which sets it. What it calls an error is raised too, and said in one line.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = None  # a block is a shard, whatever its size
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know

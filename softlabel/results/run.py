@@ -5,7 +5,6 @@ it, so a task that is retried does no harm. Only counts come back to the driver.
 """
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -143,7 +142,6 @@ def _spread(
     size = max(1, min(_MAX_SHARDS, shards // (_TASKS_PER_CPU * cpus)))
     work = [{"first": first, "stop": min(first + size, shards)} for first in range(0, shards, size)]
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts tiles, not blocks
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # after the first use of ray.data, which sets it too
     results = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
         partial(_told, task), batch_size=1, num_cpus=1
     )

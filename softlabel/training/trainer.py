@@ -5,7 +5,6 @@ and Ray sets them before it calls the training function.
 """
 
 import copy
-import logging
 import random
 import shutil
 import tempfile
@@ -84,10 +83,6 @@ def set_up() -> None:
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
     if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
-    # Two lines per epoch that say less than ours. Ray Train names some of its loggers by module, some by file.
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("ray.train") or "/ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelTrainer":

@@ -158,6 +158,26 @@ def test_a_label_job_joins_the_cluster_that_it_was_submitted_to(head, tiled, run
     assert [path.name for path in run_dir.glob("tiles-*")] == [tiled.name]
 
 
+ASKS_ITS_WORKERS = """
+import os, sys
+from pathlib import Path
+import ray
+from softlabel.session import ray_session
+with ray_session(Path(sys.argv[1]), verbose=False):
+    told = ray.get(ray.remote(num_cpus=0)(lambda: [os.environ.get(key) for key in ("RAY_ADDRESS", "MINE")]).remote())
+print("workers know", *told)
+"""
+
+
+def test_the_workers_of_a_job_know_the_address_of_their_ray(head, tmp_path):
+    """With another Ray on their machine, such as the one of these tests, they would ask either."""
+    (tmp_path / "ask.py").write_text(ASKS_ITS_WORKERS)
+    its_own = ("--runtime-env-json", '{"env_vars": {"MINE": "kept"}}')
+    done = head.submit("--working-dir", ".", *its_own, "--", "python", str(tmp_path / "ask.py"), str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"workers know \S+:{head.port} kept\b", done.stdout)
+
+
 def test_a_job_without_a_working_dir_runs_where_ray_was_started(head):
     """k8s/rayjob.yaml uploads nothing: its entrypoint names files of the image's own folder."""
     done = head.submit("--", "python", "-c", "import os; print('in', os.getcwd())")

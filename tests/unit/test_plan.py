@@ -34,8 +34,8 @@ def test_every_verb_with_every_recipe(images, tmp_path, monkeypatch, capsys, ver
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def lines(**changes):
-    return list(plan(tiny_recipe(**changes)))
+def lines(*, trains=True, **changes):
+    return list(plan(tiny_recipe(**changes), trains=trains))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ def test_a_train_argument_without_effect_is_said_before_anything_is_done():
     train = {"student": {"args": {"rect": True}}}
     with pytest.raises(RecipeError, match=r"train\.student\.args: rect has no effect"):
         lines(train=train)
+    assert lines(train=train, trains=False)  # whoever only labels is not asked
 
 
 def test_a_bad_scene_does_not_end_it(images):

@@ -59,16 +59,22 @@ def test_too_long_a_folder_for_sockets_is_one_line(tmp_path):
     ("address", "asked", "seen"),
     [("", "local", "127.0.0.1:"), ("http://head:8265", "local", "127.0.0.1:"), ("head:6379", "head:6379", "head:6379")],
 )
-def test_a_ray_of_its_own_is_started_with_its_address(tmp_path, monkeypatch, address, asked, seen):
+def test_every_process_is_told_the_address_of_its_ray(tmp_path, monkeypatch, address, asked, seen):
     """They inherit the environment that Ray is started with; and it is as before afterwards."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:8265")
     started = []
     environment = ("RAY_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_API_SERVER_ADDRESS")
-    note = lambda **options: started.append((options["address"], {name: os.environ.get(name) for name in environment}))  # noqa: E731
+    joined = []
+
+    def note(address, include_dashboard=None, runtime_env=None):
+        started.append((address, {name: os.environ.get(name) for name in environment}))
+        joined.extend([runtime_env] if runtime_env else [])
+
     with mock.patch.object(ray, "init", note), mock.patch.object(ray, "shutdown"), ray_session(tmp_path, verbose=True):
         pass
     ((found, inherited),) = started
+    assert joined == ([] if asked == "local" else [{"env_vars": {"RAY_ADDRESS": address}}])
     assert found == asked and inherited["RAY_ADDRESS"].startswith(seen)
     if asked == "local":
         assert inherited["RAY_ADDRESS"] == f"127.0.0.1:{inherited['RAY_GCS_SERVER_PORT']}"

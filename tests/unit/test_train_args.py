@@ -145,7 +145,7 @@ def test_tiles_are_kept_in_memory_where_the_recipe_says():
         ({"epochs": "many"}, "yolov5n.yaml", "epochs"),
         *(({"batch": value}, "yolov5n.yaml", r"args\.batch is .*: give the number") for value in (-1, 0.7, 8.0, True)),
         *(({"batch": float(value)}, "yolov5n.yaml", "batch") for value in ("inf", "nan")),
-        *(({"cache": value}, "yolov5n.yaml", r"args\.cache is .*: give ram") for value in ("disk", "Disk", "foo")),
+        *(({"cache": value}, "yolov5n.yaml", r"args\.cache is .*: give ram") for value in ("disk", "Disk", "foo", 1)),
         *(({"imgsz": value}, "yolov5n.yaml", "imgsz") for value in (0, 100, 640.5, "big", [640, 480])),
         *(({"freeze": value}, "yolov5n.yaml", "freeze") for value in ("10", -1, 1.5, True)),
         ({"optimizer": "adamx"}, "yolov5n.yaml", r"args\.optimizer is adamx: give one of SGD, .*auto"),

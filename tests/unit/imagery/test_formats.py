@@ -375,6 +375,16 @@ def test_where_the_entries_of_a_list_count_from(tmp_path, listed, line):
     assert {name: scene.class_ids.tolist() for name, scene in found.scenes.items()} == {"lists/a.jpg": [1]}
 
 
+def test_an_image_of_the_same_name_elsewhere_is_another(tmp_path):
+    source = make_yolo(tmp_path, {}, train="list.txt")
+    (tmp_path / "1.jpg").touch()
+    (tmp_path / "list.txt").write_text("gone/1.jpg\n")
+    found = read_truth(source, ("plane", "car"))
+    assert not found.scenes and "gone/1.jpg" in found.rejected[0].reason
+    (tmp_path / "list.txt").write_text(f"data/{tmp_path.name}/1.jpg\n")  # darknet's
+    assert set(read_truth(source, ("plane", "car")).scenes) == {"1.jpg"}
+
+
 def test_a_split_without_any_label_is_said(tmp_path):
     source = make_yolo(tmp_path, {"a": None, "b": None}, val="more")
     (tmp_path / "more").mkdir()

@@ -66,3 +66,6 @@ def test_truth_digest_follows_every_label_file(tmp_path):
     assert before == (truth_digest(yolo), truth_digest(dota))
     (tmp_path / "labels" / "a.txt").write_text("1 .5 .5 .1 .1")
     assert all(old != new for old, new in zip(before, (truth_digest(yolo), truth_digest(dota)), strict=True))
+    changed = truth_digest(yolo)
+    (tmp_path / "images" / "background.jpg").touch()  # it has no label file, and is truth all the same
+    assert truth_digest(yolo) != changed
