@@ -1,16 +1,20 @@
 """Stores read shard by shard, and scenes found in them."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from made_stores import detections, made_store, made_tile, write_tiles
 
 from softlabel.errors import StoreError
+from softlabel.evaluation.run import tile_results
 from softlabel.records import LABELLED
 from softlabel.results.scenes import read_scenes
 from softlabel.results.stores import num_shards, open_store, read_all
 from softlabel.store import DONE, shard_file, write_table
 
+ASSETS = Path(__file__).parents[2] / "assets"
 FOUND = detections((1, 2, 3, 4, 1, 0.9), (0, 0, 8, 8, 2, 0.2))
 
 
@@ -23,6 +27,19 @@ def made(sizes, splits=()):
             box = detections((0, 0, 5, 5, 0, 0.5))
             found.append(made_tile(f"scene-{number}", (i * 8, 0, 8, 8), box, split=split))
     return found
+
+
+def test_a_store_of_format_3_opens():
+    """Written by softlabel as it was before format 4, by a teacher of random weights, over 10 made-up scenes."""
+    store = open_store(next((ASSETS / "format-3").glob("label-*")))
+    rows = list(read_all(store))
+    assert (store.classes, len(rows)) == (["car", "plane", "ship"], 10)
+    assert {row.status for row in rows} == {LABELLED}
+    assert sum(len(row.found.boxes) for row in rows) == 200
+    assert all(0.05 < row.found.best.min() for row in rows)
+    assert sum(scene.counts[LABELLED] for scene in read_scenes(store, 0, num_shards(store), 0.0)) == 10
+    results = tile_results(store.tiles, "test", store.folder)
+    assert sum(len(one.truth.boxes) for one in results.values()) == 2
 
 
 def test_a_store_comes_back_as_it_was_labelled(tmp_path):
