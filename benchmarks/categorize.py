@@ -16,9 +16,9 @@ import ray
 from common import machine
 from tiny_owlvit import SCENE, SIDE
 
-from softlabel.categorize import categorize
 from softlabel.config import Recipe
 from softlabel.recipe_file import load_recipe
+from softlabel.workflows.categorize import categorize
 
 _IOU = 0.3  # at 0.5 the tiny model finds many objects twice: see RESULTS.md
 _ABSENT = ("bridge", "tennis court", "wind turbine")

@@ -19,9 +19,9 @@ import torch
 from common import TILE_PX, Image  # what the benchmarks share
 from numpy.typing import NDArray
 
-from softlabel.config import Recipe
+from softlabel.config import Recipe, default_iou
+from softlabel.detectors.describe import read_header
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.header import read_header
 from softlabel.records import detections_from_row
 from softlabel.store import digest, read_soft_labels, read_table, read_tiles, shard_file
 
@@ -90,14 +90,14 @@ class Timing:
 
 def bare(work: Work, share: Share, engine: str, precision: str) -> Timing:
     """Prepare, forward, NMS, and nothing else."""
-    from softlabel.labelling.teachers import label_job
-    from softlabel.labelling.yolo import YoloDetector
+    from softlabel.detectors.yolo import YoloDetector
+    from softlabel.labelling.job import label_job
 
     job = label_job(_with_engine(work.recipe, engine, precision), "bare", work.weights, work.tiles, None)
     detector = YoloDetector.from_weights(
         work.weights,
-        job.nms,
-        job.imgsz,
+        job.teacher.nms,
+        job.teacher.imgsz,
         engine=engine,
         precision=precision,
         threads=work.cores,
@@ -110,8 +110,8 @@ def pipeline(work: Work, engine: str, precision: str) -> Timing:
     """`softlabel label` on a Ray of its own; a tile is finished when its shard is committed."""
     import ray
 
+    from softlabel.labelling.job import label_job
     from softlabel.labelling.run import label
-    from softlabel.labelling.teachers import label_job
 
     recipe = _with_engine(work.recipe, engine, precision)
     job = label_job(recipe, f"{engine}_{precision}", work.weights, work.tiles, None)
@@ -136,7 +136,7 @@ def ultralytics(work: Work, share: Share, threads: int | None = None) -> Timing:
     from ultralytics import YOLO
 
     torch.set_num_threads(threads or work.cores)
-    nms = work.recipe.label.nms(read_header(work.weights).yaml)
+    nms = work.recipe.label.nms(default_iou(read_header(work.weights).yaml))
     settings = {"conf": nms.floor, "iou": nms.iou, "max_det": nms.max_det, "imgsz": TILE_PX, "device": "cpu"}
     model = YOLO(str(work.checkpoint))
 

@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 
 from softlabel.boxes import iou_matrix
 from softlabel.config import Recipe
+from softlabel.detectors.describe import read_header
+from softlabel.detectors.weights import load_model
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.run import tile
-from softlabel.labelling.header import read_header
 from softlabel.labelling.run import KEEP_MEMORY
-from softlabel.labelling.weights import load_model
 from softlabel.recipe_file import load_recipe
 from softlabel.store import commit, digest
 

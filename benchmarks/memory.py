@@ -24,9 +24,9 @@ import yaml
 from common import TILE_PX, machine, synthetic_piece, write_scene  # what the benchmarks share
 
 from softlabel.config import Recipe
+from softlabel.detectors.header import Header
+from softlabel.detectors.weights import build_model, save_weights
 from softlabel.imagery.run import tile
-from softlabel.labelling.header import Header
-from softlabel.labelling.weights import build_model, save_weights
 from softlabel.recipe_file import load_recipe
 
 _CLASSES = ("plane", "ship", "car")
@@ -118,8 +118,8 @@ def _peak(recipe: Recipe, weights: Path, tiles: Path, folder: Path, object_store
 def _label(recipe: Recipe, weights: Path, tiles: Path, folder: Path, object_store_mb: int) -> None:
     import ray
 
+    from softlabel.labelling.job import label_job
     from softlabel.labelling.run import label
-    from softlabel.labelling.teachers import label_job
 
     job = label_job(recipe, recipe.name, weights, tiles, None)
     shutil.rmtree(job.folder(folder), ignore_errors=True)

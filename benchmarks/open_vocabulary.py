@@ -1,6 +1,6 @@
 """How well do words find things? A trained OWL-ViT on made-up tiles that it has not seen.
 
-python benchmarks/words.py --model tests/assets/tiny-owlvit --json words.json
+python benchmarks/open_vocabulary.py --model tests/assets/tiny-owlvit --json words.json
 
 mAP50 by class names, by phrases that training left out and by example crops; what words for absent classes find; what
 each background prompt takes away, right and wrong; and how far scores are from chances before and after calibration.
@@ -17,11 +17,11 @@ import numpy as np
 from common import machine
 from tiny_owlvit import CLASSES, SCENE, SIDE, UNSEEN, made_tiles
 
+from softlabel.detectors.owlvit import OwlVitDetector
+from softlabel.detectors.queries import Queries
 from softlabel.evaluation.calibrate import calibrate
 from softlabel.evaluation.matching import TileResult, match, to_columns
 from softlabel.evaluation.metrics import evaluate
-from softlabel.labelling.owlvit import OwlVitDetector
-from softlabel.labelling.queries import Queries
 from softlabel.records import Nms, Truth
 
 _ABSENT = ("a bridge", "a horse", "a tennis court", "a giraffe", "a submarine", "a wind turbine")

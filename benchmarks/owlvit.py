@@ -24,8 +24,8 @@ from tiny_owlvit import make, save, words
 from transformers import pipeline
 from transformers.utils import logging
 
-from softlabel.labelling.owlvit import OwlVitDetector
-from softlabel.labelling.queries import Queries
+from softlabel.detectors.owlvit import OwlVitDetector
+from softlabel.detectors.queries import Queries
 from softlabel.records import Nms
 
 _PROMPTS = ("a plane", "a ship", "a car", "a bridge", "a tree", "a house", "a truck", "a train")

@@ -18,7 +18,7 @@ import ray
 from common import machine  # what the benchmarks share
 
 from softlabel.recipe_file import load_recipe
-from softlabel.search_experiment import search_experiment
+from softlabel.workflows.search import search_experiment
 
 _KEY = "train.threshold"
 

@@ -295,7 +295,7 @@ def _pixels(processor: Any, images: Any) -> torch.Tensor:
 
 
 def main() -> int:
-    """Train and save; benchmarks/words.py measures."""
+    """Train and save; benchmarks/open_vocabulary.py measures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="of training (default: 30)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")

@@ -94,7 +94,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _import_weights(checkpoint: Path, output: Path | None) -> None:
-    from softlabel.labelling.weights import import_weights
+    from softlabel.detectors.weights import import_weights
 
     target = output or checkpoint.with_suffix(".safetensors")
     if checkpoint.is_file():  # else that is what is wrong, and no folder is made
@@ -144,8 +144,8 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool = False) -> None:
+    from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import label
-    from softlabel.labelling.teachers import recipe_label_job
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
     with ray_session(run_dir, verbose=verbose):
@@ -179,7 +179,7 @@ def _evaluate(recipe: Recipe, run_dir: Path) -> None:
 
 def _calibrate(recipe: Recipe, run_dir: Path) -> None:
     from softlabel.evaluation.run import CALIBRATION, calibrate_store, numbers
-    from softlabel.report.words import format_calibration
+    from softlabel.report.wording import format_calibration
 
     tiles = _tiles(recipe, run_dir)
     folder = calibrate_store(recipe, tiles, _store(recipe, run_dir, tiles), run_dir)
@@ -188,21 +188,21 @@ def _calibrate(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _experiment(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
-    from softlabel.experiment import experiment
+    from softlabel.workflows.experiment import experiment
 
     with ray_session(run_dir, verbose=verbose):
         experiment(recipe, run_dir)
 
 
 def _search(recipe: Recipe, run_dir: Path, *, verbose: bool, budget: float | None = None, resume: bool = False) -> None:
-    from softlabel.search_experiment import search_experiment
+    from softlabel.workflows.search import search_experiment
 
     with ray_session(run_dir, verbose=verbose):
         search_experiment(recipe, run_dir, budget, resume=resume)
 
 
 def _categorize(recipe: Recipe, run_dir: Path, *, verbose: bool, vocabulary: Path, threshold: float = 0.1) -> None:
-    from softlabel.categorize import categorize
+    from softlabel.workflows.categorize import categorize
 
     with ray_session(run_dir, verbose=verbose):
         categorize(recipe, run_dir, vocabulary, threshold)
@@ -334,14 +334,14 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
+    from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import finished_store
-    from softlabel.labelling.teachers import recipe_label_job
 
     return finished_store(recipe_label_job(recipe, tiles), run_dir)
 
 
 def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
-    from softlabel.plan import plan
+    from softlabel.dry_run import plan
 
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
     for line in plan(recipe, trains=verb in _TRAIN):

@@ -92,6 +92,12 @@ def is_anchor_based(model: str | dict) -> bool:
     return "anchors" in model if isinstance(model, dict) else model.startswith("yolov5") and "-anchor" in model
 
 
+def default_iou(model: str | dict) -> float:
+    """Of a YOLO's NMS, by its name or yaml: what ultralytics predicts with, and for a model with anchors what YOLOv5's
+    detect.py does: several anchors and cells answer for one object there, and more doubles must go."""
+    return 0.45 if is_anchor_based(model) else 0.7
+
+
 class OwlVit(_Section):
     """An open-vocabulary teacher, and what it looks for: words or example images for each class."""
 
@@ -126,13 +132,9 @@ class Label(_Section):
     )
     max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
 
-    def nms(self, model: str | dict) -> Nms:
-        """What is kept of a model's boxes. Without ``iou`` it is what ultralytics predicts with, and for a model with
-        anchors what YOLOv5's detect.py does: several anchors and cells answer for one object there, and more doubles
-        must go. So they do of ``owlvit``, where every patch of an object answers."""
-        default = 0.5 if model == "owlvit" else 0.45 if is_anchor_based(model) else 0.7
-        iou = default if self.iou is None else self.iou
-        return Nms(self.floor, iou, self.max_det)
+    def nms(self, default_iou: float) -> Nms:
+        """What is kept of a model's boxes."""
+        return Nms(self.floor, default_iou if self.iou is None else self.iou, self.max_det)
 
 
 class Model(_Section):

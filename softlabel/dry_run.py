@@ -5,12 +5,12 @@ import random
 from collections.abc import Iterator
 
 from softlabel.config import Execution, Recipe
+from softlabel.detectors.engine_choice import CPU_BATCH, resolve
 from softlabel.errors import SceneError
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
-from softlabel.labelling.engine_choice import CPU_BATCH, resolve
-from softlabel.labelling.room import Room
+from softlabel.labelling.resources import Resources
 from softlabel.training.arguments import check_models
 
 _SAMPLE = 20
@@ -71,17 +71,18 @@ def _labelling(recipe: Recipe) -> str:
     execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
     asked = recipe.label.engine if recipe.label.owlvit is None or recipe.label.engine != "auto" else "pytorch"
     engine, precision = resolve(asked, recipe.label.precision, cuda=cuda, with_losses=False)
-    room = Room(execution, (float(os.cpu_count() or 1),), 0)
-    most = "" if room.most_actors == room.least_actors else f" to {room.most_actors}"
-    actors = "1 actor" if room.most_actors == 1 else f"{room.least_actors}{most} actors"
+    resources = Resources(execution, (float(os.cpu_count() or 1),), 0)
+    most = "" if resources.most_actors == resources.least_actors else f" to {resources.most_actors}"
+    actors = "1 actor" if resources.most_actors == 1 else f"{resources.least_actors}{most} actors"
     # Of a cluster nothing is known before it is joined.
     here = "" if cuda or execution.cpus_per_actor else " (on this machine; on a cluster all that its readers leave)"
     size = "as many tiles as fit" if cuda and not execution.batch_size else f"{execution.batch_size or CPU_BATCH} tiles"
     batch = "tile by tile" if engine == "openvino" else f"{size} per forward pass"
-    needed, there = room.least_actors * room.cpus_per_actor + room.cpus_per_reader, room.node_cpus[0]
+    needed = resources.least_actors * resources.cpus_per_actor + resources.cpus_per_reader
+    (there,) = resources.node_cpus
     more = f": more than the {there:g} CPUs of this machine" if needed > there and not cuda else ""
     return (
-        f"labelling: {actors} of {room.cpus_per_actor:g} CPU and {execution.gpus_per_actor:g} GPU{here}, "
+        f"labelling: {actors} of {resources.cpus_per_actor:g} CPU and {execution.gpus_per_actor:g} GPU{here}, "
         f"{engine} in {precision}, {batch}{more}"
     )
 

@@ -85,7 +85,7 @@ def _talkative(name, last_convs, std, bias):
     import torch
     from ultralytics.cfg import get_cfg
 
-    from softlabel.labelling.weights import build_model, default_train_args
+    from softlabel.detectors.weights import build_model, default_train_args
 
     torch.manual_seed(0)
     model = build_model(name, len(CLASSES))
@@ -114,8 +114,8 @@ def anchor_weights(talkative_anchor_model, tmp_path_factory) -> Path:
 
 
 def _saved(model, path):
-    from softlabel.labelling.header import Header
-    from softlabel.labelling.weights import save_weights
+    from softlabel.detectors.header import Header
+    from softlabel.detectors.weights import save_weights
 
     save_weights(path, model, Header(model.yaml, CLASSES, 128, {}))
     return path

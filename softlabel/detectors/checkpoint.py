@@ -107,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
 
 # torch.load takes a module with the parts of `pickle` that it uses.
 _RESTRICTED = SimpleNamespace(
-    __name__="softlabel.labelling.checkpoint", Unpickler=_Unpickler, load=lambda file, **kwargs: _Unpickler(file).load()
+    __name__="softlabel.detectors.checkpoint", Unpickler=_Unpickler, load=lambda file, **kwargs: _Unpickler(file).load()
 )
 
 

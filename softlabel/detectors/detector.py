@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softlabel.labelling.engines import Network, Outputs, build
+from softlabel.detectors.engines import Network, Outputs, build
 from softlabel.records import Detections, Nms
 
 T = TypeVar("T")
@@ -59,10 +59,10 @@ class Detector:
         num_classes: Of its score columns.
         nms: What is kept of a forward pass.
         device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
-        engine: As softlabel.labelling.engine_choice.resolve gives it, and so is ``precision``.
+        engine: As softlabel.detectors.engine_choice.resolve gives it, and so is ``precision``.
         precision: Of the convolutions and matrix products; boxes and scores are always decoded in float32.
-        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.labelling.engines.build).
-        batch_size: Tiles per forward pass; None is found by trying (softlabel.labelling.engines.build).
+        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.detectors.engines.build).
+        batch_size: Tiles per forward pass; None is found by trying (softlabel.detectors.engines.build).
     """
 
     def __init__(

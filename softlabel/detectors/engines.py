@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from softlabel.labelling.engine_choice import CPU_BATCH
+from softlabel.detectors.engine_choice import CPU_BATCH
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]

@@ -19,16 +19,12 @@ class Header:
     train_args: dict
 
 
-def read_header(path: Path | str) -> Header:
+def read_safetensors_header(path: Path | str) -> Header:
     """What a weights file says of its model.
 
     Raises:
-        WeightsError: Neither a safetensors file that this project wrote nor an original YOLOv5 checkpoint.
+        WeightsError: It is no safetensors file that this project wrote.
     """
-    if is_original(path):
-        from softlabel.labelling.weights import read_original  # imports torch, which reads it
-
-        return read_original(path)[0]
     metadata = open_weights(path).metadata() or {}
     if "softlabel" not in metadata:
         raise WeightsError(
@@ -39,8 +35,8 @@ def read_header(path: Path | str) -> Header:
     return Header(header["yaml"], tuple(header["classes"]), header["imgsz"], header["train_args"])
 
 
-def is_original(path: Path | str) -> bool:
-    """Whether a file is an original YOLOv5 checkpoint, by its name."""
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether a file is a checkpoint of PyTorch's, by its name."""
     return Path(path).suffix == ".pt"
 
 

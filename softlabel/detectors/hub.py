@@ -6,10 +6,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from softlabel.detectors.families import FAMILIES
 from softlabel.errors import WeightsError
 from softlabel.store import read_json
 
-_KINDS = ("owlvit", "owlv2")
 _FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weights
 
 
@@ -51,7 +51,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _check(folder: Path, model: str) -> None:
     config = folder / "config.json"
     kind = read_json(config).get("model_type") if config.exists() else None
-    if kind not in _KINDS:
+    if kind not in FAMILIES or not FAMILIES[kind].open_vocabulary:
         raise WeightsError(f"{model} is {kind or 'no model that transformers knows'}: give an OWL-ViT or an OWLv2")
     if not list(folder.glob("*.safetensors")):
         raise WeightsError(f"{model} has no .safetensors, and no other weights are read: convert them, or give another")

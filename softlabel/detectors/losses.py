@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from softlabel.labelling.yolov5_loss import AnchorLoss
+from softlabel.detectors.yolov5_loss import AnchorLoss
 from softlabel.records import Truth
 
 

@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 from transformers.utils import logging
 
+from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.engines import Network
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.labelling.detector import Detector, Geometry, Image
-from softlabel.labelling.engines import Network
-from softlabel.labelling.queries import Crop, Queries
 from softlabel.records import Nms
 from softlabel.store import read_json
 
@@ -32,7 +34,7 @@ class OwlVitDetector(Detector):
     """An OWL-ViT or OWLv2 over tiles of any shape.
 
     Args:
-        folder: Of the model, as softlabel.labelling.hub.local_folder gives it.
+        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
         queries: What it looks for.
         nms: What is kept of a forward pass.
         device: This and the rest is as for Detector.
@@ -75,6 +77,15 @@ class OwlVitDetector(Detector):
         height, width = tile_hw
         seen_wh = (max(tile_hw),) * 2 if self._pads else (width, height)
         return _Square(tile_hw, (seen_wh[0] / self._side, seen_wh[1] / self._side))
+
+
+def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> OwlVitDetector:
+    """The detector of a folder, or of a name on the hub."""
+    assert teacher.queries is not None
+    folder = local_folder(str(teacher.weights))
+    return OwlVitDetector(
+        folder, teacher.queries, teacher.nms, precision=teacher.precision, threads=threads, batch_size=batch_size
+    )
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

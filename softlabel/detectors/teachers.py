@@ -1,4 +1,4 @@
-"""Who labels: a recipe's teacher as a job, with its fingerprint. A driver needs no torch for it."""
+"""A detector as a recipe asks for it, with its fingerprint. A driver needs no torch for it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,20 +8,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from softlabel.config import OwlVit, Recipe
+from softlabel.config import OwlVit, Recipe, default_iou
+from softlabel.detectors.describe import read_header
+from softlabel.detectors.engine_choice import LIBRARIES, resolve
+from softlabel.detectors.families import FAMILIES, Teacher
+from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError
-from softlabel.labelling.engine_choice import LIBRARIES, resolve
-from softlabel.labelling.header import read_header
-from softlabel.labelling.hub import local_folder, model_files
-from softlabel.labelling.job import LabelJob
-from softlabel.labelling.queries import Crop, Queries
 from softlabel.records import Nms
 from softlabel.store import digest, file_digest, read_json
 
 
-def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, splits: Sequence[str] | None,
-              *, with_losses: bool = False) -> LabelJob:  # fmt: skip
-    """The job of a YOLO teacher under a recipe's settings.
+def weights_teacher(recipe: Recipe, weights: Path | str, *, with_losses: bool = False) -> Teacher:
+    """The trained detector of a weights file, under a recipe's settings.
 
     Raises:
         WeightsError: The weights cannot be read.
@@ -36,29 +34,20 @@ def label_job(recipe: Recipe, name: str, weights: Path | str, tiles: Path, split
     settings = recipe.label
     cuda = recipe.execution.gpus_per_actor > 0
     engine, precision = resolve(settings.engine, settings.precision, cuda=cuda, with_losses=with_losses)
-    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(header.yaml)
-    return LabelJob(
-        name,
-        Path(weights),
-        yolo_fingerprint(weights, imgsz, nms, engine, precision),
-        tiles,
-        None if splits is None else tuple(splits),
-        len(header.classes),
-        imgsz,
-        nms,
-        engine,
-        precision,
-        with_losses,
-    )
+    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default_iou(header.yaml))
+    fingerprint = yolo_fingerprint(weights, imgsz, nms, engine, precision)
+    return Teacher("yolo", Path(weights), fingerprint, len(header.classes), imgsz, nms, engine, precision)
 
 
-def owlvit_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | None) -> LabelJob:
-    """The job of the OWL-ViT or OWLv2 that ``label.owlvit`` describes.
+def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
+    """The open-vocabulary detector that ``label.owlvit`` describes.
 
     Raises:
-        WeightsError: The model is not there, cannot be fetched, or is no OWL-ViT.
+        WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
         RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
     """
+    from softlabel.detectors.hub import local_folder  # reading tasks, which import this file, do without
+
     settings, found = recipe.label, recipe.label.owlvit
     if found is None:
         raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
@@ -68,27 +57,27 @@ def owlvit_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | N
         raise RecipeError(f"label.engine: {settings.engine} does not run OWL-ViT: set it to pytorch or auto")
     cuda = recipe.execution.gpus_per_actor > 0
     _, precision = resolve("pytorch", settings.precision, cuda=cuda, with_losses=False)
-    folder, queries, nms = local_folder(found.model), _queries(recipe.classes, found), settings.nms("owlvit")
-    return LabelJob(
-        name,
+    folder, queries = local_folder(found.model), _queries(recipe.classes, found)
+    family = _model_type(folder)
+    nms = settings.nms(FAMILIES[family].iou)
+    return Teacher(
+        family,
         folder if Path(found.model).is_dir() else f"{found.model.partition('@')[0]}@{folder.name}",
-        owlvit_fingerprint(folder, recipe.classes, queries, nms, precision),
-        tiles,
-        None if splits is None else tuple(splits),
+        open_vocabulary_fingerprint(folder, recipe.classes, queries, nms, precision),
         queries.num_classes,
         None,
         nms,
         "pytorch",
         precision,
-        queries=queries,
+        queries,
     )
 
 
-def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
-    """The job that a recipe's own ``label`` section describes.
+def recipe_teacher(recipe: Recipe) -> Teacher:
+    """The teacher that a recipe's own ``label`` section names.
 
     Raises:
-        RecipeError: It names no teacher, or two.
+        RecipeError: It names none, or two.
     """
     settings = recipe.label
     if (settings.weights is None) == (settings.owlvit is None):
@@ -96,8 +85,8 @@ def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
             "label.weights is not set, nor label.owlvit (or both are): --set label.weights=PATH, or give one"
         )
     if settings.weights is None:
-        return owlvit_job(recipe, "labels", tiles, settings.splits)
-    return label_job(recipe, "labels", Path(settings.weights).resolve(), tiles, settings.splits)
+        return open_vocabulary_teacher(recipe)
+    return weights_teacher(recipe, Path(settings.weights).resolve())
 
 
 def yolo_fingerprint(
@@ -109,11 +98,11 @@ def yolo_fingerprint(
         weights: The weights file.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
-        engine: As softlabel.labelling.engine_choice.resolve gives it, and so is ``precision``.
+        engine: As softlabel.detectors.engine_choice.resolve gives it, and so is ``precision``.
         precision: Of the convolutions.
     """
     header = read_header(weights)
-    libraries = ["torch", "torchvision", "ultralytics", *([LIBRARIES[engine]] if engine in LIBRARIES else [])]
+    extra = [LIBRARIES[engine]] if engine in LIBRARIES else []
     return {
         "weights": file_digest(weights),
         "architecture": _architecture(header.yaml),
@@ -122,11 +111,13 @@ def yolo_fingerprint(
         "engine": engine,
         "precision": precision,
         "nms": asdict(nms),
-        "versions": _versions(libraries),
+        "versions": _versions([*FAMILIES["yolo"].libraries, *extra]),
     }
 
 
-def owlvit_fingerprint(folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str) -> dict:
+def open_vocabulary_fingerprint(
+    folder: Path, classes: Sequence[str], queries: Queries, nms: Nms, precision: str
+) -> dict:
     """All that decides which boxes a teacher finds in given pixels.
 
     Args:
@@ -136,16 +127,23 @@ def owlvit_fingerprint(folder: Path, classes: Sequence[str], queries: Queries, n
         nms: What is kept of a forward pass.
         precision: Of the image tower.
     """
+    from softlabel.detectors.hub import model_files
+
+    family = _model_type(folder)
     return {
         "weights": digest({path.name: file_digest(path) for path in model_files(folder)}),
-        "architecture": read_json(folder / "config.json")["model_type"],
+        "architecture": family,
         "classes": list(classes),
         "queries": queries.identity(),
         "engine": "pytorch",
         "precision": precision,
         "nms": asdict(nms),
-        "versions": {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "torchvision", "transformers")},
+        "versions": _versions(FAMILIES[family].libraries),
     }
+
+
+def _model_type(folder: Path) -> str:
+    return read_json(folder / "config.json")["model_type"]
 
 
 def _architecture(yaml: dict) -> str:

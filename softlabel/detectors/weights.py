@@ -1,7 +1,7 @@
 """The one file format that weights travel in, and what starts from it.
 
 Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata. An
-original YOLOv5 checkpoint (.pt) is read by softlabel.labelling.checkpoint wherever weights are.
+original YOLOv5 checkpoint (.pt) is read by softlabel.detectors.checkpoint wherever weights are.
 """
 
 import json
@@ -13,10 +13,10 @@ from safetensors.torch import save
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from softlabel.config import is_anchor_based
+from softlabel.detectors.checkpoint import read_checkpoint
+from softlabel.detectors.header import Header, is_checkpoint, open_weights, read_safetensors_header
+from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.labelling.checkpoint import read_checkpoint
-from softlabel.labelling.header import Header, is_original, open_weights, read_header
-from softlabel.labelling.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml
 from softlabel.store import commit
 
 _ORIGINAL_IMGSZ = 640  # what the releases of YOLOv5 n, s, m, l and x were trained at
@@ -66,7 +66,7 @@ def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
     Raises:
         WeightsError: It cannot be read or its tensors do not fit.
     """
-    header, tensors = read_original(path) if is_original(path) else (read_header(path), _read_tensors(path))
+    header, tensors = _read(path)
     try:
         model = build_model(header.yaml, len(header.classes))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -86,7 +86,7 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
         WeightsError: The file cannot be read, or nothing fits.
     """
     own = model.state_dict()
-    tensors = read_original(path)[1] if is_original(path) else _read_tensors(path)
+    tensors = read_original(path)[1] if is_checkpoint(path) else _read_tensors(path)
     fitting = {k: v.float() for k, v in tensors.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")
@@ -107,6 +107,10 @@ def read_original(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
     # The checkpoint's own anchors, which need not be COCO's.
     model.set_anchors(model.anchors_px())
     return Header(model.yaml, found.classes, _ORIGINAL_IMGSZ, dict(TRAIN_DEFAULTS)), found.tensors
+
+
+def _read(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
+    return read_original(path) if is_checkpoint(path) else (read_safetensors_header(path), _read_tensors(path))
 
 
 def _load_all(model: DetectionModel, tensors: dict[str, torch.Tensor], path: Path | str) -> None:

@@ -16,11 +16,12 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
-from softlabel.labelling.detector import Detector, Geometry, Image
-from softlabel.labelling.engines import Network, Outputs
-from softlabel.labelling.losses import TileLoss, targets_of
-from softlabel.labelling.weights import default_train_args, load_model
-from softlabel.labelling.yolov5 import AnchorDetect
+from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.engines import Network, Outputs
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.losses import TileLoss, targets_of
+from softlabel.detectors.weights import default_train_args, load_model
+from softlabel.detectors.yolov5 import AnchorDetect
 from softlabel.records import PAD_VALUE, Detections, Nms, Truth
 
 
@@ -99,7 +100,7 @@ class YoloDetector(Detector):
         return _Letterbox.of(tile_hw, self.imgsz, self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
-        """Per tile the loss terms against its truth (softlabel.labelling.losses): sums, then normalisers."""
+        """Per tile the loss terms against its truth (softlabel.detectors.losses): sums, then normalisers."""
         return [losses for _, losses in self.detect_with_losses(images, truths)]
 
     def detect_with_losses(
@@ -134,6 +135,19 @@ class YoloDetector(Detector):
         boxes, class_ids = targets_of(truth)
         in_input = boxes * letterbox.gain + np.array(letterbox.pad_xy * 2, np.float32)
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
+
+
+def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> YoloDetector:
+    """The detector of a weights file."""
+    return YoloDetector.from_weights(
+        teacher.weights,
+        teacher.nms,
+        teacher.imgsz,
+        engine=teacher.engine,
+        precision=teacher.precision,
+        threads=threads,
+        batch_size=batch_size,
+    )
 
 
 def _conv_silu(conv: nn.Conv2d, features: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
+from softlabel.detectors.yolov5_loss import AnchorLoss
 from softlabel.errors import RecipeError
-from softlabel.labelling.yolov5_loss import AnchorLoss
 
 COCO_ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 156, 198, 373, 326))
 """Width, height, width, ... in pixels of the model's input, for the levels of stride 8, 16 and 32."""

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 
 from softlabel.calibration import calibration_of
 from softlabel.config import Recipe
+from softlabel.detectors.losses import mean_losses
 from softlabel.errors import StoreError
 from softlabel.evaluation.calibrate import calibrate
 from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.evaluation.quality import bootstrap_difference, label_quality
-from softlabel.labelling.losses import mean_losses
 from softlabel.records import LABELLED, LOSS_NAMES, Truth, detections_from_row
 from softlabel.store import (
     finish,

@@ -9,36 +9,26 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from softlabel.labelling.queries import Queries
-from softlabel.records import Nms
+from softlabel.config import Recipe
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.teachers import open_vocabulary_teacher, recipe_teacher, weights_teacher
 from softlabel.store import num_tile_shards, read_tile_shard, step_dir
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """One teacher over some splits (null: every tile) of one tile set.
-
-    ``teacher`` is its fingerprint. With ``queries`` it is an OWL-ViT: ``weights`` is a folder, or a hub's
-    ``name@revision``, and its image size is its own.
-    """
+    """One teacher over some splits (null: every tile) of one tile set."""
 
     name: str
-    weights: Path | str
-    teacher: dict
+    teacher: Teacher
     tiles: Path
     splits: tuple[str, ...] | None
-    num_classes: int
-    imgsz: int | None
-    nms: Nms
-    engine: str
-    precision: str
     with_losses: bool = False
-    queries: Queries | None = None
 
     def identity(self) -> dict:
         """All that determines the store."""
         return {
-            "teacher": self.teacher,
+            "teacher": self.teacher.fingerprint,
             "tiles": self.tiles.name,
             "splits": list(self.splits) if self.splits is not None else None,
             "with_losses": self.with_losses,
@@ -56,3 +46,36 @@ class LabelJob:
     def tile_rows(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """The rows of a shard's tiles that are asked for, in their order."""
         return read_tile_shard(self.tiles, shard, columns, self.splits)
+
+
+def label_job(
+    recipe: Recipe,
+    name: str,
+    weights: Path | str,
+    tiles: Path,
+    splits: Sequence[str] | None,
+    *,
+    with_losses: bool = False,
+) -> LabelJob:
+    """The job of a trained teacher under a recipe's settings.
+
+    Raises:
+        WeightsError: The weights cannot be read.
+        RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
+    """
+    teacher = weights_teacher(recipe, weights, with_losses=with_losses)
+    return LabelJob(name, teacher, tiles, _split_names(splits), with_losses)
+
+
+def open_vocabulary_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | None) -> LabelJob:
+    """The job of the open-vocabulary teacher that the recipe describes; raises as ``open_vocabulary_teacher`` does."""
+    return LabelJob(name, open_vocabulary_teacher(recipe), tiles, _split_names(splits))
+
+
+def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
+    """The job that a recipe's own ``label`` section describes; raises as ``recipe_teacher`` does."""
+    return LabelJob("labels", recipe_teacher(recipe), tiles, _split_names(recipe.label.splits))
+
+
+def _split_names(splits: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if splits is None else tuple(splits)

@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from softlabel.detectors.detector import Detector
+from softlabel.detectors.families import load
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
-from softlabel.labelling.detector import Detector
-from softlabel.labelling.hub import local_folder
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
 from softlabel.labelling.reading import images_of, tiles_of
-from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import EMPTY, LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
 from softlabel.store import read_table, shard_file, write_table
 
@@ -114,7 +114,7 @@ class Labeller:
                     answers = _detect(detector, [images[i] for i in chosen], drawn, handed_over)
                 for i, (detections, terms) in zip(chosen, answers, strict=True):
                     found[i], losses[i] = detections, terms
-        labels = soft_labels_table(job.num_classes, tile_ids, found, losses, reasons, retryable, empty)
+        labels = soft_labels_table(job.teacher.num_classes, tile_ids, found, losses, reasons, retryable, empty)
         if truths is not None:
             names = ",".join(cast(YoloDetector, detector).loss_names())
             labels = labels.replace_schema_metadata({LOSS_NAMES: names})
@@ -139,16 +139,11 @@ class Labeller:
             # Two at once may not fit on a GPU: first the last shard of the one before leaves it.
             with self._exit:
                 self._loaded = None
-                self._loaded = index, self._load(self._jobs[index])
+                self._loaded = (
+                    index,
+                    load(self._jobs[index].teacher, threads=self._threads, batch_size=self._batch_size),
+                )
         return self._loaded[1]
-
-    def _load(self, job: LabelJob) -> Detector:
-        common: dict[str, Any] = {"threads": self._threads, "batch_size": self._batch_size, "precision": job.precision}
-        if job.queries is None:
-            return YoloDetector.from_weights(job.weights, job.nms, job.imgsz, engine=job.engine, **common)
-        from softlabel.labelling.owlvit import OwlVitDetector  # transformers takes seconds to import
-
-        return OwlVitDetector(local_folder(str(job.weights)), job.queries, job.nms, **common)
 
 
 def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:

@@ -8,7 +8,7 @@ from softlabel.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Room:
+class Resources:
     """A cluster of nodes with so many CPUs each, and so many GPUs in all."""
 
     execution: Execution

@@ -30,10 +30,10 @@ from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
 from softlabel.labelling.job import LabelJob
-from softlabel.labelling.lease import Lease
 from softlabel.labelling.reading import read_item, retryable_ids
-from softlabel.labelling.room import Room
+from softlabel.labelling.resources import Resources
 from softlabel.labelling.speed import Speed
+from softlabel.lease import Lease
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import EMPTY, LABELLED, REJECTED
 from softlabel.store import (
@@ -159,14 +159,14 @@ def _label_missing(
     speed = Speed()
     if not work:
         return speed
-    room = _room(execution)
+    resources = _resources(execution)
     say(f"labelling {sum(work.values())} tiles in {len(work)} shards")
     failures, most_deaths = 0, _deaths(folders)
     with progress(total=sum(work.values()), unit="tile", desc="labelling") as bar:
         while work:
             before = len(work)
             try:
-                for row in _results(room, jobs, folders, work):
+                for row in _results(resources, jobs, folders, work):
                     for lease in leases:
                         lease.check()
                     work.pop((row["job"], row["shard"]), None)
@@ -201,13 +201,13 @@ def _drop_committed(folders: Sequence[Path], work: Work, bar: tqdm) -> None:
             del work[i, shard]
 
 
-def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work) -> Iterator[dict]:
+def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work) -> Iterator[dict]:
     """One Ray Data job over what is left, yielding what the actors say of each shard."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = None  # a block is a shard, whatever its size
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
-    context.execution_no_progress_timeout_s = room.execution.stall_minutes * 60
+    context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
     # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
     growth = AutoscalingConfig()
     growth.actor_pool_util_upscaling_threshold /= _CALLS
@@ -220,8 +220,8 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             partial(read_item, jobs, folders, read_tile),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=room.readers),
-            num_cpus=room.cpus_per_reader,
+            compute=ray.data.TaskPoolStrategy(size=resources.readers),
+            num_cpus=resources.cpus_per_reader,
             max_retries=_RAY_RETRIES,
         )
         .map_batches(
@@ -229,27 +229,27 @@ def _results(room: Room, jobs: Sequence[LabelJob], folders: Sequence[Path], work
             batch_size=1,  # row: a shard
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=room.least_actors,
-                max_size=room.most_actors,
+                min_size=resources.least_actors,
+                max_size=resources.most_actors,
                 max_concurrent_calls_per_actor=_CALLS,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=room.cpus_per_actor,
-            num_gpus=room.execution.gpus_per_actor or None,
+            num_cpus=resources.cpus_per_actor,
+            num_gpus=resources.execution.gpus_per_actor or None,
             max_restarts=_RAY_RETRIES,
             max_task_retries=_RAY_RETRIES,
             runtime_env={"env_vars": {"GLIBC_TUNABLES": KEEP_MEMORY}},
-            fn_constructor_args=(jobs, folders, room.threads, room.execution.batch_size),
+            fn_constructor_args=(jobs, folders, resources.threads, resources.execution.batch_size),
         )
     )
     yield from labelled.iter_rows()
 
 
-def _room(execution: Execution) -> Room:
+def _resources(execution: Execution) -> Resources:
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    room = Room(execution, tuple(nodes), ray.cluster_resources().get("GPU", 0.0))
-    room.check()
-    return room
+    resources = Resources(execution, tuple(nodes), ray.cluster_resources().get("GPU", 0.0))
+    resources.check()
+    return resources
 
 
 class _Labeller:

@@ -1,6 +1,6 @@
 """results.json to one self-contained HTML page.
 
-Here are the views: what each part of the page shows. words.py makes every sentence with a number from the numbers;
+Here are the views: what each part of the page shows. wording.py makes every sentence with a number from the numbers;
 page.html.j2 holds the layout and the words that never change.
 """
 
@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from softlabel import store
-from softlabel.report import figures, plots, words
+from softlabel.report import figures, plots, wording
 from softlabel.report.figures import Overlay
 from softlabel.report.plots import Line, Style
 
@@ -57,16 +57,16 @@ def render(template: str, view: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=words.number, plain=words.plain, duration=words.duration)
+    environment.filters.update(number=wording.number, plain=wording.plain, duration=wording.duration)
     return environment.get_template(template).render(view)
 
 
 def _check_signs(models: list[dict]) -> None:
     """Refuse drops that contradict the models' own mAP50: the page would say the opposite of what was measured."""
     truth = {model["train_set"]: model["map50"] for model in models if model["labels"] == "truth"}
-    for model in words.students_of(models):
-        stated, reference = words.drop_of(model, "map50").get("absolute"), truth.get(model["train_set"])
-        if not (words.is_known(stated) and words.is_known(reference) and words.is_known(model["map50"])):
+    for model in wording.students_of(models):
+        stated, reference = wording.drop_of(model, "map50").get("absolute"), truth.get(model["train_set"])
+        if not (wording.is_known(stated) and wording.is_known(reference) and wording.is_known(model["map50"])):
             continue
         measured = model["map50"] - reference
         if stated * measured < 0 and abs(measured) > 0.001:
@@ -81,12 +81,12 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
     return {
         "results": results,
         "models": models,
-        "answers": words.answers(results),
-        "paper_answers": words.paper_answers(results),
-        "has_words": any(words.source_of(model) == words.OWLVIT for model in models),
-        "rows": [_row(model, styles[model["name"]], words.paper_of(models)) for model in models],
-        "metrics": words.METRICS,
-        "losses": words.loss_names(models),
+        "answers": wording.answers(results),
+        "paper_answers": wording.paper_answers(results),
+        "has_open_vocabulary": any(wording.source_of(model) == wording.OWLVIT for model in models),
+        "rows": [_row(model, styles[model["name"]], wording.paper_of(models)) for model in models],
+        "metrics": wording.METRICS,
+        "losses": wording.loss_names(models),
         "drops": _drop_view(results, styles),
         "curves": _curves_view(results, curves, styles),
         "f1_peaks": _f1_peaks(models),
@@ -98,34 +98,36 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
     }
 
 
-def _row(model: dict, style: Style, paper_numbers: words.Paper) -> dict[str, Any]:
-    paper, paper_drops = words.paper_row(paper_numbers, model), words.paper_drop(paper_numbers, model)
+def _row(model: dict, style: Style, paper_numbers: wording.Paper) -> dict[str, Any]:
+    paper, paper_drops = wording.paper_row(paper_numbers, model), wording.paper_drop(paper_numbers, model)
     return {
         "model": model,
         "swatch": Markup(plots.line_swatch(style)),
-        "labels": words.labels_of(model),
-        "drops": {metric: _drop_cell(words.drop_of(model, metric)) for metric, _ in words.METRICS},
+        "labels": wording.labels_of(model),
+        "drops": {metric: _drop_cell(wording.drop_of(model, metric)) for metric, _ in wording.METRICS},
         "paper": dict(zip(("map50", "map50_95"), paper, strict=True)) if paper else None,
         "paper_drops": paper_drops,
     }
 
 
 def _drop_cell(drop: dict) -> dict[str, str | None]:
-    if not words.is_known(drop.get("absolute")):
+    if not wording.is_known(drop.get("absolute")):
         return {"absolute": None}
-    verdict = {True: "distinguishable", False: "not distinguishable", None: "no interval"}[words.distinguishable(drop)]
+    verdict = {True: "distinguishable", False: "not distinguishable", None: "no interval"}[
+        wording.distinguishable(drop)
+    ]
     return {
-        "absolute": words.number(drop["absolute"]),
-        "relative": words.number(drop.get("relative_percent"), 1),
-        "interval": words.interval(drop.get("low"), drop.get("high"), 4),
-        "relative_interval": words.interval(drop.get("relative_low"), drop.get("relative_high"), 1),
+        "absolute": wording.number(drop["absolute"]),
+        "relative": wording.number(drop.get("relative_percent"), 1),
+        "interval": wording.interval(drop.get("low"), drop.get("high"), 4),
+        "relative_interval": wording.interval(drop.get("relative_low"), drop.get("relative_high"), 1),
         "verdict": verdict,
     }
 
 
 def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None:
     """The per-class drop figure: absolute and relative bars, and the largest drop in words."""
-    students = [model for model in words.students_of(results["models"]) if (model["drop"] or {}).get("per_class")]
+    students = [model for model in wording.students_of(results["models"]) if (model["drop"] or {}).get("per_class")]
     classes = results["classes"]
     if not students:
         return None
@@ -136,7 +138,7 @@ def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None
         svg = plots.bar_panel(classes, values, bars, form=form, key=f"drop-{key}")
         panels.append({"title": title, "svg": Markup(svg)})
     pairs = zip(bars, students, strict=True)
-    legend = [{"swatch": Markup(plots.bar_swatch(bar)), "text": words.student_words(model)} for bar, model in pairs]
+    legend = [{"swatch": Markup(plots.bar_swatch(bar)), "text": wording.student_words(model)} for bar, model in pairs]
     return {"panels": panels, "legend": legend, "largest": _largest_drop(students, classes)}
 
 
@@ -149,9 +151,9 @@ def _largest_drop(students: list[dict], classes: Sequence[str]) -> dict[str, str
     relative = _class_drop(model, name).get("relative_percent")
     return {
         "class": name,
-        "absolute": words.number(absolute, 3),
-        "relative": words.number(relative, 1),
-        "student": words.student_words(model),
+        "absolute": wording.number(absolute, 3),
+        "relative": wording.number(relative, 1),
+        "student": wording.student_words(model),
     }
 
 
@@ -176,7 +178,7 @@ def _panels(
         lines = []
         for model, style in styles.items():
             curve = curves.get(model, {}).get(name) or {}
-            dots = (marks[model],) if name == "all" and words.is_known(marks.get(model)) else ()
+            dots = (marks[model],) if name == "all" and wording.is_known(marks.get(model)) else ()
             if curve.get(axes[0]) and curve.get(axes[1]):
                 lines.append(Line(curve[axes[0]], curve[axes[1]], style, dots))
         if lines:
@@ -189,8 +191,8 @@ def _f1_peaks(models: list[dict]) -> dict[str, str]:
     """The confidences of the best F1 in words, truth and soft apart."""
     peaks = {}
     for labels in ("truth", "soft"):
-        found = sorted(m["f1_conf"] for m in models if m["labels"] == labels and words.is_known(m["f1_conf"]))
-        ends = [words.number(value, 2) for value in found[:1] + found[-1:]]
+        found = sorted(m["f1_conf"] for m in models if m["labels"] == labels and wording.is_known(m["f1_conf"]))
+        ends = [wording.number(value, 2) for value in found[:1] + found[-1:]]
         peaks[labels] = " to ".join(dict.fromkeys(ends))
     return peaks
 
@@ -200,7 +202,7 @@ def _quality_view(results: dict) -> dict[str, Any] | None:
     quality = results.get("label_quality") or []
     if not quality:
         return None
-    used = sorted({words.threshold_of(model) for model in words.students_of(results["models"])})
+    used = sorted({wording.threshold_of(model) for model in wording.students_of(results["models"])})
     names = ["all", *_largest_classes(results, _MAX_LINES - 1)]
     styles = {name: _class_style(i) for i, name in enumerate(names)}
     labellings = list(dict.fromkeys((row["teacher"], row["train_set"]) for row in quality))
@@ -257,7 +259,7 @@ def _tiles_view(tiles: dict) -> dict[str, Any]:
     """What the tile step counted: facts, and a table of tiles and boxes per split."""
     facts = {text: tiles[key] for key, text in _TILE_FACTS.items() if key in tiles}
     if size := tiles.get("mean_tile_px"):
-        facts[_TILE_FACTS["mean_tile_px"]] = " x ".join(words.number(side, 0) for side in size) + " px"
+        facts[_TILE_FACTS["mean_tile_px"]] = " x ".join(wording.number(side, 0) for side in size) + " px"
     splits, boxes = tiles.get("splits") or {}, tiles.get("boxes_by_split") or {}
     rows = [("tiles", [*splits.values(), tiles.get("tiles")])]
     for name, total in (tiles.get("boxes") or {}).items():
@@ -273,9 +275,9 @@ def _machine_view(machine: dict) -> dict[str, Any]:
 def _model_styles(models: list[dict]) -> dict[str, Style]:
     """Colour by train set, solid for truth, a dash per source of labels and threshold."""
     train_sets = list(dict.fromkeys(model["train_set"] for model in models))
-    students = words.students_of(models)
-    kinds = sorted({words.kind_of(student) for student in students})
-    dashes = {student["name"]: 1 + kinds.index(words.kind_of(student)) for student in students}
+    students = wording.students_of(models)
+    kinds = sorted({wording.kind_of(student) for student in students})
+    dashes = {student["name"]: 1 + kinds.index(wording.kind_of(student)) for student in students}
     return {
         model["name"]: Style(train_sets.index(model["train_set"]), dashes.get(model["name"], 0)) for model in models
     }
@@ -283,8 +285,8 @@ def _model_styles(models: list[dict]) -> dict[str, Style]:
 
 def _bar_style(style: Style, model: dict, students: list[dict]) -> Style:
     """The model's colour, paler for each further source of labels and higher threshold."""
-    kinds = sorted({words.kind_of(student) for student in students})
-    rank = kinds.index(words.kind_of(model)) / max(len(kinds) - 1, 1)
+    kinds = sorted({wording.kind_of(student) for student in students})
+    rank = kinds.index(wording.kind_of(model)) / max(len(kinds) - 1, 1)
     return Style(style.colour, opacity=round(1 - 0.6 * rank, 2))
 
 

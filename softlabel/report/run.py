@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from softlabel.errors import SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
 from softlabel.records import TILES, Detections
-from softlabel.report import figures, page, words
+from softlabel.report import figures, page, wording
 from softlabel.report import store as report
 from softlabel.report.figures import Pixels
 from softlabel.report.store import DoubtfulTile, Tally
@@ -86,10 +86,10 @@ def _histograms(tally: Tally, classes: Sequence[str]) -> bytes:
     """All classes, then each alone; of very many those with the most boxes."""
     counts_K = tally.boxes_HK[0]
     largest = set(np.argsort(-counts_K, kind="stable")[:_MAX_CLASS_PANELS].tolist())
-    panels = [(f"all classes: {words.plain(int(counts_K.sum()))}", tally.histograms_KB.sum(axis=0), _INK_RGB)]
+    panels = [(f"all classes: {wording.plain(int(counts_K.sum()))}", tally.histograms_KB.sum(axis=0), _INK_RGB)]
     for i, name in enumerate(classes):
         if i in largest:
-            panels.append((f"{name}: {words.plain(int(counts_K[i]))}", tally.histograms_KB[i], figures.class_rgb(i)))
+            panels.append((f"{name}: {wording.plain(int(counts_K[i]))}", tally.histograms_KB[i], figures.class_rgb(i)))
     return figures.histograms_png(panels, "score of the best class")
 
 
@@ -144,7 +144,7 @@ class _Painter:
             "rank": rank,
             "tile_id": tile.tile_id,
             "file": name,
-            "doubt": words.number(tile.doubt, 1),
+            "doubt": wording.number(tile.doubt, 1),
             "boxes": len(shown.boxes),
             "jpeg": _base64(figures.jpeg(draw(_PAGE_PX, scores=False), self._max_bytes)),
         }

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from softlabel import store
-from softlabel.report import plots, words
+from softlabel.report import plots, wording
 from softlabel.report.page import render
 from softlabel.report.plots import Line, Style
 
@@ -44,7 +44,7 @@ def sentences(results: dict) -> list[str]:
 
 def values_words(values: Mapping[str, Any]) -> str:
     """Values as people say them: ``threshold 0.3``, ``imgsz 192``."""
-    return ", ".join(f"{_short(key)} {words.plain(value)}" for key, value in values.items())
+    return ", ".join(f"{_short(key)} {wording.plain(value)}" for key, value in values.items())
 
 
 def write_search_report(path: Path, results: dict) -> None:
@@ -99,7 +99,7 @@ def _students(count: int) -> str:
 def _cost(results: dict) -> str:
     hours = f"{results['gpu_hours']:.2g} GPU-hours" if results["gpu_hours"] else f"{results['cpu_hours']:.2g} CPU-hours"
     return (
-        f"{len(results['trials'])} students and {results['epochs']} epochs in {words.duration(results['seconds'])}, "
+        f"{len(results['trials'])} students and {results['epochs']} epochs in {wording.duration(results['seconds'])}, "
         f"{hours}, {results['start_up_share']:.0%} of it start-up and waiting."
     )
 
@@ -121,7 +121,7 @@ def _panel(results: dict, key: str, number: int) -> dict[str, Any]:
     line, best = results["answer"]["lines"][key], results["answer"]["values"]
     if "peak_low" not in line:
         rows = zip(line["at"], line["mean"], line["low"], line["high"], strict=True)
-        return {"title": _short(key), "choices": [(words.plain(at), *rest) for at, *rest in rows]}
+        return {"title": _short(key), "choices": [(wording.plain(at), *rest) for at, *rest in rows]}
     points = [
         (trial["values"][key], _reached(trial), trial["status"] == "finished" and trial["subset"] == 1)
         for trial in results["trials"]
@@ -168,20 +168,20 @@ def _labels_table(results: dict) -> list[list[str]]:
     """Labels kept per class over the threshold."""
     counts: dict[str, dict[str, int]] = results["labels_kept"]
     names = [*results["classes"], "all"]
-    return [["threshold", *names], *([at, *(words.plain(row[name]) for name in names)] for at, row in counts.items())]
+    return [["threshold", *names], *([at, *(wording.plain(row[name]) for name in names)] for at, row in counts.items())]
 
 
 def _row(trial: dict, results: dict) -> dict[str, Any]:
     status = trial["status"] + (f": {trial['reason']}" if trial["reason"] else "")
     return {
         "number": trial["number"],
-        "values": [words.plain(trial["values"][key]) for key in results["space"]],
+        "values": [wording.plain(trial["values"][key]) for key in results["space"]],
         "seed": trial["seed"],
         "role": trial["role"],
         "epochs": f"{len(trial['history'])} of {trial['epochs']}",
-        "map50": words.number(_reached(trial) if trial["history"] else None),
-        "test": words.number(trial.get("test_map50")),
-        "seconds": words.duration(trial["seconds"]),
+        "map50": wording.number(_reached(trial) if trial["history"] else None),
+        "test": wording.number(trial.get("test_map50")),
+        "seconds": wording.duration(trial["seconds"]),
         "status": status,
         "is_best": trial["values"] == results["answer"]["values"],
     }

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from softlabel.records import EMPTY, LABELLED, REJECTED, Detections, detections_from_row
-from softlabel.report import words
+from softlabel.report import wording
 from softlabel.store import digest
 
 THRESHOLDS = (0.1, 0.3, 0.5)
@@ -153,7 +153,7 @@ def reason_group(reason: str, tile_id: str) -> str:
 
 def teacher_facts(teacher: dict) -> dict[str, str]:
     """A teacher's fingerprint, or that of several fused, as names and words; classes are told elsewhere."""
-    facts = {key: words.plain(value) for key, value in teacher.items() if key not in ("fused", "classes", "versions")}
+    facts = {key: wording.plain(value) for key, value in teacher.items() if key not in ("fused", "classes", "versions")}
     for i, fused in enumerate(teacher.get("fused", ()), start=1):
         facts[f"teacher {i}"] = ", ".join(f"{key} {value}" for key, value in teacher_facts(fused).items())
     return facts
@@ -163,11 +163,11 @@ def box_table(tally: Tally, teacher: dict) -> list[list[str]]:
     """Boxes by best class and threshold in words: a header, a row per class, all classes, tiles without a box."""
     floor = teacher.get("nms", {}).get("floor")
     header = ["best class", "all" if floor is None else f"> {floor:g} (floor)"]
-    rows = [[name, *map(words.plain, counts)] for name, counts in zip(teacher["classes"], tally.boxes_HK.T.tolist())]  # noqa: B905
+    rows = [[name, *map(wording.plain, counts)] for name, counts in zip(teacher["classes"], tally.boxes_HK.T.tolist())]  # noqa: B905
     return [
         [*header, *(f"> {threshold:g}" for threshold in THRESHOLDS)],
         *rows,
-        ["all classes", *map(words.plain, tally.boxes_HK.sum(axis=1).tolist())],
+        ["all classes", *map(wording.plain, tally.boxes_HK.sum(axis=1).tolist())],
         ["tiles without a box", *(percent(count, tally.labelled) for count in tally.empty_H.tolist())],
     ]
 
@@ -175,11 +175,11 @@ def box_table(tally: Tally, teacher: dict) -> list[list[str]]:
 def tile_counts(tally: Tally) -> dict[str, str]:
     """Tiles asked for and what became of them, in words."""
     return {
-        "tiles asked for": words.plain(tally.requested),
-        "labelled": words.plain(tally.labelled),
-        **({"empty": f"{words.plain(tally.empty)} (no valid pixel)"} if tally.empty else {}),
-        "rejected": f"{words.plain(tally.rejected)} ({percent(tally.rejected, tally.requested)})",
-        "saturated": f"{words.plain(tally.saturated)} (max_det cut their boxes)",
+        "tiles asked for": wording.plain(tally.requested),
+        "labelled": wording.plain(tally.labelled),
+        **({"empty": f"{wording.plain(tally.empty)} (no valid pixel)"} if tally.empty else {}),
+        "rejected": f"{wording.plain(tally.rejected)} ({percent(tally.rejected, tally.requested)})",
+        "saturated": f"{wording.plain(tally.saturated)} (max_det cut their boxes)",
     }
 
 
@@ -188,7 +188,7 @@ def top_reasons(tally: Tally) -> tuple[list[Reason], str]:
     reasons = sorted(tally.reasons.values(), key=lambda reason: (-reason.tiles, reason.example))
     rest = reasons[_SHOWN_REASONS:]
     tiles = sum(reason.tiles for reason in rest)
-    return reasons[:_SHOWN_REASONS], f"{words.plain(tiles)} tiles for {len(rest)} other reasons" if rest else ""
+    return reasons[:_SHOWN_REASONS], f"{wording.plain(tiles)} tiles for {len(rest)} other reasons" if rest else ""
 
 
 def format_store(name: str, teacher: dict, tally: Tally) -> str:
@@ -238,7 +238,7 @@ def is_as_written(document: dict) -> bool:
 
 def percent(count: int, total: int) -> str:
     """A share for people, an en dash of nothing."""
-    return f"{100 * count / total:.1f} %" if total else words.NULL
+    return f"{100 * count / total:.1f} %" if total else wording.NULL
 
 
 def _score_matrix(scores: pa.ChunkedArray, num_classes: int) -> NDArray[np.float32]:
@@ -261,5 +261,5 @@ def _reason_lines(tally: Tally) -> list[str]:
     shown, rest = top_reasons(tally)
     if not shown:
         return []
-    rows = [f"{words.plain(r.tiles):>7}  {words.plain(r.retryable):>9}  {r.example}" for r in shown]
+    rows = [f"{wording.plain(r.tiles):>7}  {wording.plain(r.retryable):>9}  {r.example}" for r in shown]
     return ["", f"{'rejected':>8} {'retryable':>9}  reason (one of each kind)", *rows, *([rest] if rest else [])]

@@ -19,7 +19,7 @@ import ray
 import softlabel
 from softlabel.errors import SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.lease import Lease
+from softlabel.lease import Lease
 from softlabel.records import EMPTY, LABELLED, REJECTED, Detections
 from softlabel.results import datasets, geo
 from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard

@@ -34,7 +34,7 @@ class _Group:
     asked: int = 0
 
 
-class Desk:
+class Dispatcher:
     """Students by name, and who trains them.
 
     Args:
@@ -63,7 +63,7 @@ class Desk:
                 self._queue.append(name)
             self._changed.notify_all()
 
-    async def take(self, group: int, node: str, timeout_s: float) -> Any:
+    async def next_job(self, group: int, node: str, timeout_s: float) -> Any:
         """The next student for a worker group; ``wait`` if there is none for so long, ``close`` if there will be none.
 
         A group that comes back with a student in hand has lost its workers: it gets the same again, to go on with.
@@ -100,7 +100,7 @@ class Desk:
             await self._changed.wait_for(lambda: self._closed or not student.is_held(len(history)))
             return student.status == "training" and not self._closed
 
-    async def end(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
+    async def put_back(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
         """A group puts its student down: finished, stopped or failed."""
         async with self._changed:
             if student := self._student_of(group):
@@ -113,7 +113,7 @@ class Desk:
             self._groups[group].student = None
             self._changed.notify_all()
 
-    async def stumble(self, group: int, reason: str) -> None:
+    async def note_failure(self, group: int, reason: str) -> None:
         """A group says why it is about to begin again with its student."""
         async with self._changed:
             if student := self._student_of(group):
@@ -126,9 +126,9 @@ class Desk:
             await self._changed.wait_for(
                 lambda: len(student.history) > epochs_seen or student.status not in ("waiting", "training")
             )
-            return self.look(name)
+            return self.status(name)
 
-    def look(self, name: str) -> dict:
+    def status(self, name: str) -> dict:
         """What there is of a student now: status, reason, history and seconds; nothing of one never submitted."""
         student = self._students.get(name) or _Student(None, None)
         return {key: getattr(student, key) for key in ("status", "reason", "history", "seconds")}
@@ -149,7 +149,7 @@ class Desk:
             self._students[name].until = until
             self._changed.notify_all()
 
-    async def lose(self, nodes: list[str]) -> None:
+    async def nodes_lost(self, nodes: list[str]) -> None:
         """Nodes are gone: what their groups had in hand goes to whoever is free next."""
         async with self._changed:
             for hand in (hand for hand in self._groups.values() if hand.node in nodes):

@@ -58,7 +58,7 @@ class Plan:
         self._distributions = distributions(recipe.search.space)
         self._until = {trial.number: self._next_rung(trial, trial.epoch) for trial in self._unfinished}
 
-    def next(self, elapsed_s: float) -> Trial | None:
+    def suggest(self, elapsed_s: float) -> Trial | None:
         """The next student to train; None if there shall be no other, or not before one of those running has ended."""
         if self._unfinished:
             return self._unfinished.pop(0)

@@ -1,8 +1,9 @@
 """The search on Ray: Tune decides which students train and for how long, a few Ray Train launches train them all.
 
-A launch takes half a minute and more, so worker groups are started once and take student after student from a desk
-(desk.py). A trial of Tune's only waits at that desk: it holds no CPU, and stopping it frees its group at the end of the
-epoch. What a student left in its folder is enough to go on, so a search that died is taken up from the disk alone.
+A launch takes half a minute and more, so worker groups are started once and take student after student from a
+dispatcher (dispatcher.py). A trial of Tune's only waits there: it holds no CPU, and stopping it frees its group at the
+end of the epoch. What a student left in its folder is enough to go on, so a search that died is taken up from the disk
+alone.
 """
 
 import os
@@ -20,15 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from softlabel.calibration import calibration_of
 from softlabel.config import Execution, Recipe
 from softlabel.errors import RecipeError, StoreError, TrainingError
-from softlabel.labelling.lease import Lease
+from softlabel.lease import Lease
 from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.search.answer import answer
-from softlabel.search.desk import Desk
-from softlabel.search.groups import launch, words
+from softlabel.search.dispatcher import Dispatcher
 from softlabel.search.plan import Plan, has_failed
 from softlabel.search.trainable import Student
 from softlabel.search.trials import Trial
-from softlabel.search.tuning import Asker, Stopper, Watch
+from softlabel.search.tuning import Monitor, PlanScheduler, PlanSearcher
+from softlabel.search.worker_groups import launch, one_line
 from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
 from softlabel.terminal import say
 from softlabel.training.arguments import check_train_args
@@ -186,8 +187,8 @@ class _Search:
         self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
         # What leads the search is lost with its driver, and with no other node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk)
-        self.desk = desk.remote(inputs.recipe.search.max_failures)
+        dispatcher = ray.remote(num_cpus=0, scheduling_strategy=here)(Dispatcher)
+        self.dispatcher = dispatcher.remote(inputs.recipe.search.max_failures)
         self._launcher = launch.options(scheduling_strategy=here)
         self.num_groups = 0
         self._groups: dict[ray.ObjectRef, int] = {}
@@ -208,15 +209,15 @@ class _Search:
         self.num_groups = num_groups
         say(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
         self._groups = {self._launch(i): i for i in range(num_groups)}
-        trainable = tune.with_parameters(Student, desk=self.desk)
+        trainable = tune.with_parameters(Student, dispatcher=self.dispatcher)
         tuner = tune.Tuner(
             # A byte of memory and no CPU: a trial waits, and CPUs that it held would be lacking to the students.
             tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),
             tune_config=tune.TuneConfig(
                 metric="map50",
                 mode="max",
-                search_alg=Asker(self),
-                scheduler=Stopper(self),
+                search_alg=PlanSearcher(self),
+                scheduler=PlanScheduler(self),
                 num_samples=-1,  # until the plan says so: a student that waited comes as another trial of Tune's
                 max_concurrent_trials=num_groups,
                 time_budget_s=None if self.budget_s is None else self.budget_s - self.elapsed_s(),
@@ -227,7 +228,7 @@ class _Search:
             run_config=tune.RunConfig(
                 name=f"tune-{uuid.uuid4().hex[:6]}",
                 storage_path=str(self.folder / "tune"),
-                callbacks=[Watch(self)],
+                callbacks=[Monitor(self)],
                 failure_config=tune.FailureConfig(max_failures=self.inputs.recipe.search.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the students' folders have it all
                 verbose=1,
@@ -242,31 +243,31 @@ class _Search:
         return self.budget_s is None or self.elapsed_s() < self.budget_s
 
     def begin(self, trial: Trial) -> None:
-        """Hand a student to the desk."""
+        """Hand a student to the dispatcher."""
         job = self.inputs.job(trial)
         trial.folder = job.folder.name
         values = ", ".join(f"{key} {value}" for key, value in trial.values.items())
         say(f"{trial.name}: {values}, seed {trial.seed}")
         self.save(trial)
-        ray.get(self.desk.submit.remote(trial.name, job, self.plan.until(trial)))
+        ray.get(self.dispatcher.submit.remote(trial.name, job, self.plan.until(trial)))
 
     def advance(self, trial: Trial, epoch: int) -> None:
         """Let a student that has come to where it would wait go on, if it may."""
         before = self.plan.until(trial)
         self.plan.advance(trial, epoch)
         if self.plan.until(trial) != before:
-            ray.get(self.desk.extend.remote(trial.name, self.plan.until(trial)))
+            ray.get(self.dispatcher.extend.remote(trial.name, self.plan.until(trial)))
 
-    def end(self, trial: Trial) -> None:
-        """Take a student from the desk, whatever became of it."""
-        ray.get(self.desk.stop.remote(trial.name))
-        self.look(trial)
+    def stop(self, trial: Trial) -> None:
+        """Take a student from the dispatcher, whatever became of it."""
+        ray.get(self.dispatcher.stop.remote(trial.name))
+        self.refresh(trial)
         self.save(trial)
         self._clean(_KEPT + _SPARE)
 
-    def look(self, trial: Trial) -> None:
-        """What the desk knows of a student."""
-        found = ray.get(self.desk.look.remote(trial.name))
+    def refresh(self, trial: Trial) -> None:
+        """What the dispatcher knows of a student."""
+        found = ray.get(self.dispatcher.status.remote(trial.name))
         if found["status"] in ("stopped", "finished", "failed"):
             trial.status, trial.reason = found["status"], found["reason"]
         if len(found["history"]) >= trial.epoch:
@@ -300,14 +301,14 @@ class _Search:
         return self.folder / "students" / trial.folder
 
     def _launch(self, group: int) -> ray.ObjectRef:
-        return self._launcher.remote(self.desk, group, self.inputs.recipe.execution, str(self.folder))
+        return self._launcher.remote(self.dispatcher, group, self.inputs.recipe.execution, str(self.folder))
 
-    def tend(self, lost_nodes: list[str]) -> None:
+    def maintain(self, lost_nodes: list[str]) -> None:
         """See to lease, clock, lost nodes, and groups that came to an end, as when what leads them is lost."""
         self._lease.check()
         self.save_clock()
         if lost_nodes:
-            self.desk.lose.remote(lost_nodes)
+            self.dispatcher.nodes_lost.remote(lost_nodes)
         ended, _ = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=0)
         for reference in ended:
             group = self._groups.pop(reference)
@@ -316,23 +317,23 @@ class _Search:
                 try:
                     ray.get(reference)
                 except RayError as error:
-                    raise TrainingError(f"worker groups come to an end by themselves: {words(error)}") from None
+                    raise TrainingError(f"worker groups come to an end by themselves: {one_line(error)}") from None
             self._groups[self._launch(group)] = group
 
     def _close(self) -> None:
-        self.desk.close.remote()
+        self.dispatcher.close.remote()
         _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
         for group in staying:
             ray.cancel(group, force=True)
         if self._lease.is_held:  # else all of it is another driver's now
             self._settle()
-        ray.kill(self.desk)  # Tune keeps a handle
+        ray.kill(self.dispatcher)  # Tune keeps a handle
 
     def _settle(self) -> None:
         """Once the groups have gone home: what became of the students that were in hand, and what the disk may lose."""
         for trial in self.plan.trials:
             if trial.status == "running":
-                self.look(trial)
+                self.refresh(trial)
                 if trial.status == "stopped":  # with the groups, and not by the plan
                     trial.status = "running"
                 self.save(trial)

@@ -1,5 +1,5 @@
-"""A trial of Ray Tune's: it waits at the desk for what its student does. Its process imports this file and little else,
-since a search starts several."""
+"""A trial of Ray Tune's: it waits at the dispatcher for what its student does. Its process imports this file and little
+else, since a search starts several."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from softlabel.search.trials import Trial
 
 
 class Student(tune.Trainable):
-    """A trial: it waits at the desk for what its student does. Its process outlives it and serves the next."""
+    """A trial: it waits at the dispatcher for what its student does. Its process outlives it and serves the next."""
 
-    def setup(self, config: dict[str, Any], desk: Any = None) -> None:
+    def setup(self, config: dict[str, Any], dispatcher: Any = None) -> None:
         """Remember whom to wait for."""
-        self._desk, self._name, self._seen = desk, Trial.name_of(config["number"]), 0
+        self._dispatcher, self._name, self._seen = dispatcher, Trial.name_of(config["number"]), 0
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another student in the same process."""
@@ -23,7 +23,7 @@ class Student(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """One more epoch of it."""
-        found = ray.get(self._desk.wait.remote(self._name, self._seen))
+        found = ray.get(self._dispatcher.wait.remote(self._name, self._seen))
         history = found["history"]
         self._seen = min(self._seen + 1, len(history))
         best = max((row["map50"] for row in history[: self._seen]), default=0.0)

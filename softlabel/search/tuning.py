@@ -14,7 +14,7 @@ from softlabel.search.trials import Trial
 _LOOK_S = 5.0  # between looks at the nodes and the clock
 
 
-class Running(Protocol):
+class SearchRun(Protocol):
     """What a search in hand does for Tune (run.py)."""
 
     plan: Plan
@@ -23,35 +23,35 @@ class Running(Protocol):
         """Of the budget."""
 
     def begin(self, trial: Trial) -> None:
-        """Hand a student to the desk."""
+        """Hand a student to the dispatcher."""
 
-    def look(self, trial: Trial) -> None:
-        """What the desk knows of a student."""
+    def refresh(self, trial: Trial) -> None:
+        """What the dispatcher knows of a student."""
 
     def advance(self, trial: Trial, epoch: int) -> None:
-        """Tell the desk of a student that need not wait."""
+        """Tell the dispatcher of a student that need not wait."""
 
-    def end(self, trial: Trial) -> None:
-        """Take a student from the desk."""
+    def stop(self, trial: Trial) -> None:
+        """Take a student from the dispatcher."""
 
     def save(self, trial: Trial) -> None:
         """Commit what is known of a student."""
 
-    def tend(self, lost_nodes: list[str]) -> None:
+    def maintain(self, lost_nodes: list[str]) -> None:
         """See to clock, lease and worker groups."""
 
 
-class Asker(Searcher):
+class PlanSearcher(Searcher):
     """Tune's questions, answered by the plan."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: SearchRun) -> None:
         super().__init__(metric="map50", mode="max")
         self._run = run
         self._by_id: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next student as a Tune config; None while one that runs must end first, FINISHED if there is none."""
-        trial = self._run.plan.next(self._run.elapsed_s())
+        trial = self._run.plan.suggest(self._run.elapsed_s())
         if trial is None:
             return None if self._by_id else Searcher.FINISHED
         self._by_id[trial_id] = trial
@@ -61,7 +61,7 @@ class Asker(Searcher):
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         """Keep what is known of a student on disk."""
         trial = self._by_id[trial_id]
-        self._run.look(trial)
+        self._run.refresh(trial)
         if trial.status != "running":
             trial.status = "running"  # until Tune knows it too
         self._run.save(trial)
@@ -70,7 +70,7 @@ class Asker(Searcher):
         """A trial is over: at its end, or stopped, or failed."""
         trial = self._by_id.pop(trial_id, None)
         if trial is not None:
-            self._run.end(trial)
+            self._run.stop(trial)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the trials' own files are what a resumed search reads."""
@@ -82,17 +82,17 @@ class Asker(Searcher):
         return {}
 
 
-class Stopper(FIFOScheduler):
+class PlanScheduler(FIFOScheduler):
     """Stops a student where the plan lets it wait. Tune asks it before it tells the searcher."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: SearchRun) -> None:
         super().__init__()
         self._run = run
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         """Called after every epoch of a student."""
         student, epoch = self._run.plan.trials[trial.config["number"]], result.get("epoch", 0)
-        self._run.look(student)
+        self._run.refresh(student)
         self._run.advance(student, epoch)
         until = self._run.plan.until(student)
         return TrialScheduler.CONTINUE if until is None or epoch < until else TrialScheduler.STOP
@@ -101,10 +101,10 @@ class Stopper(FIFOScheduler):
         return {}
 
 
-class Watch(tune.Callback):
+class Monitor(tune.Callback):
     """Looks after the clock and the nodes while Tune runs."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: SearchRun) -> None:
         self._run, self._looked = run, 0.0
         self._nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
@@ -115,7 +115,7 @@ class Watch(tune.Callback):
         self._looked = time.monotonic()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         lost, self._nodes = self._nodes - alive, alive
-        self._run.tend(sorted(lost))
+        self._run.maintain(sorted(lost))
 
     def __getstate__(self) -> dict:
         return {}

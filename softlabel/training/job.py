@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Execution, Model, Recipe, Threshold
+from softlabel.config import Execution, Model, Recipe, Threshold, default_iou
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
@@ -33,7 +33,7 @@ def train_job(
     weights = Path(model.weights).resolve() if model.weights else None
     if weights and not weights.is_file():
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
-    nms = recipe.label.nms(model.model)
+    nms = recipe.label.nms(default_iou(model.model))
     calibration = calibration_of(recipe) if soft_labels else None
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept

@@ -81,7 +81,7 @@ def _say_what_is_missing(execution: Execution) -> None:
 
 def _check(job: TrainJob) -> None:
     """What would fail in every worker fails here, once and at once."""
-    from softlabel.labelling.weights import build_model
+    from softlabel.detectors.weights import build_model
     from softlabel.training.arguments import check_train_args
 
     check_train_args(job.args, f"train ({job.name})", job.model)

@@ -11,10 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -29,28 +27,24 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
-from softlabel.errors import NO_LABELS, TrainingError
-from softlabel.evaluation.matching import TileResult
+from softlabel.detectors.header import Header
+from softlabel.detectors.weights import build_model, default_train_args, load_matching, save_weights
+from softlabel.detectors.yolo import YoloDetector
+from softlabel.detectors.yolov5 import YoloV5
+from softlabel.errors import TrainingError
 from softlabel.evaluation.metrics import evaluate
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.header import Header
-from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.weights import build_model, default_train_args, load_matching, save_weights
-from softlabel.labelling.yolo import YoloDetector
-from softlabel.labelling.yolov5 import YoloV5
-from softlabel.records import Truth
-from softlabel.store import commit, finish, is_done, read_tiles
+from softlabel.store import commit, finish, is_done
 from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset
+from softlabel.training.ranks import gather, is_first, rank
+from softlabel.training.state import read_state, restore, write_state
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
-
-_BATCH = 16  # tiles per forward pass when validating
-
+from softlabel.training.validation import empty_tiles, training_losses, validate, without_empty
 
 GoesOn = Callable[[list[dict], float], bool]
 """Given a row per epoch so far and the seconds they took, whether to train another."""
-T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -68,7 +62,7 @@ def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     for job in jobs:
         if not is_done(job.folder):
             trainer = train_model(job, cpu_threads, lambda history, seconds: True)
-            losses = _training_losses(job, trainer.targets)
+            losses = training_losses(job, trainer.targets)
             finish_model(job, {**trainer.summary(), "losses": losses})
 
 
@@ -96,7 +90,7 @@ def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelT
         TrainingError: There is nothing to train on, or the loss is no number.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        state = _restore(job, Path(scratch))
+        state = read_state(job, Path(scratch))
         trainer = SoftLabelTrainer(job, Path(scratch), state, goes_on)
         # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the
         # machine but one, whatever share of them this worker has.
@@ -107,7 +101,7 @@ def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelT
                 raise Stopped
         if is_first():  # only the first rank has them in its scratch folder
             commit(job.folder / WEIGHTS, lambda path: shutil.copyfile(Path(scratch) / WEIGHTS, path))
-        _gather(None)  # wait for it
+        gather(None)  # wait for it
     return trainer
 
 
@@ -116,26 +110,6 @@ def finish_model(job: TrainJob, summary: dict) -> None:
     if is_first():
         finish(job.folder, summary)
         (job.folder / STATE).unlink(missing_ok=True)
-
-
-def _restore(job: TrainJob, scratch: Path) -> dict | None:
-    """The state after the last epoch, with the best weights so far laid where the trainer will look for them."""
-    path = job.folder / STATE
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    (scratch / WEIGHTS).write_bytes(state.pop("best_weights").numpy().tobytes())
-    return state
-
-
-def is_first() -> bool:
-    """Whether this is the rank that writes and speaks."""
-    return ray.train.get_context().get_world_rank() == 0
-
-
-def from_first(ask: Callable[[], T]) -> T:
-    """What the first rank alone asked for, on every rank."""
-    return _gather(ask() if is_first() else None)[0]
 
 
 class SoftLabelTrainer(DetectionTrainer):
@@ -147,6 +121,7 @@ class SoftLabelTrainer(DetectionTrainer):
     """
 
     stop: bool  # ultralytics': the epoch in hand is the last
+    best_fitness: float | None
 
     def __init__(
         self,
@@ -159,9 +134,9 @@ class SoftLabelTrainer(DetectionTrainer):
         self._job, self._state, self._goes_on = job, state, goes_on
         self._ended = bool(state and state["ended"])
         self._started, self._seconds_before = time.monotonic(), state["seconds"] if state else 0.0
-        self._val = _without_empty(truth_targets(job.tiles, job.val_split), job.tiles, job.val_split)
+        self._val = without_empty(truth_targets(job.tiles, job.val_split), job.tiles, job.val_split)
         # Labelling has looked at the pixels of soft labels' tiles already.
-        self.targets = job.targets() if job.soft_labels else _without_empty(job.targets(), job.tiles, job.split)
+        self.targets = job.targets() if job.soft_labels else without_empty(job.targets(), job.tiles, job.split)
         self._history: list[dict] = list(state["history"]) if state else []
         device = ray.train.torch.get_device()
         overrides = {
@@ -222,13 +197,7 @@ class SoftLabelTrainer(DetectionTrainer):
         state = self._state
         if state is None:
             return
-        unwrap_model(self.model).load_state_dict(state["model"])
-        self.ema.ema.load_state_dict(state["ema"])
-        self.ema.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.best_fitness = state["best_fitness"]
-        self.stopper.best_fitness, self.stopper.best_epoch = state["stopper"]
+        restore(self, state)
         self.start_epoch = state["epoch"] + 1
         self._say(f"resumed after epoch {self.start_epoch}/{self.epochs}")
 
@@ -237,9 +206,7 @@ class SoftLabelTrainer(DetectionTrainer):
         for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, src=0)
         detector = YoloDetector(copy.deepcopy(self.ema.ema), self.args.imgsz, self._job.nms, self.device)
-        mine = self._val[ray.train.get_context().get_world_rank() :: self.world_size]
-        found = [result for part in _gather(_validate(detector, mine)) for result in part]
-        metrics = evaluate(found, self._job.classes)
+        metrics = evaluate(validate(detector, self._val), self._job.classes)
         if self.best_fitness is None or self.best_fitness < metrics.map50:
             self.best_fitness = metrics.map50
         return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50
@@ -285,10 +252,10 @@ class SoftLabelTrainer(DetectionTrainer):
     def _num_empty(self) -> dict[str, int]:
         """Tiles of each split that were left out because they have no valid pixel."""
         job = self._job
-        val = len(_empty_tiles(job.tiles, job.val_split))
+        val = len(empty_tiles(job.tiles, job.val_split))
         if job.soft_labels:
             return {job.split: num_empty(job.soft_labels, job.tiles, job.split), job.val_split: val}
-        return {job.split: len(_empty_tiles(job.tiles, job.split)), job.val_split: val}
+        return {job.split: len(empty_tiles(job.tiles, job.split)), job.val_split: val}
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -333,7 +300,7 @@ class SoftLabelTrainer(DetectionTrainer):
             + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
             + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
         )
-        commit(self._job.folder / STATE, lambda path: torch.save(self._state_now(), path))
+        write_state(self._job, self, ended=self._ended, history=self._history, seconds=self._seconds())
         ray.train.report({"job": self._job.name, **epoch, **metrics})
         if not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
             self.stop = not self._goes_on(self._history, self._seconds())
@@ -341,55 +308,19 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def _share_end(self) -> None:
         """Only the first rank knows whether patience is over."""
-        self._ended = _gather(self._ended)[0]
+        self._ended = gather(self._ended)[0]
 
     def _rank_digests(self) -> list[float]:
         """A number per rank that differs where their parameters differ, which DDP must not let happen."""
         parameters = unwrap_model(self.model).parameters()
-        digests = _gather(float(sum(p.detach().double().abs().sum() for p in parameters)))
+        digests = gather(float(sum(p.detach().double().abs().sum() for p in parameters)))
         if len(set(digests)) > 1:
             raise TrainingError(f"{self._job.name}: the ranks differ after epoch {self.epoch + 1}: {digests}")
         return digests
 
-    def _state_now(self) -> dict:
-        return {
-            "epoch": self.epoch,
-            "ended": self._ended,
-            "model": unwrap_model(self.model).state_dict(),
-            "ema": self.ema.ema.state_dict(),
-            "updates": self.ema.updates,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best_fitness": float(self.best_fitness or 0),
-            "stopper": (float(self.stopper.best_fitness), int(self.stopper.best_epoch)),
-            "history": self._history,
-            "seconds": self._seconds(),
-            "best_weights": torch.frombuffer(bytearray((self.save_dir / WEIGHTS).read_bytes()), dtype=torch.uint8),
-        }
-
     def _say(self, text: str) -> None:
         if is_first():
             print(f"{MARK}{self._job.name}: {text}", flush=True)
-
-
-@lru_cache(maxsize=8)  # for all models of a launch
-def _empty_tiles(tiles: Path, split: str) -> frozenset[str]:
-    """A split's tiles with truth that have no valid pixel; every rank looks at its share."""
-    context = ray.train.get_context()
-    rows = [row for row in read_tiles(tiles, [split]) if row["truth"] is not None]
-    reader = TileReader()
-    mine = rows[context.get_world_rank() :: context.get_world_size()]
-    found = [row["tile_id"] for row in mine if reader.is_empty(row)]
-    reader.close()
-    return frozenset(chain.from_iterable(_gather(found)))
-
-
-def _without_empty(targets: list[Target], tiles: Path, split: str) -> list[Target]:
-    empty = _empty_tiles(tiles, split)
-    seen = [target for target in targets if target.tile["tile_id"] not in empty]
-    if not any(len(target.boxes) for target in seen):
-        raise TrainingError(f"{NO_LABELS}: every tile of {split} with a box is without a valid pixel")
-    return seen
 
 
 def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
@@ -398,49 +329,10 @@ def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
     return (target.boxes[:, 2:] - target.boxes[:, :2]) * gain
 
 
-def _validate(detector: YoloDetector, targets: list[Target]) -> list[TileResult]:
-    reader, results = TileReader(), []
-    for start in range(0, len(targets), _BATCH):
-        chunk = targets[start : start + _BATCH]
-        images = [reader.read(target.tile) for target in chunk]
-        for target, found in zip(chunk, detector.detect(images), strict=True):
-            results.append(TileResult(Truth.from_row(target.tile["truth"]), found, _labelled(target.tile)))
-    reader.close()
-    return results
-
-
-def _labelled(tile: dict) -> tuple[int, ...] | None:
-    return None if tile["labelled_classes"] is None else tuple(tile["labelled_classes"])
-
-
-def _training_losses(job: TrainJob, targets: list[Target]) -> dict[str, float]:
-    """The loss of the best weights on the training set, without augmentation, as the test split's is measured."""
-    context = ray.train.get_context()
-    detector = YoloDetector.from_weights(job.folder / WEIGHTS, job.nms)
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    reader, mine, sums = TileReader(), targets[rank::world_size], []
-    for start in range(0, len(mine), _BATCH):
-        chunk = mine[start : start + _BATCH]
-        truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0) for t in chunk]
-        sums += detector.losses([target.hide_unknown(reader.read(target.tile)) for target in chunk], truths)
-    reader.close()
-    return mean_losses(detector.loss_names(), [row for part in _gather(sums) for row in part])
-
-
-def _gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    world_size = ray.train.get_context().get_world_size()
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _seed_epoch(trainer: SoftLabelTrainer) -> None:
     """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
     trainer.train_loader.reset()  # an iterator draws a seed of its own when it is made, which is once a run otherwise
-    seed = trainer.args.seed + ray.train.get_context().get_world_rank() + 1000 * (trainer.epoch + 1)
+    seed = trainer.args.seed + rank() + 1000 * (trainer.epoch + 1)
     trainer.train_loader.generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)

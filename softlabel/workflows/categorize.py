@@ -14,21 +14,21 @@ import yaml
 
 from softlabel.config import Recipe
 from softlabel.errors import RecipeError, SceneError
-from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
+from softlabel.labelling.job import open_vocabulary_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import owlvit_job
-from softlabel.labelling.vocabulary import read_vocabulary
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import LABELLED, UNKNOWN_CLASS, Detections, Truth
-from softlabel.report import figures, words
-from softlabel.report.census import Census, Example, against_truth
+from softlabel.report import figures, wording
+from softlabel.report.categories import Census, Example, against_truth
 from softlabel.report.page import render
 from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all
 from softlabel.store import read_tiles, summary, write_json, write_table, write_text
 from softlabel.terminal import say
+from softlabel.workflows.experiment import Steps
+from softlabel.workflows.vocabulary import read_vocabulary
 
 _EXAMPLES, _CROP_PX, _SHEET_BYTES = 12, 120, 120_000
 _MAX_PANELS = 60
@@ -41,7 +41,7 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
     Args:
         recipe: Its tiles, and ``label.owlvit.model``; ``classes`` only name the truth that may be there to compare.
         run_dir: Where to.
-        vocabulary: A text file (softlabel.labelling.vocabulary).
+        vocabulary: A text file (softlabel.workflows.vocabulary).
         threshold: Boxes scoring above it count.
 
     Raises:
@@ -56,7 +56,7 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
     with steps.next("tiles"):
         tiles = tile(recipe, run_dir)
     with steps.next(f"look for {len(asked)} classes"):
-        (folder,) = label(worded, [owlvit_job(worded, "vocabulary", tiles, recipe.label.splits)], run_dir)
+        (folder,) = label(worded, [open_vocabulary_job(worded, "vocabulary", tiles, recipe.label.splits)], run_dir)
     with steps.next("count and draw"):
         store = open_store(folder)
         census = _count(store, threshold)
@@ -144,7 +144,7 @@ def _write(run_dir: Path, worded: Recipe, store: Store, census: Census, results:
         "histograms": base64.b64encode(histograms).decode(),
         "sheets": _sheets(store, census, results),
     }
-    write_text(run_dir / "categories.html", render("census.html.j2", view))
+    write_text(run_dir / "categories.html", render("categories.html.j2", view))
 
 
 def _draft(worded: Recipe, results: dict[str, Any]) -> str:
@@ -161,7 +161,7 @@ def _panels(census: Census) -> list[tuple[str, np.ndarray, tuple[int, int, int]]
     totals = census.histograms_KB.sum(axis=1)
     largest = np.argsort(-totals, kind="stable")[:_MAX_PANELS]
     return [
-        (f"{census.classes[k]}: {words.plain(int(totals[k]))}", census.histograms_KB[k], figures.class_rgb(int(k)))
+        (f"{census.classes[k]}: {wording.plain(int(totals[k]))}", census.histograms_KB[k], figures.class_rgb(int(k)))
         for k in largest
     ]
 
@@ -208,7 +208,12 @@ def _in_words(results: dict[str, Any]) -> str:
     rows: Sequence[Sequence[str]] = [
         header,
         *(
-            [row["class"], words.plain(row["scenes"]), words.plain(row["objects"]), words.number(row["median"], 2)]
+            [
+                row["class"],
+                wording.plain(row["scenes"]),
+                wording.plain(row["objects"]),
+                wording.number(row["median"], 2),
+            ]
             for row in results["classes"][:20]
         ),
     ]

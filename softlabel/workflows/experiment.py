@@ -20,17 +20,16 @@ import numpy as np
 
 import softlabel
 from softlabel.config import Recipe
+from softlabel.detectors.engine_choice import resolve
 from softlabel.evaluation.quality import drop, loss_difference_percent
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
-from softlabel.labelling.engine_choice import resolve
-from softlabel.labelling.job import LabelJob
+from softlabel.labelling.job import LabelJob, label_job, open_vocabulary_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job, owlvit_job
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import LABELLED, Truth, detections_from_row
-from softlabel.report import words
+from softlabel.report import wording
 from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report
 from softlabel.results.run import fuse
@@ -72,7 +71,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
     truths, teachers = truth_models(recipe, run_dir, tiles)
     with steps.next(f"train {_names([*teachers.values(), *truths.values()])} on truth"):
         train(recipe, _distinct(teachers, truths), run_dir)
-    also = ", and with words" if _has_words(recipe) else ""
+    also = ", and with the open-vocabulary teacher" if _has_open_vocabulary(recipe) else ""
     with steps.next(f"label each training set with the other's teacher{also}"):
         stores = _label(recipe, run_dir, tiles, teachers)
     students = soft_models(recipe, run_dir, tiles, stores)
@@ -90,7 +89,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
         overlays = _overlays(recipe, tiles, next(iter(stores.values())))
         write_report(run_dir / "report.html", results, all_curves, overlays)
     files = f"results: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}"
-    say(f"\n{words.format_table(results)}\n\n{files}")
+    say(f"\n{wording.format_table(results)}\n\n{files}")
     return results
 
 
@@ -114,7 +113,7 @@ def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, di
     students = []
     for source, threshold, number in itertools.product(stores, recipe.train.thresholds, _OTHER):
         split, store = f"train_{number}", stores[source][number]
-        name = "soft" if source == words.TEACHER else source
+        name = "soft" if source == wording.TEACHER else source
         job = train_job(
             recipe,
             run_dir,
@@ -138,7 +137,7 @@ def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> d
     }
 
 
-def _has_words(recipe: Recipe) -> bool:
+def _has_open_vocabulary(recipe: Recipe) -> bool:
     """Whether students learn from an open-vocabulary teacher's labels, alone and fused with the trained teachers'."""
     return recipe.label.owlvit is not None
 
@@ -146,16 +145,17 @@ def _has_words(recipe: Recipe) -> bool:
 def _label(recipe: Recipe, run_dir: Path, tiles: Path, teachers: dict[int, _Student]) -> dict[str, dict[int, Path]]:
     """By source, then by training set, what students learn from."""
     jobs = _label_jobs(recipe, tiles, teachers)
-    if not _has_words(recipe):
-        return {words.TEACHER: dict(zip(jobs, label(recipe, list(jobs.values()), run_dir), strict=True))}
-    named = [owlvit_job(recipe, words.OWLVIT, tiles, [f"train_{number}"]) for number in jobs]
+    if not _has_open_vocabulary(recipe):
+        return {wording.TEACHER: dict(zip(jobs, label(recipe, list(jobs.values()), run_dir), strict=True))}
+    named = [open_vocabulary_job(recipe, wording.OWLVIT, tiles, [f"train_{number}"]) for number in jobs]
     stores = label(recipe, [*jobs.values(), *named], run_dir)
-    by_teacher, by_words = (dict(zip(jobs, half, strict=True)) for half in (stores[: len(jobs)], stores[len(jobs) :]))
+    halves = stores[: len(jobs)], stores[len(jobs) :]
+    by_teacher, by_open_vocabulary = (dict(zip(jobs, half, strict=True)) for half in halves)
     fused = {
-        number: fuse([by_words[number], by_teacher[number]], (1.0, 1.0), _FUSE_ABOVE, _FUSE_IOU, run_dir)
+        number: fuse([by_open_vocabulary[number], by_teacher[number]], (1.0, 1.0), _FUSE_ABOVE, _FUSE_IOU, run_dir)
         for number in jobs
     }
-    return {words.OWLVIT: by_words, words.FUSED: fused}
+    return {wording.OWLVIT: by_open_vocabulary, wording.FUSED: fused}
 
 
 def _distinct(*models: dict[int, _Student]) -> list[TrainJob]:

@@ -12,10 +12,9 @@ from softlabel.calibration import calibration_of
 from softlabel.config import Recipe
 from softlabel.errors import RecipeError
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, evaluate_store, numbers, quality
-from softlabel.experiment import Steps
 from softlabel.imagery.run import tile
+from softlabel.labelling.job import label_job, recipe_label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job, recipe_label_job
 from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
@@ -26,6 +25,7 @@ from softlabel.terminal import say
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS
+from softlabel.workflows.experiment import Steps
 
 
 def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, resume: bool) -> dict:

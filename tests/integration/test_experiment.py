@@ -5,11 +5,11 @@ import json
 import pytest
 from conftest import tiny_recipe
 
-from softlabel import experiment as chain
-from softlabel.experiment import experiment
 from softlabel.labelling import run as labelling
 from softlabel.store import summary
 from softlabel.training import run as training
+from softlabel.workflows import experiment as chain
+from softlabel.workflows.experiment import experiment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 LOW, HIGH = 0.00001, 0.0001  # three epochs teach a model next to nothing, so its scores are next to zero

@@ -14,8 +14,8 @@ from drivers import Driver, assert_same, by_tile
 from softlabel.config import Synthetic
 from softlabel.imagery.run import tile
 from softlabel.imagery.synthetic import write_scenes
+from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job
 from softlabel.store import DONE, read_tiles, summary
 
 pytestmark = pytest.mark.usefixtures("ray_session")

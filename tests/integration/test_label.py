@@ -22,9 +22,9 @@ from softlabel.errors import RecipeError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
-from softlabel.labelling.lease import Lease
+from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job
+from softlabel.lease import Lease
 from softlabel.records import detections_from_row
 from softlabel.store import DONE, read_json, read_tiles, summary, write_json
 

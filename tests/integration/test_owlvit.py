@@ -11,23 +11,23 @@ from conftest import CLASSES, tiny_recipe
 from drivers import by_tile
 from tiny_owlvit import SIDE
 
-from softlabel.categorize import categorize
+from softlabel.detectors.owlvit import OwlVitDetector
+from softlabel.detectors.queries import Queries
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import read_tile
 from softlabel.imagery.synthetic import TYPE_IDS
 from softlabel.labelling import run as labelling
-from softlabel.labelling.owlvit import OwlVitDetector
-from softlabel.labelling.queries import Queries
+from softlabel.labelling.job import label_job, open_vocabulary_job, recipe_label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job, owlvit_job, recipe_label_job
 from softlabel.records import Nms, detections_from_row
 from softlabel.results.stores import open_store
 from softlabel.store import read_tiles, summary
 from softlabel.training.job import train_job
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS
+from softlabel.workflows.categorize import categorize
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 PROMPTS = {"car": ["a car", "cars"], "plane": ["a plane"], "ship": ["a ship", "boats", "a vessel"]}
@@ -145,7 +145,7 @@ def test_words_teach_a_student(model, tmp_path):
         execution={"cpus_per_worker": 2},
     )
     tiles = tile(recipe, tmp_path)
-    (store,) = label(recipe, [owlvit_job(recipe, "words", tiles, ["train_1", "val_1"])], tmp_path)
+    (store,) = label(recipe, [open_vocabulary_job(recipe, "words", tiles, ["train_1", "val_1"])], tmp_path)
     job = train_job(
         recipe, tmp_path, "student", recipe.train.student, tiles=tiles, split="train_1", val_split="val_1",
         soft_labels=store, threshold=0.25,

@@ -20,15 +20,15 @@ from ray.util.state import list_placement_groups
 
 from softlabel.config import Execution
 from softlabel.errors import RecipeError, StoreError, TrainingError
+from softlabel.labelling.job import recipe_label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import recipe_label_job
 from softlabel.recipe_file import load_recipe
-from softlabel.search.desk import Desk
+from softlabel.search.dispatcher import Dispatcher
 from softlabel.search.run import Inputs, num_groups, search
-from softlabel.search_experiment import search_experiment
 from softlabel.store import is_done, read_json
 from softlabel.training.job import scaling
 from softlabel.training.targets import STATE
+from softlabel.workflows.search import search_experiment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 KEY = "train.threshold"
@@ -85,21 +85,21 @@ def eventful(weights, trials):
     return searched(weights, trials, space=space, sampler="random", explore=0.7)
 
 
-def judging_desk():
-    """A desk that makes up what students reach, the later ones less: small as they are they learn nothing at all."""
+def judging_dispatcher():
+    """Makes up what students reach, the later ones less: small as they are they learn nothing at all."""
 
-    class JudgingDesk(Desk):
+    class JudgingDispatcher(Dispatcher):
         async def report(self, group, history, seconds):
             return await super().report(group, self._judged(group, history), seconds)
 
-        async def end(self, group, status, reason, history, seconds):
-            await super().end(group, status, reason, self._judged(group, history), seconds)
+        async def put_back(self, group, status, reason, history, seconds):
+            await super().put_back(group, status, reason, self._judged(group, history), seconds)
 
         def _judged(self, group, history):
             quality = 0.9 * 0.9 ** int(self._groups[group].student)
             return [{**row, "map50": quality * row["epoch"] / 3} for row in history]
 
-    return JudgingDesk
+    return JudgingDispatcher
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def eventful_search(is_long, weights, tiles, store, tmp_path_factory):
     before = psutil.Process().children(recursive=True)
     killer = threading.Thread(target=kill_a_worker_after_an_epoch, args=(asked.folder, killed))
     killer.start()
-    with mock.patch("softlabel.search.run.Desk", judging_desk()), mock.patch("softlabel.search.run._KEPT", 3):
+    judging = mock.patch("softlabel.search.run.Dispatcher", judging_dispatcher())
+    with judging, mock.patch("softlabel.search.run._KEPT", 3):
         folder = search(asked, None, resume=False)
     killer.join()
     assert killed
@@ -147,7 +148,7 @@ def test_a_student_that_fails_is_recorded_with_its_reason(eventful_search):
 
 def test_nothing_is_held_after_a_search(eventful_search):
     wait_for_no_groups()
-    names = ("RayTrainWorker", "Desk", "TrainController", "Student")
+    names = ("RayTrainWorker", "Dispatcher", "TrainController", "Student")
 
     def held():
         left = set(psutil.Process().children(recursive=True)) - set(eventful_search[-1])

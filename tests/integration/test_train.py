@@ -13,12 +13,12 @@ from conftest import CLASSES, tiny_recipe
 from rasterio.windows import Window
 from safetensors.numpy import load_file
 
+from softlabel.detectors.describe import read_header
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
 from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
-from softlabel.labelling.header import read_header
+from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
-from softlabel.labelling.teachers import label_job
 from softlabel.records import EMPTY
 from softlabel.store import read_soft_labels, read_tiles, summary
 from softlabel.training.job import train_job, validation_split

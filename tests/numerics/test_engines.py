@@ -14,13 +14,13 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from softlabel.detectors import engine_choice, engines
+from softlabel.detectors.engine_choice import resolve
+from softlabel.detectors.engines import Outputs
+from softlabel.detectors.losses import TileLoss
+from softlabel.detectors.teachers import yolo_fingerprint
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
-from softlabel.labelling import engine_choice, engines
-from softlabel.labelling.engine_choice import resolve
-from softlabel.labelling.engines import Outputs
-from softlabel.labelling.losses import TileLoss
-from softlabel.labelling.teachers import yolo_fingerprint
-from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import Nms, Truth
 
 FAMILIES = ["talkative_model", "talkative_anchor_model"]
@@ -364,7 +364,7 @@ def test_a_labelling_process_starts_without_the_machinery_of_torch_compile():
 
 def test_torchvision_may_come_later():
     code = (
-        "import softlabel.labelling.detector, torchvision, torch;"
+        "import softlabel.detectors.detector, torchvision, torch;"
         "print(torchvision.ops.nms(torch.rand(1, 4), torch.rand(1), 0.5))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

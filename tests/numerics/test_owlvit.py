@@ -6,11 +6,11 @@ import torch
 from tiny_owlvit import make, save
 from torchvision.ops import batched_nms
 
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.owlvit import OwlVitDetector
+from softlabel.detectors.queries import Queries
+from softlabel.detectors.teachers import open_vocabulary_fingerprint
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.labelling.hub import local_folder
-from softlabel.labelling.owlvit import OwlVitDetector
-from softlabel.labelling.queries import Queries
-from softlabel.labelling.teachers import owlvit_fingerprint
 from softlabel.records import Nms
 
 SHAPES = [(96, 96), (60, 96), (96, 40), (96, 96)]
@@ -181,15 +181,15 @@ def test_half_precision_of_the_tower_finds_nearly_the_same(tiny, images):
 
 def test_queries_are_part_of_the_fingerprint(tiny, images):
     classes, nms = ("plane", "ship", "car"), Nms()
-    plain = owlvit_fingerprint(tiny[0], classes, Queries(PROMPTS), nms, "float32")
-    assert plain == owlvit_fingerprint(tiny[0], classes, Queries(PROMPTS), nms, "float32")
+    plain = open_vocabulary_fingerprint(tiny[0], classes, Queries(PROMPTS), nms, "float32")
+    assert plain == open_vocabulary_fingerprint(tiny[0], classes, Queries(PROMPTS), nms, "float32")
     for other in (
         Queries((("a plane",), *PROMPTS[1:])),
         Queries(PROMPTS, combine="max"),
         Queries(PROMPTS, background=("water",)),
         Queries(((), *PROMPTS[1:]), ((images[0],), (), ())),
     ):
-        found = owlvit_fingerprint(tiny[0], classes, other, nms, "float32")
+        found = open_vocabulary_fingerprint(tiny[0], classes, other, nms, "float32")
         assert {key for key in plain if plain[key] != found[key]} == {"queries"}
 
 

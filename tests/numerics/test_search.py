@@ -96,7 +96,7 @@ def simulated_search(curve, seed, *, trials=24, explore=0.6, start=0):
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"student": student})})
     plan, rng = Plan(recipe, [], 0.4, None), np.random.default_rng(seed)
     finals: dict[int, float] = {}
-    while trial := plan.next(0.0):
+    while trial := plan.suggest(0.0):
         final = finals.setdefault(trial.number, float(curve(trial.values[KEY]) + rng.normal(0, NOISE)))
         while trial.epoch < (plan.until(trial) or EPOCHS):
             epoch = trial.epoch + 1

@@ -8,12 +8,12 @@ import torch
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.boxes import iou_matrix
+from softlabel.detectors.detector import _suppressed
+from softlabel.detectors.header import Header
+from softlabel.detectors.losses import mean_losses
+from softlabel.detectors.weights import build_model, load_matching, load_model, save_weights
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import WeightsError
-from softlabel.labelling.detector import _suppressed
-from softlabel.labelling.header import Header
-from softlabel.labelling.losses import mean_losses
-from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
-from softlabel.labelling.yolo import YoloDetector
 from softlabel.records import Nms, Truth
 
 CLASSES = ("car", "plane", "ship")

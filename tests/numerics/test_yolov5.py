@@ -11,11 +11,11 @@ import torch
 import ultralytics
 from safetensors.torch import load_file
 
+from softlabel.detectors.header import Header
+from softlabel.detectors.weights import build_model, load_matching, load_model, save_weights
+from softlabel.detectors.yolo import YoloDetector
+from softlabel.detectors.yolov5 import COCO_ANCHORS, AnchorDetect, YoloV5
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.labelling.header import Header
-from softlabel.labelling.weights import build_model, load_matching, load_model, save_weights
-from softlabel.labelling.yolo import YoloDetector
-from softlabel.labelling.yolov5 import COCO_ANCHORS, AnchorDetect, YoloV5
 from softlabel.records import Nms
 
 CLASSES = ("car", "plane", "ship")

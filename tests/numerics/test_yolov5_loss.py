@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from softlabel.labelling.yolov5_loss import AnchorLoss, assign
+from softlabel.detectors.yolov5_loss import AnchorLoss, assign
 
 LN2 = math.log(2)
 GRIDS = (8, 4, 2)

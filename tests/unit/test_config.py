@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softlabel.config import Recipe
+from softlabel.config import Recipe, default_iou
 from softlabel.errors import RecipeError
 from softlabel.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe
 from softlabel.records import Nms
@@ -52,10 +52,11 @@ def test_the_paper_s_recipe_keeps_mosaic_and_its_own_optimizer():
 
 def test_nms_is_what_the_model_was_published_with_unless_the_recipe_says_otherwise(recipe_file):
     label = load_recipe(recipe_file(MINIMAL)).label
-    assert (label.nms("yolov5n.yaml").iou, label.nms("yolov5n-anchor.yaml").iou) == (0.7, 0.45)
-    assert (label.nms({"nc": 3}).iou, label.nms({"nc": 3, "anchors": [[]]}).iou) == (0.7, 0.45)
+    assert (default_iou("yolov5n.yaml"), default_iou("yolov5n-anchor.yaml")) == (0.7, 0.45)
+    assert (default_iou({"nc": 3}), default_iou({"nc": 3, "anchors": [[]]})) == (0.7, 0.45)
+    assert label.nms(0.45) == Nms(0.01, 0.45, 1000)
     given = load_recipe(recipe_file({**MINIMAL, "label": {"iou": 0.6, "floor": 0.1, "max_det": 7}})).label
-    assert given.nms("yolov5n-anchor.yaml") == Nms(0.1, 0.6, 7)
+    assert given.nms(0.45) == Nms(0.1, 0.6, 7)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from conftest import tiny_recipe
 
 from softlabel.cli import _VERBS, main
+from softlabel.dry_run import plan
 from softlabel.errors import RecipeError, SceneError
-from softlabel.plan import plan
 from softlabel.recipe_file import RECIPES
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from softlabel.errors import StoreError
-from softlabel.labelling.lease import LEASE, Lease
+from softlabel.lease import LEASE, Lease
 
 FAST = {"beat_s": 0.05, "dead_after_s": 0.5}
 

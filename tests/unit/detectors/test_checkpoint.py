@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from softlabel.cli import main
+from softlabel.detectors.checkpoint import read_checkpoint
+from softlabel.detectors.describe import read_header
+from softlabel.detectors.weights import build_model, import_weights, load_model
 from softlabel.errors import WeightsError
-from softlabel.labelling.checkpoint import read_checkpoint
-from softlabel.labelling.header import read_header
-from softlabel.labelling.weights import build_model, import_weights, load_model
 
 CALLED = []
 

@@ -10,13 +10,13 @@ import torch
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import NoValidPixelError, RecipeError
 from softlabel.labelling import labeller as module
+from softlabel.labelling.job import label_job
 from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.reading import read_shard
-from softlabel.labelling.teachers import label_job
-from softlabel.labelling.yolo import YoloDetector
 from softlabel.store import read_table, shard_file
 
 

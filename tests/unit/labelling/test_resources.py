@@ -4,11 +4,11 @@ import pytest
 
 from softlabel.config import Execution
 from softlabel.errors import RecipeError
-from softlabel.labelling.room import Room
+from softlabel.labelling.resources import Resources
 
 
-def room(nodes, gpus=0, **execution):
-    return Room(Execution(**execution), nodes, gpus)
+def resources(nodes, gpus=0, **execution):
+    return Resources(Execution(**execution), nodes, gpus)
 
 
 @pytest.mark.parametrize(
@@ -24,22 +24,22 @@ def room(nodes, gpus=0, **execution):
     ],
 )
 def test_without_gpus_the_actors_share_what_the_readers_leave(nodes, actors, cpus, readers):
-    found = room(nodes, actors=actors)
+    found = resources(nodes, actors=actors)
     assert (found.cpus_per_actor, found.readers, found.cpus_per_reader) == (cpus, readers, 0.25)
     assert found.most_actors * found.cpus_per_actor + found.readers * found.cpus_per_reader <= sum(nodes)
     found.check()
 
 
 def test_threads_never_pass_what_an_actor_reserves():
-    assert room((64,), actors=32).threads == 2
-    assert room((64,), actors=1).threads == 64
-    assert room((64,), actors=1, cpus_per_actor=0.5).threads == 1
+    assert resources((64,), actors=32).threads == 2
+    assert resources((64,), actors=1).threads == 64
+    assert resources((64,), actors=1, cpus_per_actor=0.5).threads == 1
 
 
 def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
-    found = room((16,), gpus=2, actors=2, gpus_per_actor=1)
+    found = resources((16,), gpus=2, actors=2, gpus_per_actor=1)
     assert (found.cpus_per_actor, found.cpus_per_reader, found.readers) == (1, 1, 4)
-    found = room((16,), gpus=2, actors=4, gpus_per_actor=0.5, reader_cpus_per_actor=3)
+    found = resources((16,), gpus=2, actors=4, gpus_per_actor=0.5, reader_cpus_per_actor=3)
     assert (found.cpus_per_reader, found.readers) == (1, 12)
     found.check()
 
@@ -54,4 +54,4 @@ def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
 )
 def test_what_could_never_start_is_refused(nodes, gpus, execution, says):
     with pytest.raises(RecipeError, match=says):
-        room(nodes, gpus, **execution).check()
+        resources(nodes, gpus, **execution).check()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softlabel.report.census import Census, Example, against_truth
+from softlabel.report.categories import Census, Example, against_truth
 
 CLASSES = ("plane", "ship", "tree")
 

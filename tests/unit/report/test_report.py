@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softlabel.records import Detections, Truth
-from softlabel.report import figures, page, words
+from softlabel.report import figures, page, wording
 from softlabel.report.figures import SOFT_RGB, TRUTH_RGB, Overlay
 
 NASTY = "<b>&"
@@ -219,24 +219,24 @@ def test_an_interval_with_zero_is_not_distinguishable(tmp_path):
     ],
 )
 def test_the_headline_follows_the_numbers(results, expected):
-    assert all(part in words.headline(results) for part in expected), words.headline(results)
+    assert all(part in wording.headline(results) for part in expected), wording.headline(results)
 
 
 def test_the_headline_names_the_sets_that_differ():
     results = six(0.01)
     results["models"][1]["drop"]["map50"].update(low=-0.05, high=0.01)
-    assert words.headline(results).endswith("distinguishable for train_2, not distinguishable for train_1")
+    assert wording.headline(results).endswith("distinguishable for train_2, not distinguishable for train_1")
     results["models"][1] = model("train_1", 0.3, 0.7511, reference=0.7111)
-    assert words.headline(results).endswith("opposite directions")
+    assert wording.headline(results).endswith("opposite directions")
     for i in (1, 4):
         results["models"][i]["drop"]["map50"].update(low=None, high=None, distinguishable=False)
-    assert words.headline(results).endswith("no interval was computed, so it may be chance")
+    assert wording.headline(results).endswith("no interval was computed, so it may be chance")
 
 
 def test_each_threshold_gets_a_sentence_and_the_lowest_comes_first():
-    answers = words.answers(six())
+    answers = wording.answers(six())
     assert [re.search(r"at (0\.\d)", answer)[1] for answer in answers] == ["0.3", "0.5"]
-    assert words.paper_answers(six()) == ["0.038 mAP50 (4.9 %) at 0.3", "0.056 mAP50 (7.3 %) at 0.5"]
+    assert wording.paper_answers(six()) == ["0.038 mAP50 (4.9 %) at 0.3", "0.056 mAP50 (7.3 %) at 0.5"]
 
 
 def test_a_drop_of_the_wrong_sign_is_refused(tmp_path):
@@ -273,7 +273,7 @@ def test_nulls_become_dashes(tmp_path):
     html = written(tmp_path, results)
     assert "None" not in html and "nan" not in re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL).split()
     assert all("–" in row for row in table_1(html))
-    assert "None" not in words.format_table(results)
+    assert "None" not in wording.format_table(results)
 
 
 def test_how_it_was_run_tells_data_and_machine_in_words(tmp_path):
@@ -308,7 +308,7 @@ def test_one_class_and_four_thresholds(tmp_path, overlay):
 def test_the_table_for_the_terminal_aligns():
     results = six()
     results["models"][2].update(map50=None, f1=None, drop=None, name="a_rather_long_name")
-    head, rule, *rows, note, chance = words.format_table(results).splitlines()
+    head, rule, *rows, note, chance = wording.format_table(results).splitlines()
     assert len(rows) == 6 and {len(line) for line in (head, rule, *rows)} == {len(head)}
     assert "0.6911" in rows[1] and "−0.020 ( −2.8 %)" in rows[1]
     assert len(head) <= 124 and "not distinguishable" in chance
@@ -351,11 +351,11 @@ def test_even_noise_fits_eight_times_into_five_megabytes(tmp_path, overlay):
     [(None, "–"), (float("nan"), "–"), (0.12345, "0.1235"), (-0.02, "−0.0200"), (-1e-9, "0.0000"), (0.0, "0.0000")],
 )
 def test_numbers(value, text):
-    assert words.number(value) == text
+    assert wording.number(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "–"), (1.52, "1.5 s"), (42, "42 s"), (300, "5 min"), (9345, "2 h 36 min")]
 )
 def test_durations(seconds, text):
-    assert words.duration(seconds) == text
+    assert wording.duration(seconds) == text

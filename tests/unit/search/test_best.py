@@ -3,7 +3,7 @@
 from conftest import tiny_recipe
 
 from softlabel.recipe_file import load_recipe
-from softlabel.search_experiment import _write_best
+from softlabel.workflows.search import _write_best
 
 VALUES = {"train.threshold": 0.2}
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from softlabel.search.desk import Desk
+from softlabel.search.dispatcher import Dispatcher
 
 WAIT = 0.01
 
@@ -18,78 +18,78 @@ def history(epochs):
 
 
 async def stopped_in_hand():
-    """A desk whose first group has heard that its student is not wanted any more, and has not put it down yet."""
-    desk = Desk(1)
-    await desk.submit("a", "job a")
-    await desk.take(0, "node", WAIT)
-    await desk.stop("a")
-    assert not await desk.report(0, history(1), 1.0)
-    return desk
+    """A dispatcher whose first group has heard that its student is not wanted any more, and has not put it down yet."""
+    dispatcher = Dispatcher(1)
+    await dispatcher.submit("a", "job a")
+    await dispatcher.next_job(0, "node", WAIT)
+    await dispatcher.stop("a")
+    assert not await dispatcher.report(0, history(1), 1.0)
+    return dispatcher
 
 
 def test_a_student_goes_through_a_group():
     async def story():
-        desk = Desk(1)
-        taking = asyncio.create_task(desk.take(0, "node", 5))
-        await desk.submit("a", "job a")
+        dispatcher = Dispatcher(1)
+        taking = asyncio.create_task(dispatcher.next_job(0, "node", 5))
+        await dispatcher.submit("a", "job a")
         assert await taking == "job a"
-        waiting = asyncio.create_task(desk.wait("a", 0))
-        assert await desk.report(0, history(1), 2.0)
+        waiting = asyncio.create_task(dispatcher.wait("a", 0))
+        assert await dispatcher.report(0, history(1), 2.0)
         assert (await waiting)["history"] == history(1)
-        ending = asyncio.create_task(desk.wait("a", 1))
-        await desk.end(0, "finished", "", history(2), 3.0)
+        ending = asyncio.create_task(dispatcher.wait("a", 1))
+        await dispatcher.put_back(0, "finished", "", history(2), 3.0)
         assert await ending == {"status": "finished", "reason": "", "history": history(2), "seconds": 3.0}
-        assert await desk.take(0, "node", WAIT) == "wait"
-        await desk.close()
-        assert await desk.take(0, "node", 5) == "close"
+        assert await dispatcher.next_job(0, "node", WAIT) == "wait"
+        await dispatcher.close()
+        assert await dispatcher.next_job(0, "node", 5) == "close"
 
     run(story())
 
 
 def test_a_stopped_student_is_put_down_and_may_go_on_later():
     async def story():
-        desk = await stopped_in_hand()
-        await desk.end(0, "stopped", "", [], 0.0)
-        assert desk.look("a")["history"] == history(1)
-        await desk.submit("a", "job a")
-        assert await desk.take(1, "node", WAIT) == "job a"
-        assert await desk.report(1, history(2), 2.0)
+        dispatcher = await stopped_in_hand()
+        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        assert dispatcher.status("a")["history"] == history(1)
+        await dispatcher.submit("a", "job a")
+        assert await dispatcher.next_job(1, "node", WAIT) == "job a"
+        assert await dispatcher.report(1, history(2), 2.0)
 
     run(story())
 
 
 def test_a_group_waits_where_its_student_does_until_somebody_decides():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a", 2)
-        await desk.take(0, "node", WAIT)
-        assert await desk.report(0, history(1), 1.0)
-        asking = asyncio.create_task(desk.report(0, history(2), 2.0))
-        assert (await desk.wait("a", 1))["history"] == history(2)
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit("a", "job a", 2)
+        await dispatcher.next_job(0, "node", WAIT)
+        assert await dispatcher.report(0, history(1), 1.0)
+        asking = asyncio.create_task(dispatcher.report(0, history(2), 2.0))
+        assert (await dispatcher.wait("a", 1))["history"] == history(2)
         assert not asking.done()
-        await desk.extend("a", 3)
+        await dispatcher.extend("a", 3)
         assert await asking
-        asking = asyncio.create_task(desk.report(0, history(3), 3.0))
-        await desk.wait("a", 2)
+        asking = asyncio.create_task(dispatcher.report(0, history(3), 3.0))
+        await dispatcher.wait("a", 2)
         assert not asking.done()
-        await desk.stop("a")
+        await dispatcher.stop("a")
         assert not await asking
-        await desk.end(0, "stopped", "", [], 0.0)
-        await desk.submit("a", "job a")  # now to its end
-        assert await desk.take(0, "node", WAIT) == "job a"
-        assert await desk.report(0, history(4), 4.0)
+        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        await dispatcher.submit("a", "job a")  # now to its end
+        assert await dispatcher.next_job(0, "node", WAIT) == "job a"
+        assert await dispatcher.report(0, history(4), 4.0)
 
     run(story())
 
 
 def test_a_group_that_waits_goes_home_when_the_desk_closes():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a", 1)
-        await desk.take(0, "node", WAIT)
-        asking = asyncio.create_task(desk.report(0, history(1), 1.0))
-        await desk.wait("a", 0)
-        await desk.close()
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit("a", "job a", 1)
+        await dispatcher.next_job(0, "node", WAIT)
+        asking = asyncio.create_task(dispatcher.report(0, history(1), 1.0))
+        await dispatcher.wait("a", 0)
+        await dispatcher.close()
         assert not await asking
 
     run(story())
@@ -97,57 +97,57 @@ def test_a_group_that_waits_goes_home_when_the_desk_closes():
 
 def test_a_student_taken_up_again_while_its_group_has_it_stays_there():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a")
-        await desk.take(0, "node", WAIT)
-        await desk.stop("a")
-        await desk.submit("a", "job a")
-        assert await desk.take(1, "node", WAIT) == "wait"
-        assert await desk.report(0, history(1), 1.0)
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit("a", "job a")
+        await dispatcher.next_job(0, "node", WAIT)
+        await dispatcher.stop("a")
+        await dispatcher.submit("a", "job a")
+        assert await dispatcher.next_job(1, "node", WAIT) == "wait"
+        assert await dispatcher.report(0, history(1), 1.0)
 
     run(story())
 
 
 def test_a_student_asked_for_again_while_it_is_put_down_goes_on():
     async def story():
-        desk = await stopped_in_hand()
-        await desk.submit("a", "job a")
-        await desk.end(0, "stopped", "", [], 0.0)
-        assert desk.look("a")["status"] == "waiting"  # else who waits for it takes it for ended
-        assert await desk.take(1, "node", WAIT) == "job a"
+        dispatcher = await stopped_in_hand()
+        await dispatcher.submit("a", "job a")
+        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        assert dispatcher.status("a")["status"] == "waiting"  # else who waits for it takes it for ended
+        assert await dispatcher.next_job(1, "node", WAIT) == "job a"
 
     run(story())
 
 
 def test_the_question_of_a_worker_that_died_takes_no_student():
     async def story():
-        desk = Desk(1)
-        of_the_dead = asyncio.create_task(desk.take(0, "node", 5))
+        dispatcher = Dispatcher(1)
+        of_the_dead = asyncio.create_task(dispatcher.next_job(0, "node", 5))
         await asyncio.sleep(0)
-        asking = asyncio.create_task(desk.take(0, "node", 5))
+        asking = asyncio.create_task(dispatcher.next_job(0, "node", 5))
         await asyncio.sleep(0)
-        await desk.submit("a", "job a")
+        await dispatcher.submit("a", "job a")
         assert await asking == "job a" and await of_the_dead == "wait"
-        waiting = asyncio.create_task(desk.take(1, "lost", 5))
+        waiting = asyncio.create_task(dispatcher.next_job(1, "lost", 5))
         await asyncio.sleep(0)
-        await desk.lose(["lost"])
-        await desk.submit("b", "job b")
-        assert await waiting == "wait" and await desk.take(2, "node", WAIT) == "job b"
+        await dispatcher.nodes_lost(["lost"])
+        await dispatcher.submit("b", "job b")
+        assert await waiting == "wait" and await dispatcher.next_job(2, "node", WAIT) == "job b"
 
     run(story())
 
 
 def test_a_student_that_was_never_handed_in_is_nothing_yet():
-    assert Desk(1).look("a") == {"status": "waiting", "reason": "", "history": [], "seconds": 0.0}
+    assert Dispatcher(1).status("a") == {"status": "waiting", "reason": "", "history": [], "seconds": 0.0}
 
 
 def test_a_student_that_nobody_took_can_be_stopped():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a")
-        await desk.stop("a")
-        assert await desk.take(0, "node", WAIT) == "wait"
-        assert (await desk.wait("a", 0))["status"] == "stopped"
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit("a", "job a")
+        await dispatcher.stop("a")
+        assert await dispatcher.next_job(0, "node", WAIT) == "wait"
+        assert (await dispatcher.wait("a", 0))["status"] == "stopped"
 
     run(story())
 
@@ -155,13 +155,13 @@ def test_a_student_that_nobody_took_can_be_stopped():
 @pytest.mark.parametrize("failures", [1, 3])
 def test_a_group_whose_workers_died_gets_its_student_again_so_often(failures):
     async def story():
-        desk = Desk(failures)
-        await desk.submit("a", "job a")
+        dispatcher = Dispatcher(failures)
+        await dispatcher.submit("a", "job a")
         for _ in range(1 + failures):
-            assert await desk.take(0, "node", WAIT) == "job a"
-        await desk.stumble(0, "RuntimeError: connection closed by peer")
-        waiting = asyncio.create_task(desk.wait("a", 0))
-        assert await desk.take(0, "node", WAIT) == "wait"
+            assert await dispatcher.next_job(0, "node", WAIT) == "job a"
+        await dispatcher.note_failure(0, "RuntimeError: connection closed by peer")
+        waiting = asyncio.create_task(dispatcher.wait("a", 0))
+        assert await dispatcher.next_job(0, "node", WAIT) == "wait"
         assert (await waiting)["reason"] == (
             f"its workers died {failures + 1} times: RuntimeError: connection closed by peer"
         )
@@ -171,26 +171,26 @@ def test_a_group_whose_workers_died_gets_its_student_again_so_often(failures):
 
 def test_what_was_on_a_lost_node_goes_to_whoever_is_free():
     async def story():
-        desk = Desk(2)
+        dispatcher = Dispatcher(2)
         for name in "ab":
-            await desk.submit(name, f"job {name}")
-        assert await desk.take(0, "lost", WAIT) == "job a"
-        assert await desk.take(1, "kept", WAIT) == "job b"
-        await desk.lose(["lost"])
-        await desk.end(1, "finished", "", history(1), 1.0)
-        assert await desk.take(1, "kept", WAIT) == "job a"
-        assert await desk.take(0, "new", WAIT) == "wait"  # the group that lost it comes back empty-handed
-        assert not await desk.report(0, history(1), 1.0)
+            await dispatcher.submit(name, f"job {name}")
+        assert await dispatcher.next_job(0, "lost", WAIT) == "job a"
+        assert await dispatcher.next_job(1, "kept", WAIT) == "job b"
+        await dispatcher.nodes_lost(["lost"])
+        await dispatcher.put_back(1, "finished", "", history(1), 1.0)
+        assert await dispatcher.next_job(1, "kept", WAIT) == "job a"
+        assert await dispatcher.next_job(0, "new", WAIT) == "wait"  # the group that lost it comes back empty-handed
+        assert not await dispatcher.report(0, history(1), 1.0)
 
     run(story())
 
 
 def test_when_the_desk_closes_students_are_put_down():
     async def story():
-        desk = Desk(1)
-        await desk.submit("a", "job a")
-        await desk.take(0, "node", WAIT)
-        await desk.close()
-        assert not await desk.report(0, history(1), 1.0)
+        dispatcher = Dispatcher(1)
+        await dispatcher.submit("a", "job a")
+        await dispatcher.next_job(0, "node", WAIT)
+        await dispatcher.close()
+        assert not await dispatcher.report(0, history(1), 1.0)
 
     run(story())

@@ -15,7 +15,7 @@ KEY = "train.threshold"
 def play(plan, map50, limit=200):
     """Train every student that the plan asks for, one at a time and in no time."""
     for _ in range(limit):
-        trial = plan.next(0.0)
+        trial = plan.suggest(0.0)
         if trial is None:
             return plan.trials
         train(plan, trial, map50(trial))
@@ -82,8 +82,8 @@ def test_a_grid_is_tried_once_each_and_then_repeated():
 def test_a_grid_of_which_nothing_trains_comes_to_an_end():
     plan = Plan(made(15, sampler="grid", grid_points=2), [], None, None)
     for _ in range(2):
-        plan.next(0.0).status = "failed"
-    assert plan.next(0.0) is None
+        plan.suggest(0.0).status = "failed"
+    assert plan.suggest(0.0) is None
 
 
 def test_half_of_the_students_go_on_at_each_rung_and_the_leader_to_the_end():
@@ -98,20 +98,20 @@ def test_half_of_the_students_go_on_at_each_rung_and_the_leader_to_the_end():
 
 def test_the_best_of_those_that_wait_goes_on_once_enough_have_come():
     plan = Plan(with_rungs(4, explore=1.0), [], None, None)
-    first, second = plan.next(0.0), plan.next(0.0)
+    first, second = plan.suggest(0.0), plan.suggest(0.0)
     train(plan, first, 0.6)
     assert (first.status, first.epoch) == ("stopped", 1)  # alone it is not the better half of anything
     train(plan, second, 0.5)
     assert (second.status, second.epoch) == ("stopped", 1)
-    assert plan.next(0.0) is first and first.status == "running" and plan.until(first) == 2
-    third = plan.next(0.0)
+    assert plan.suggest(0.0) is first and first.status == "running" and plan.until(first) == 2
+    third = plan.suggest(0.0)
     train(plan, third, 0.55)
-    assert third.epoch == 1 and plan.next(0.0) is not third  # half of three is one, and that one has gone on
+    assert third.epoch == 1 and plan.suggest(0.0) is not third  # half of three is one, and that one has gone on
 
 
 def test_a_student_that_leads_does_not_wait():
     plan = Plan(with_rungs(6, explore=1.0), [], None, None)
-    first, second = plan.next(0.0), plan.next(0.0)
+    first, second = plan.suggest(0.0), plan.suggest(0.0)
     train(plan, first, 0.5)
     train(plan, second, 0.6)
     assert second.epoch == 2
@@ -121,18 +121,18 @@ def test_of_several_that_wait_in_the_end_one_is_completed():
     """While it trains another group asks too."""
     plan = Plan(made(3, stop_early=True, grace_epochs=1, reduction_factor=9, explore=1.0), [], None, None)
     for reached in (0.4, 0.6, 0.5):
-        train(plan, plan.next(0.0), reached)
+        train(plan, plan.suggest(0.0), reached)
     assert {trial.status for trial in plan.trials} == {"stopped"}
-    leader = plan.next(0.0)
+    leader = plan.suggest(0.0)
     assert leader.best() == max(trial.best() for trial in plan.trials) and plan.until(leader) is None
-    assert plan.next(0.0) is None
+    assert plan.suggest(0.0) is None
     train(plan, leader, 0.6)
-    assert plan.next(0.0) is None and plan.is_over(0.0)
+    assert plan.suggest(0.0) is None and plan.is_over(0.0)
 
 
 def test_where_nobody_has_found_anything_nobody_waits():
     plan = Plan(with_rungs(6, explore=1.0), [], None, None)
-    train(plan, trial := plan.next(0.0), 0.09)  # 0.03 after the first epoch, 0.06 after the second
+    train(plan, trial := plan.suggest(0.0), 0.09)  # 0.03 after the first epoch, 0.06 after the second
     assert trial.epoch == 2
 
 
@@ -157,11 +157,11 @@ def test_what_waited_when_the_driver_died_is_decided_anew():
     """It had come to its rung, and nobody had said yet whether it goes on."""
     recipe = with_rungs(6, explore=1.0)
     plan = Plan(recipe, [], None, None)
-    train(plan, plan.next(0.0), 0.6)
-    held = plan.next(0.0)
+    train(plan, plan.suggest(0.0), 0.6)
+    held = plan.suggest(0.0)
     held.history.append({"epoch": 1, "map50": 0.1, "seconds": 1.0})
     again = Plan(recipe, [Trial(**trial.to_dict()) for trial in plan.trials], None, None)
-    taken = again.next(0.0)
+    taken = again.suggest(0.0)
     assert taken.number == held.number and again.until(taken) == 1
 
 
@@ -172,7 +172,7 @@ def test_what_was_running_when_the_driver_died_comes_first_and_the_rest_is_as_un
     earlier = [Trial(**trial.to_dict()) for trial in undisturbed[:5]]
     earlier[3].status = "running"
     plan = Plan(recipe, earlier, None, None)
-    assert plan.next(0.0) is earlier[3]
+    assert plan.suggest(0.0) is earlier[3]
     earlier[3].status = "finished"
     found = play(plan, peak)
     assert found == undisturbed
@@ -188,16 +188,16 @@ def test_the_first_points_of_a_resumed_search_are_not_tried_again():
 def test_only_failures_end_the_search():
     plan = Plan(made(50), [], None, None)
     for _ in range(5):
-        trial = plan.next(0.0)
+        trial = plan.suggest(0.0)
         trial.status, trial.reason = "failed", "no such thing"
-    assert has_failed(plan.trials) and plan.next(0.0) is None
+    assert has_failed(plan.trials) and plan.suggest(0.0) is None
 
 
 @pytest.mark.parametrize(("reason", "begun"), [("OSError: No space left on device", 13), (f"{NO_LABELS}: none", 30)])
 def test_failures_in_a_row_end_the_search_if_labels_were_there(reason, begun):
     """A disk that is full is no reason to go through all students."""
     plan = Plan(made(30), [], None, None)
-    while trial := plan.next(0.0):
+    while trial := plan.suggest(0.0):
         if trial.number < 3:
             train(plan, trial, peak(trial))
         else:
@@ -208,7 +208,7 @@ def test_failures_in_a_row_end_the_search_if_labels_were_there(reason, begun):
 def test_a_failure_among_others_is_passed_over():
     plan = Plan(made(20), [], None, None)
     for _ in range(20):
-        trial = plan.next(0.0)
+        trial = plan.suggest(0.0)
         trial.status, trial.reason = ("failed", NO_LABELS) if trial.values[KEY] > 0.6 else ("finished", "")
         trial.history = [{"epoch": 1, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
     assert all(trial.values[KEY] <= 0.6 for trial in plan.trials if trial.role == "repeat")
@@ -220,7 +220,7 @@ def test_a_failure_among_others_is_passed_over():
 def test_a_worker_that_died_at_a_threshold_does_not_drive_the_sampler_from_it(seed):
     recipe = made(16, sampler="gp", explore=1.0).model_copy(update={"seed": seed})
     plan = Plan(recipe, [], 0.37, None)
-    while trial := plan.next(0.0):
+    while trial := plan.suggest(0.0):
         if trial.number == 9:
             trial.status, trial.reason = "failed", "its workers died 3 times"
         else:
@@ -233,7 +233,7 @@ def test_a_value_that_never_trains_is_learned():
     optimizer = "train.student.args.optimizer"
     space = {KEY: {"min": 0.05, "max": 0.95}, optimizer: {"choices": ["SGD", "NoSuchOptimizer"]}}
     plan = Plan(made(24, space=space, explore=1.0), [], None, None)
-    while trial := plan.next(0.0):
+    while trial := plan.suggest(0.0):
         if trial.values[optimizer] == "SGD":
             train(plan, trial, peak(trial))
         else:
@@ -244,7 +244,7 @@ def test_a_value_that_never_trains_is_learned():
 @pytest.mark.parametrize("budget_s", [40.0, 80.0])
 def test_a_grid_too_large_for_its_time_ends_with_students_in_full(budget_s):
     plan = Plan(made(200, sampler="grid", grid_points=81, stop_early=True, grace_epochs=1), [], None, budget_s)
-    while (trial := plan.next(now := sum(trial.seconds for trial in plan.trials))) and now < budget_s:
+    while (trial := plan.suggest(now := sum(trial.seconds for trial in plan.trials))) and now < budget_s:
         train(plan, trial, peak(trial))
     assert any(trial.is_full for trial in plan.trials) and any(trial.role == "repeat" for trial in plan.trials)
 
@@ -252,7 +252,7 @@ def test_a_grid_too_large_for_its_time_ends_with_students_in_full(budget_s):
 def test_time_moves_on_to_repeating_and_ends_before_the_last_student_would_be_cut_off():
     plan = Plan(made(1000, explore=0.5), [], None, 100.0)
     now = 0.0
-    while trial := plan.next(now):
+    while trial := plan.suggest(now):
         now += 9.0
         trial.history = [{"epoch": e, "map50": peak(trial), "seconds": 3.0} for e in (1, 2, 3)]
         trial.status, trial.seconds = "finished", 9.0
@@ -270,7 +270,7 @@ def test_the_first_tries_on_a_subset_are_repeated_on_everything():
 def test_a_first_point_that_fails_is_not_tried_for_ever():
     """As where no label scores above 0.5."""
     plan = Plan(made(20, explore=0.4), [], None, None)
-    while trial := plan.next(0.0):
+    while trial := plan.suggest(0.0):
         trial.status = "failed" if trial.values[KEY] >= 0.5 else "finished"
         trial.history = [{"epoch": 3, "map50": peak(trial), "seconds": 1.0}] if trial.status == "finished" else []
     assert sum(trial.values[KEY] == 0.5 for trial in plan.trials) <= 3

@@ -5,7 +5,7 @@ from made_stores import detections, made_store, made_tile
 
 from softlabel.calibration import Calibration, Mapping
 from softlabel.evaluation.run import quality
-from softlabel.search_experiment import _labels_kept
+from softlabel.workflows.search import _labels_kept
 
 DOUBTS = Mapping(scores=(0.0, 1.0), chances=(0.0, 0.5))  # every score is worth half
 

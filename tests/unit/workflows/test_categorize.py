@@ -3,8 +3,8 @@
 from conftest import CLASSES, tiny_recipe
 from made_stores import made_store, made_tile
 
-from softlabel.categorize import _truth_counts
 from softlabel.results.stores import open_store
+from softlabel.workflows.categorize import _truth_counts
 
 
 def boxes(*class_ids):

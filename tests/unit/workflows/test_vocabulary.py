@@ -3,7 +3,7 @@
 import pytest
 
 from softlabel.errors import RecipeError
-from softlabel.labelling.vocabulary import read_vocabulary
+from softlabel.workflows.vocabulary import read_vocabulary
 
 
 def written(tmp_path, text):

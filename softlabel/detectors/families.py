@@ -1,0 +1,75 @@
+"""Which file knows which detectors. A new family is a file beside this one and a line in FAMILIES.
+
+A family's file has ``load(teacher, *, threads, batch_size)``, which gives a Detector (detector.py). Nothing here may
+import torch: drivers look things up, and only labelling actors load.
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softlabel.detectors.queries import Queries
+from softlabel.records import Nms
+
+if TYPE_CHECKING:
+    from softlabel.detectors.detector import Detector
+
+
+@dataclass(frozen=True)
+class Family:
+    """Detectors that one file runs.
+
+    ``libraries`` decide its answers, and their versions are part of a teacher's fingerprint; ``iou`` is for NMS where
+    neither the recipe nor the model says another; an ``open_vocabulary`` family looks for what it is told.
+    """
+
+    module: str
+    libraries: tuple[str, ...]
+    iou: float = 0.7
+    open_vocabulary: bool = False
+
+
+_TRANSFORMERS = ("torch", "torchvision", "transformers")
+
+FAMILIES = {
+    "yolo": Family("yolo", ("torch", "torchvision", "ultralytics")),
+    "owlvit": Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True),
+    "owlv2": Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True),
+}
+"""By name; those of transformers are named by the ``model_type`` of their config.json."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which detector labels, and how.
+
+    ``fingerprint`` is all that decides which boxes it finds in given pixels. ``weights`` is a file, or for a model of
+    transformers a folder or a hub's ``name@revision``; ``imgsz`` is null where a model's size is its own; ``queries``
+    is what an open-vocabulary one looks for.
+    """
+
+    family: str
+    weights: Path | str
+    fingerprint: dict
+    num_classes: int
+    imgsz: int | None
+    nms: Nms
+    engine: str
+    precision: str
+    queries: Queries | None = None
+
+
+def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "Detector":
+    """The detector that a teacher is, ready to label.
+
+    Args:
+        teacher: Which one, under which settings.
+        threads: As for Detector.
+        batch_size: As for Detector.
+
+    Raises:
+        WeightsError: It cannot be loaded.
+    """
+    module = importlib.import_module(f"softlabel.detectors.{FAMILIES[teacher.family].module}")
+    return module.load(teacher, threads=threads, batch_size=batch_size)
