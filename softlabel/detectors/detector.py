@@ -72,11 +72,12 @@ class Detector:
         nms: Nms,
         device: torch.device | None,
         *,
-        engine: str,
-        precision: str,
-        threads: int | None,
-        batch_size: int | None,
+        engine: str = "pytorch",
+        precision: str = "float32",
+        threads: int | None = None,
+        batch_size: int | None = 16,
     ) -> None:
+        self.engine, self.precision = engine, precision
         self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
         self.nms, self._num_classes = nms, num_classes
         self._engine = build(network.to(self.device).eval(), engine, precision, self.device, threads, batch_size)

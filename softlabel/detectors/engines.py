@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ Pixels = NDArray[np.uint8]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CUDA_BATCH = 64  # the first size tried
+
+
+class EngineOptions(TypedDict, total=False):
+    """How a detector computes, the same for every family; what each means stands at Detector."""
+
+    engine: str
+    precision: str
+    threads: int | None
+    batch_size: int | None
 
 
 @dataclass(frozen=True)

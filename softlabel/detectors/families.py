@@ -1,7 +1,7 @@
 """Which file knows which detectors. A new family is a file beside this one and a line in FAMILIES.
 
-A family's file has ``load(teacher, *, threads, batch_size)``, which gives a Detector (detector.py). Nothing here may
-import torch: drivers look things up, and only labelling actors load.
+A family's file has ``load(teacher, **options)``, which gives a Detector (detector.py) with these EngineOptions
+(engines.py). Nothing here may import torch: drivers look things up, and only labelling actors load.
 """
 
 import importlib
@@ -72,4 +72,5 @@ def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "D
         WeightsError: It cannot be loaded.
     """
     module = importlib.import_module(f"softlabel.detectors.{FAMILIES[teacher.family].module}")
-    return module.load(teacher, threads=threads, batch_size=batch_size)
+    options = {"engine": teacher.engine, "precision": teacher.precision, "threads": threads, "batch_size": batch_size}
+    return module.load(teacher, **options)

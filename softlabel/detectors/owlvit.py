@@ -8,7 +8,7 @@ tile is the image tower and its heads.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObject
 from transformers.utils import logging
 
 from softlabel.detectors.detector import Detector, Geometry, Image
-from softlabel.detectors.engines import Network
+from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
 from softlabel.detectors.queries import Crop, Queries
@@ -37,10 +37,8 @@ class OwlVitDetector(Detector):
         folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
         queries: What it looks for.
         nms: What is kept of a forward pass.
-        device: This and the rest is as for Detector.
-        precision: See there.
-        threads: See there.
-        batch_size: See there.
+        device: As for Detector.
+        options: As for Detector; the engine is pytorch.
 
     Raises:
         WeightsError: The model cannot be loaded.
@@ -53,24 +51,12 @@ class OwlVitDetector(Detector):
         queries: Queries,
         nms: Nms,
         device: torch.device | None = None,
-        *,
-        precision: str = "float32",
-        threads: int | None = None,
-        batch_size: int | None = 4,
+        **options: Unpack[EngineOptions],
     ) -> None:
         model, processor = _load(folder)
         self._pads = model.config.model_type == "owlv2"
         self._side = int(model.config.vision_config.image_size)
-        super().__init__(
-            _OwlVitNetwork(model, processor, queries),
-            queries.num_classes,
-            nms,
-            device,
-            engine="pytorch",
-            precision=precision,
-            threads=threads,
-            batch_size=batch_size,
-        )
+        super().__init__(_OwlVitNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
 
     def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
         """OWL-ViT squashes a tile to a square, OWLv2 pads it to one at the right or the bottom."""
@@ -79,13 +65,10 @@ class OwlVitDetector(Detector):
         return _Square(tile_hw, (seen_wh[0] / self._side, seen_wh[1] / self._side))
 
 
-def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> OwlVitDetector:
+def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> OwlVitDetector:
     """The detector of a folder, or of a name on the hub."""
     assert teacher.queries is not None
-    folder = local_folder(str(teacher.weights))
-    return OwlVitDetector(
-        folder, teacher.queries, teacher.nms, precision=teacher.precision, threads=threads, batch_size=batch_size
-    )
+    return OwlVitDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from softlabel.detectors.detector import Detector, Geometry, Image
-from softlabel.detectors.engines import Network, Outputs
+from softlabel.detectors.engines import EngineOptions, Network, Outputs
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.losses import TileLoss, targets_of
 from softlabel.detectors.weights import default_train_args, load_model
@@ -34,11 +34,8 @@ class YoloDetector(Detector):
         model: Taken over: it is moved, fused and, for another precision than float32, changed.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
-        device: This and the rest is as for Detector.
-        engine: See there.
-        precision: See there.
-        threads: See there.
-        batch_size: See there.
+        device: As for Detector.
+        options: As for Detector.
     """
 
     def __init__(
@@ -47,30 +44,16 @@ class YoloDetector(Detector):
         imgsz: int,
         nms: Nms,
         device: torch.device | None = None,
-        *,
-        engine: str = "pytorch",
-        precision: str = "float32",
-        threads: int | None = None,
-        batch_size: int | None = 16,
+        **options: Unpack[EngineOptions],
     ) -> None:
         if hasattr(model.model[-1], "end2end"):
             model.model[-1].end2end = False  # v10 and 26: class vectors and NMS need the one-to-many head
         self.imgsz = imgsz
         self._stride = int(model.stride.max())
         self._model = model.eval().float().fuse(verbose=False)
-        self._gives_losses = (engine, precision) == ("pytorch", "float32")
         self._loss: TileLoss | None = None
         self._losing = threading.Lock()  # a criterion notes the normaliser of the tile that it is at
-        super().__init__(
-            _YoloNetwork(self._model),
-            int(model.model[-1].nc),
-            nms,
-            device,
-            engine=engine,
-            precision=precision,
-            threads=threads,
-            batch_size=batch_size,
-        )
+        super().__init__(_YoloNetwork(self._model), int(model.model[-1].nc), nms, device, **options)
 
     @classmethod
     def from_weights(
@@ -78,11 +61,7 @@ class YoloDetector(Detector):
         weights: Path | str,
         nms: Nms,
         imgsz: int | None = None,
-        *,
-        engine: str = "pytorch",
-        precision: str = "float32",
-        threads: int | None = None,
-        batch_size: int | None = 16,
+        **options: Unpack[EngineOptions],
     ) -> "YoloDetector":
         """From a weights file; ``imgsz`` defaults to the size it was trained at, the rest is as for the class.
 
@@ -93,7 +72,7 @@ class YoloDetector(Detector):
         imgsz = imgsz or header.imgsz
         gains = {k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")}
         model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
-        return cls(model, imgsz, nms, engine=engine, precision=precision, threads=threads, batch_size=batch_size)
+        return cls(model, imgsz, nms, **options)
 
     def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
         """Letterboxing."""
@@ -111,7 +90,7 @@ class YoloDetector(Detector):
         Raises:
             ValueError: The engine is not PyTorch in float32, the only one that gives them.
         """
-        if not self._gives_losses:
+        if (self.engine, self.precision) != ("pytorch", "float32"):
             raise ValueError("losses need engine pytorch in float32")
 
         def both(outputs: Outputs, geometry: Geometry, indices: list[int]) -> list[tuple[Detections, list[float]]]:
@@ -137,17 +116,9 @@ class YoloDetector(Detector):
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
 
 
-def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> YoloDetector:
+def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> YoloDetector:
     """The detector of a weights file."""
-    return YoloDetector.from_weights(
-        teacher.weights,
-        teacher.nms,
-        teacher.imgsz,
-        engine=teacher.engine,
-        precision=teacher.precision,
-        threads=threads,
-        batch_size=batch_size,
-    )
+    return YoloDetector.from_weights(teacher.weights, teacher.nms, teacher.imgsz, **options)
 
 
 def _conv_silu(conv: nn.Conv2d, features: torch.Tensor) -> torch.Tensor:
