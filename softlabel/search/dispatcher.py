@@ -100,7 +100,7 @@ class Dispatcher:
             await self._changed.wait_for(lambda: self._closed or not student.is_held(len(history)))
             return student.status == "training" and not self._closed
 
-    async def put_back(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
+    async def release(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
         """A group puts its student down: finished, stopped or failed."""
         async with self._changed:
             if student := self._student_of(group):

@@ -77,13 +77,13 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
         status, reason = "failed", one_line(error)
         if ray.train.get_context().get_world_size() > 1:  # the other ranks wait for this one: begin the group again
             if isinstance(error, SoftlabelError):
-                ray.get(dispatcher.put_back.remote(group, status, reason, [], 0.0))
+                ray.get(dispatcher.release.remote(group, status, reason, [], 0.0))
             else:  # maybe no more than that another rank has died
                 ray.get(dispatcher.note_failure.remote(group, reason))
             raise
     if is_first():
         history, seconds = (done["history"], done["seconds"]) if done else ([], 0.0)
-        ray.get(dispatcher.put_back.remote(group, status, reason, history, seconds))
+        ray.get(dispatcher.release.remote(group, status, reason, history, seconds))
 
 
 def one_line(error: Exception) -> str:

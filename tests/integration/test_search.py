@@ -92,8 +92,8 @@ def judging_dispatcher():
         async def report(self, group, history, seconds):
             return await super().report(group, self._judged(group, history), seconds)
 
-        async def put_back(self, group, status, reason, history, seconds):
-            await super().put_back(group, status, reason, self._judged(group, history), seconds)
+        async def release(self, group, status, reason, history, seconds):
+            await super().release(group, status, reason, self._judged(group, history), seconds)
 
         def _judged(self, group, history):
             quality = 0.9 * 0.9 ** int(self._groups[group].student)

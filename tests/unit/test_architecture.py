@@ -120,7 +120,7 @@ def test_the_rooms_above_exist():
 
 @pytest.mark.parametrize(
     "modules",
-    ["softlabel.labelling.reading, softlabel.imagery.scenes", "softlabel.labelling.run, softlabel.detectors.teachers"],
+    ["softlabel.labelling.reading, softlabel.imagery.scenes", "softlabel.labelling.run, softlabel.labelling.job"],
 )
 def test_reading_tasks_and_drivers_start_without_torch(modules):
     """They would pay seconds and half a gigabyte each for a model that they never see."""

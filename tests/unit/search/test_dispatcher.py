@@ -37,7 +37,7 @@ def test_a_student_goes_through_a_group():
         assert await dispatcher.report(0, history(1), 2.0)
         assert (await waiting)["history"] == history(1)
         ending = asyncio.create_task(dispatcher.wait("a", 1))
-        await dispatcher.put_back(0, "finished", "", history(2), 3.0)
+        await dispatcher.release(0, "finished", "", history(2), 3.0)
         assert await ending == {"status": "finished", "reason": "", "history": history(2), "seconds": 3.0}
         assert await dispatcher.next_job(0, "node", WAIT) == "wait"
         await dispatcher.close()
@@ -49,7 +49,7 @@ def test_a_student_goes_through_a_group():
 def test_a_stopped_student_is_put_down_and_may_go_on_later():
     async def story():
         dispatcher = await stopped_in_hand()
-        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        await dispatcher.release(0, "stopped", "", [], 0.0)
         assert dispatcher.status("a")["history"] == history(1)
         await dispatcher.submit("a", "job a")
         assert await dispatcher.next_job(1, "node", WAIT) == "job a"
@@ -74,7 +74,7 @@ def test_a_group_waits_where_its_student_does_until_somebody_decides():
         assert not asking.done()
         await dispatcher.stop("a")
         assert not await asking
-        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        await dispatcher.release(0, "stopped", "", [], 0.0)
         await dispatcher.submit("a", "job a")  # now to its end
         assert await dispatcher.next_job(0, "node", WAIT) == "job a"
         assert await dispatcher.report(0, history(4), 4.0)
@@ -82,7 +82,7 @@ def test_a_group_waits_where_its_student_does_until_somebody_decides():
     run(story())
 
 
-def test_a_group_that_waits_goes_home_when_the_desk_closes():
+def test_a_group_that_waits_goes_home_when_the_dispatcher_closes():
     async def story():
         dispatcher = Dispatcher(1)
         await dispatcher.submit("a", "job a", 1)
@@ -112,7 +112,7 @@ def test_a_student_asked_for_again_while_it_is_put_down_goes_on():
     async def story():
         dispatcher = await stopped_in_hand()
         await dispatcher.submit("a", "job a")
-        await dispatcher.put_back(0, "stopped", "", [], 0.0)
+        await dispatcher.release(0, "stopped", "", [], 0.0)
         assert dispatcher.status("a")["status"] == "waiting"  # else who waits for it takes it for ended
         assert await dispatcher.next_job(1, "node", WAIT) == "job a"
 
@@ -177,7 +177,7 @@ def test_what_was_on_a_lost_node_goes_to_whoever_is_free():
         assert await dispatcher.next_job(0, "lost", WAIT) == "job a"
         assert await dispatcher.next_job(1, "kept", WAIT) == "job b"
         await dispatcher.nodes_lost(["lost"])
-        await dispatcher.put_back(1, "finished", "", history(1), 1.0)
+        await dispatcher.release(1, "finished", "", history(1), 1.0)
         assert await dispatcher.next_job(1, "kept", WAIT) == "job a"
         assert await dispatcher.next_job(0, "new", WAIT) == "wait"  # the group that lost it comes back empty-handed
         assert not await dispatcher.report(0, history(1), 1.0)
@@ -185,7 +185,7 @@ def test_what_was_on_a_lost_node_goes_to_whoever_is_free():
     run(story())
 
 
-def test_when_the_desk_closes_students_are_put_down():
+def test_when_the_dispatcher_closes_students_are_put_down():
     async def story():
         dispatcher = Dispatcher(1)
         await dispatcher.submit("a", "job a")
