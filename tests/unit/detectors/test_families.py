@@ -47,7 +47,7 @@ def test_a_new_family_is_a_file_and_a_line(monkeypatch, weights):
     module.load = lambda teacher, **options: given.update(options) or teacher.weights
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(families.FAMILIES, "new", Family("new", ("torch",)))
-    teacher = weights_teacher(tiny_recipe(label={"engine": "pytorch"}), weights)
+    teacher = weights_teacher(tiny_recipe(label={"engine": "pytorch_compile", "precision": "bfloat16"}), weights)
     new = families.Teacher(**{**vars(teacher), "family": "new"})
     assert load(new, threads=2, batch_size=3) == weights
-    assert given == {"engine": "pytorch", "precision": "float32", "threads": 2, "batch_size": 3}
+    assert given == {"engine": "pytorch_compile", "precision": "bfloat16", "threads": 2, "batch_size": 3}
