@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softlabel.records import Detections
+from softlabel.records import Detections, Truth
 from softlabel.training import validation
 from softlabel.training.targets import truth_targets
 
@@ -28,6 +28,6 @@ def test_every_tile_is_validated_by_one_rank(world_size, tiles, monkeypatch):
         monkeypatch.setattr(validation, "rank", lambda rank=rank: rank)
         validation.validate(detector, targets)
     boxes = sorted(result.truth.boxes.tolist() for share in shares for result in share)
-    assert boxes == sorted(target.boxes.tolist() for target in targets)
+    assert boxes == sorted(Truth.from_row(target.tile["truth"]).boxes.tolist() for target in targets)
     assert detector.seen == len(targets) > world_size
     assert len(shares) == world_size and all(shares)
