@@ -11,7 +11,7 @@ from pathlib import Path
 
 import softlabel
 from softlabel.config import Recipe
-from softlabel.errors import SessionError, SoftlabelError
+from softlabel.errors import RecipeError, SessionError, SoftlabelError
 from softlabel.recipe_file import dump_recipe, load_recipe
 from softlabel.session import LOG, Terminated, ray_session
 from softlabel.terminal import say
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         if arguments.verb == "import-weights":
-            _import_weights(arguments.checkpoint, arguments.output)
+            _import_weights(arguments)
         elif arguments.verb in _STORE_VERBS:
             _STORE_VERBS[arguments.verb](arguments)
         else:
@@ -93,13 +93,19 @@ def _check_writable(folder: Path) -> None:
         raise SessionError(f"cannot write to {folder} ({reason}): give another folder") from None
 
 
-def _import_weights(checkpoint: Path, output: Path | None) -> None:
-    from softlabel.detectors.weights import import_weights
+def _import_weights(arguments: argparse.Namespace) -> None:
+    from softlabel.detectors.weights import import_tensors, import_weights
 
-    target = output or checkpoint.with_suffix(".safetensors")
-    if checkpoint.is_file():  # else that is what is wrong, and no folder is made
+    source, model, classes = arguments.checkpoint, arguments.model, arguments.classes
+    if (model is None) != (classes is None):
+        raise RecipeError("--model and --classes belong together: give both, for tensors alone")
+    target = arguments.output or source.with_suffix(".safetensors")
+    if source.is_file():  # else that is what is wrong, and no folder is made
         _check_writable(target.parent)
-    header = import_weights(checkpoint, target)
+    if model is None:
+        header = import_weights(source, target)
+    else:
+        header = import_tensors(source, target, model, classes.split(","), arguments.imgsz)
     print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
 
 
@@ -254,10 +260,7 @@ def _parser() -> argparse.ArgumentParser:
             purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
             verb.add_argument("--budget", type=_seconds, metavar="TIME", help=purpose)
             verb.add_argument("--resume", action="store_true", help="go on with a search that is there")
-    purpose = "turn an original YOLOv5 checkpoint (.pt) into safetensors, running nothing of it"
-    importer = verbs.add_parser("import-weights", help=purpose, description=purpose)
-    importer.add_argument("checkpoint", type=Path, help="a .pt file of YOLOv5 v6 or v7")
-    importer.add_argument("--output", type=_local, help="where to (default: beside it, as .safetensors)")
+    _add_import_weights(verbs)
     _add_show(verbs)
     _add_export(verbs)
     _add_fuse(verbs)
@@ -267,6 +270,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verbose(verb: argparse.ArgumentParser) -> None:
     purpose = "print what Ray and other libraries say instead of writing it to the log"
     verb.add_argument("--verbose", action="store_true", help=purpose)
+
+
+def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    purpose = "turn a checkpoint of ultralytics or YOLOv5 (.pt) into safetensors, running nothing of it"
+    verb = verbs.add_parser("import-weights", help=purpose, description=purpose)
+    verb.add_argument("checkpoint", type=Path, metavar="WEIGHTS", help="a .pt file; with --model tensors alone too")
+    verb.add_argument("--output", type=_local, help="where to (default: beside it, as .safetensors)")
+    verb.add_argument("--model", metavar="YAML", help="of tensors alone: which model they belong to, as yolo11n.yaml")
+    verb.add_argument("--classes", metavar="NAME,NAME", help="of tensors alone: what the model finds, in its order")
+    purpose = "of tensors alone: longer side of the images it was trained on, in pixels (default: 640)"
+    verb.add_argument("--imgsz", type=int, default=640, help=purpose)
 
 
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

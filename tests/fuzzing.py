@@ -8,6 +8,7 @@ the caller goes on after it.
 """
 
 import faulthandler
+import io
 import json
 import logging
 import resource
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +28,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import rasterio
+import torch
 import yaml
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
+from ultralytics.nn.tasks import DetectionModel
 
 from softlabel import store
 from softlabel.config import TruthSource
+from softlabel.detectors.weights import import_weights, load_model
 from softlabel.errors import SoftlabelError
 from softlabel.imagery.scenes import TileReader, describe_scene
 from softlabel.imagery.truth import match_scenes, read_truth, truth_digest
@@ -608,9 +613,91 @@ def soft_label(number: int) -> dict:
     }  # fmt: skip
 
 
+# ---- weights
+
+
+def pickled(data: bytes, other: bytes, rng: Rng) -> bytes:
+    """A checkpoint (a zip file) with what it says damaged, and its checksums right."""
+    damaged = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as file, zipfile.ZipFile(damaged, "w") as copy:
+        for item in file.infolist():
+            content = file.read(item)
+            if item.filename.endswith("data.pkl"):
+                content = [havoc, flips, flips][rng.integers(3)](content, other, rng)
+            copy.writestr(item, content)
+    return damaged.getvalue()
+
+
+def checkpoint_values(data: bytes, _: bytes, rng: Rng) -> bytes:
+    """A checkpoint whose model says something else of itself: its yaml, its names, its arguments."""
+    content = torch.load(io.BytesIO(data), weights_only=False)
+    key = ("yaml", "yaml", "yaml", "names", "args")[rng.integers(5)]
+    setattr(content["model"], key, _damaged(getattr(content["model"], key), rng))
+    return _torch_saved(content)
+
+
+def metadata(data: bytes, other: bytes, rng: Rng) -> bytes:
+    """A safetensors file with what it says of its model damaged, its lengths right."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["softlabel"] = objects(header["__metadata__"]["softlabel"].encode(), other, rng).decode()
+    damaged = json.dumps(header).encode()
+    return struct.pack("<Q", len(damaged)) + damaged + data[8 + length :]
+
+
+def weights_cases(folder: Path) -> list[Case]:
+    """The least of models, as ultralytics and as YOLOv5 would save it, and as softlabel does."""
+    model = _least_model()
+    whole = {"model": model, "ema": None, "train_args": {"imgsz": 64}}
+    boxes, anchors, before, ours = (folder / f"{name}.pt" for name in ("boxes", "anchors", "before-1.6", "ours"))
+    boxes.write_bytes(_torch_saved(whole))
+    before.write_bytes(_torch_saved(whole, zipped=False))
+    ours.with_suffix(".safetensors").unlink(missing_ok=True)
+    import_weights(boxes, ours.with_suffix(".safetensors"))
+    head = model.model[-1]
+    head.m = torch.nn.ModuleList([torch.nn.Conv2d(8, 3 * 7, 1)])
+    head._buffers["anchors"] = torch.ones(1, 3, 2)
+    del head.cv2, head.cv3, head.dfl
+    anchors.write_bytes(_torch_saved(whole))
+    zipped, plain = (pickled, pickled, checkpoint_values, checkpoint_values, havoc), (havoc, flips, flips)
+    return [
+        _weights_case(boxes, zipped),
+        _weights_case(anchors, zipped),
+        _weights_case(before, plain),
+        _weights_case(ours.with_suffix(".safetensors"), (havoc, metadata, metadata)),
+    ]
+
+
+def _weights_case(path: Path, mutations: Sequence[Mutation]) -> Case:
+    return Case(path.name, {path: mutations}, lambda: (attempts(lambda: load_model(path)), 0))
+
+
+def _least_model() -> DetectionModel:
+    yaml = {
+        "nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0,
+        "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "C3", [8]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]]],
+        "head": [[[1], 1, "Detect", ["nc"]]],
+    }  # fmt: skip
+    model = DetectionModel(yaml, verbose=False)
+    model.names, model.args = {0: "car", 1: "plane"}, {"imgsz": 64, "box": 7.5}
+    return model
+
+
+def _torch_saved(content: object, *, zipped: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
 # ---- the process
 
-TARGETS = {"truth": truth_cases, "rasters": raster_cases, "bombs": bomb_cases, "stores": store_cases}
+TARGETS = {
+    "truth": truth_cases,
+    "rasters": raster_cases,
+    "bombs": bomb_cases,
+    "stores": store_cases,
+    "weights": weights_cases,
+}
 
 
 def main(target: str, first: int, count: int, folder: Path) -> None:

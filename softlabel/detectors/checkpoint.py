@@ -1,130 +1,223 @@
-"""Original YOLOv5 checkpoints (.pt, v6 and v7 releases and what those versions train), read without running them.
+"""What a checkpoint (.pt) of ultralytics or of the original YOLOv5 says of its model, and the model's tensors."""
 
-Such a file is a pickle: a list of names to import and call. This reader knows the handful of names a YOLOv5 model needs
-and gives each a stand-in that only holds what it is given, so neither the original's code nor any other runs; any other
-name ends the reading (https://docs.python.org/3/library/pickle.html#restricting-globals).
-"""
-
-import collections
-import pickle
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
+from softlabel.detectors.header import Header, tensors_alone
+from softlabel.detectors.unpickling import StandIn, read_pickle
+from softlabel.detectors.yolov5 import SIZES, TRAIN_DEFAULTS, anchor_yaml
 from softlabel.errors import WeightsError
 
-_SIZES = {16: "n", 32: "s", 48: "m", 64: "l", 80: "x"}
-_NOT_FOUND = "is not an original YOLOv5 detection checkpoint of version 6 or 7"
+_DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
+"""What releases were trained at, where their files do not say."""
 
+_BOXES_ALONE = {"Segment": "Detect", "Segment26": "Detect", "Pose": "Detect", "Pose26": "Detect"}
+"""Heads that find boxes as ``Detect`` does, with masks or keypoints beside them."""
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds: its model (yolov5{n,s,m,l,x}-anchor.yaml), class names, and tensors as float32."""
+_HEADS = {"Detect", "v10Detect", *_BOXES_ALONE}
 
-    model: str
-    classes: tuple[str, ...]
-    tensors: dict[str, torch.Tensor]
+_STATE_DICTS = ("ema", "model", "state_dict", "model_state_dict")
 
+_EARLIER_LAYERS = {"Silence": "nn.Identity"}
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a .pt file.
-
-    Raises:
-        WeightsError: There is no file, it is damaged, it asks for a name that a YOLOv5 model does not need (which is
-            named), or it holds something else than a YOLOv5 detection model.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED)
-        found = content.get("ema") or content["model"]
-        tensors = {key: _as_float32(value) for key, value in _tensors(found) if not key.endswith("anchor_grid")}
-        names = found.names.values() if isinstance(found.names, dict) else found.names
-        classes = tuple(str(name) for name in names)
-        size = _SIZES[len(tensors["model.0.conv.weight"])]
-    except FileNotFoundError:
-        raise WeightsError(f"no weights at {path}: give an existing file") from None
-    except _UnknownNameError as error:
-        raise WeightsError(
-            f"{path} asks to import {error}, which no YOLOv5 model needs: it is refused, and nothing of it was run; "
-            "give a checkpoint of YOLOv5 v6 or v7, or safetensors"
-        ) from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise WeightsError(f"{path} cannot be read as a checkpoint ({_one_line(error)}): is it damaged?") from None
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise WeightsError(f"{path} {_NOT_FOUND} ({type(error).__name__}: {_one_line(error)})") from None
-    return Checkpoint(f"yolov5{size}-anchor.yaml", classes, tensors)
-
-
-class _UnknownNameError(pickle.UnpicklingError):
-    """A name that is not in the list below."""
-
-
-class _StandIn:
-    """Holds what a pickled object consists of, and does nothing."""
-
-
-_KNOWN: dict[str, Any] = {
-    "__builtin__.set": set,  # Python 2 names: torch.save writes pickle protocol 2
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    **dict.fromkeys(
-        [
-            "models.yolo.Model",
-            "models.yolo.DetectionModel",
-            "models.yolo.Detect",
-            "models.common.Conv",
-            "models.common.Bottleneck",
-            "models.common.C3",
-            "models.common.SPPF",
-            "models.common.Concat",
-            "torch.nn.modules.activation.SiLU",
-            "torch.nn.modules.batchnorm.BatchNorm2d",
-            "torch.nn.modules.container.ModuleList",
-            "torch.nn.modules.container.Sequential",
-            "torch.nn.modules.conv.Conv2d",
-            "torch.nn.modules.pooling.MaxPool2d",
-            "torch.nn.modules.upsampling.Upsample",
-        ],
-        _StandIn,
-    ),
+_OTHER_HEADS = {
+    "Classify": "is a classification model, which finds no boxes",
+    "SemanticSegment": "is a semantic segmentation model, which finds no boxes",
+    "Depth": "is a depth model, which finds no boxes",
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """torch.load builds on this one; it adds how tensors' storages are found, by names that end in Storage."""
+def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
+    """A .pt file's model and its tensors, as float32 (counters stay integers).
 
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full not in _KNOWN:
-            raise _UnknownNameError(full)
-        return _KNOWN[full]
+    Of a model that finds masks or keypoints beside boxes, this is what finds the boxes.
+
+    Raises:
+        WeightsError: It cannot be read safely, or holds something else than a detection model.
+    """
+    content = read_pickle(path)
+    try:
+        model = _model_of(content, path)
+        layers = model._modules["model"]
+        place, head = list(layers._modules.items())[-1]
+        kind = type(head).__name__
+        if kind not in _HEADS:
+            is_one = _OTHER_HEADS.get(kind, f"ends in a layer {kind}, which softlabel does not know")
+            raise WeightsError(f"{path} {is_one}: give a checkpoint of a detection model")
+        tensors = {f"model.{key}": _as_float32(value) for key, value in _tensors(layers)}
+        if "anchors" in head._buffers:
+            return _yolov5_header(model, head, content), tensors
+        if kind in _BOXES_ALONE:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(f"model.{place}.") or _finds_boxes(k)}
+        return _ultralytics_header(model, kind, content), tensors
+    # What a damaged pickle holds may be anything.
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} holds no detection model of ultralytics or YOLOv5 ({type(error).__name__}: {_one_line(error)})"
+        ) from None
 
 
-# torch.load takes a module with the parts of `pickle` that it uses.
-_RESTRICTED = SimpleNamespace(
-    __name__="softlabel.detectors.checkpoint", Unpickler=_Unpickler, load=lambda file, **kwargs: _Unpickler(file).load()
-)
+def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors of a .pt file that holds nothing else, as ``torch.save(model.state_dict())`` makes it.
+
+    Raises:
+        WeightsError: It cannot be read safely, or holds something else.
+    """
+    found = _state_dict_in(read_pickle(path))
+    if found is None:
+        raise WeightsError(f"{path} does not hold tensors alone: give it without --model if it holds a whole model")
+    return {key: _as_float32(value) for key, value in found.items()}
+
+
+def _model_of(content: Any, path: Path | str) -> Any:
+    """The EMA where there is one, since ultralytics and YOLOv5 predict with it."""
+    if _state_dict_in(content) is not None:
+        raise WeightsError(tensors_alone(path))
+    found = content
+    if isinstance(content, dict):
+        found = content["model"] if content.get("ema") is None else content["ema"]
+    return found._modules.get("module", found)  # of DistributedDataParallel
+
+
+def _state_dict_in(content: Any) -> dict[str, torch.Tensor] | None:
+    """It, or what lies in it under one of the names that are in use."""
+    inside = [content.get(key) for key in _STATE_DICTS] if isinstance(content, dict) else []
+    for found in (content, *inside):
+        if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
+            return found
+    return None
+
+
+def _ultralytics_header(model: Any, kind: str, content: Any) -> Header:
+    yaml = _yaml_of(model, kind)
+    args = _train_args(model, content)
+    return Header(yaml, _class_names(model, yaml["nc"]), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
+
+
+def _yolov5_header(model: Any, head: Any, content: Any) -> Header:
+    yaml = {**_yaml_of(model, "Detect"), **_activations(model)}
+    stride = model.stride.float()
+    in_pixels = head._buffers["anchors"].float() * stride.view(-1, 1, 1)
+    yaml["anchors"] = [level.flatten().tolist() for level in in_pixels]
+    options = content.get("opt") if isinstance(content, dict) else None
+    options = options if isinstance(options, dict) else vars(options) if isinstance(options, StandIn) else {}
+    default = _DEFAULT_IMGSZ_P6 if len(stride) == 4 else _DEFAULT_IMGSZ
+    imgsz = _imgsz(options.get("imgsz", options.get("img_size")), default)
+    return Header(_named(yaml), _class_names(model, yaml["nc"]), imgsz, dict(TRAIN_DEFAULTS))
+
+
+def _yaml_of(model: Any, kind: str) -> dict:
+    """The yaml that a model was built from, with a head that finds boxes and nothing else.
+
+    Raises:
+        ValueError: It does not take RGB.
+    """
+    yaml = _plain(model.yaml)
+    if (channels := yaml.get("ch", yaml.get("channels", 3))) != 3:
+        raise ValueError(f"it takes images of {channels} channels, and tiles are RGB")
+    *layers, (source, repeats, _, args) = yaml["head"]
+    layers = [[*layer[:2], _EARLIER_LAYERS.get(layer[2], layer[2]), *layer[3:]] for layer in layers]
+    head = [source, repeats, _BOXES_ALONE.get(kind, kind), args[:1]]
+    kept = {key: value for key, value in yaml.items() if key not in ("anchors", "kpt_shape")}
+    return {**kept, "head": [*layers, head], "yaml_file": Path(str(yaml.get("yaml_file", "model.yaml"))).name}
+
+
+def _named(yaml: dict) -> dict:
+    """The yaml of yolov5{n,s,m,l,x}-anchor.yaml where a checkpoint is one of these, with the checkpoint's anchors."""
+    for size in SIZES:
+        known = anchor_yaml(f"yolov5{size}-anchor.yaml")
+        depth, width, _ = known["scales"][size]
+        one = {"depth_multiple": depth, "width_multiple": width, "activation": None}
+        if all(yaml.get(key) == {**known, **one}[key] for key in ("backbone", "head", *one)):
+            return {**known, "nc": yaml["nc"], "anchors": yaml["anchors"]}
+    return {**yaml, "yaml_file": "yolov5-anchor.yaml"}
+
+
+def _activations(model: Any) -> dict:
+    """Of YOLOv5 before v4 and models with another: its modules say it, where its yaml may not."""
+    found = {}
+    for kind, key in (("Conv", "activation"), ("BottleneckCSP", "csp_activation")):
+        used = {_activation(module) for module in _modules(model) if type(module).__name__ == kind} - {None}
+        if used - {"nn.SiLU()"}:
+            (found[key],) = used
+    return found
+
+
+def _activation(module: Any) -> str | None:
+    act = module._modules.get("act")
+    name = type(act).__name__
+    if act is None or name == "Identity":
+        return None
+    return f"nn.{name}({float(act.negative_slope)})" if name == "LeakyReLU" else f"nn.{name}()"
+
+
+def _class_names(model: Any, num_classes: int) -> tuple[str, ...]:
+    names = model.names
+    names = tuple(_one_line(name) for name in (names.values() if isinstance(names, dict) else names))
+    if len(names) != num_classes:
+        raise ValueError(f"it names {len(names)} classes and finds {num_classes}")
+    return names
+
+
+def _train_args(model: Any, content: Any) -> dict:
+    """The plain values among them."""
+    found = content.get("train_args") if isinstance(content, dict) else None
+    found = getattr(model, "args", {}) if found is None else found
+    found = found if isinstance(found, dict) else vars(found)
+    return {key: value for key, value in found.items() if isinstance(key, str) and _is_plain(value)}
+
+
+def _imgsz(found: Any, default: int) -> int:
+    found = max(found) if isinstance(found, list | tuple) else found
+    return int(found) if isinstance(found, int | float) and 0 < found < 1 << 16 else default
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nothing but JSON.
+
+    Raises:
+        TypeError: There is something else in it.
+    """
+    return json.loads(json.dumps(value))
+
+
+def _finds_boxes(key: str) -> bool:
+    """Whether a tensor of a head belongs to ``Detect``."""
+    return key.split(".")[2].removeprefix("one2one_") in ("cv2", "cv3", "dfl")
+
+
+def _modules(module: Any) -> Iterator[Any]:
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _modules(child)
 
 
 def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters and buffers of a module and all below it, as its state_dict would name them."""
     for name, value in [*module._parameters.items(), *module._buffers.items()]:
-        if value is not None and name not in module._non_persistent_buffers_set:
+        passing = name == "anchor_grid" or name in getattr(module, "_non_persistent_buffers_set", ())
+        if value is not None and not passing:
             yield prefix + name, value
     for name, child in module._modules.items():
-        yield from _tensors(child, f"{prefix}{name}.")
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.")
 
 
 def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Releases hold half precision; counters stay integers."""
-    tensor = tensor.detach()
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(said: object) -> str:
+    return " ".join(str(said).split())[:200].encode("utf-8", "replace").decode()

@@ -12,7 +12,7 @@ def read_header(path: Path | str) -> Header:
         WeightsError: Neither a safetensors file that this project wrote nor a checkpoint that it reads.
     """
     if is_checkpoint(path):
-        from softlabel.detectors.weights import read_original
+        from softlabel.detectors.weights import read_weights
 
-        return read_original(path)[0]
+        return read_weights(path)[0]
     return read_safetensors_header(path)

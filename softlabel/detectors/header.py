@@ -1,9 +1,10 @@
 """What a weights file says of its model, read without torch: a driver needs no more, and torch costs it seconds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from softlabel.errors import WeightsError
@@ -15,7 +16,7 @@ class Header:
 
     yaml: dict
     classes: tuple[str, ...]
-    imgsz: int
+    imgsz: Annotated[int, Field(gt=0, lt=1 << 16)]
     train_args: dict
 
 
@@ -27,12 +28,21 @@ def read_safetensors_header(path: Path | str) -> Header:
     """
     metadata = open_weights(path).metadata() or {}
     if "softlabel" not in metadata:
-        raise WeightsError(
-            f"{path} holds tensors but not which model they belong to: give it as train.*.weights to start training "
-            "from, and label with the weights.safetensors that training or `softlabel import-weights` writes"
-        )
-    header = json.loads(metadata["softlabel"])
-    return Header(header["yaml"], tuple(header["classes"]), header["imgsz"], header["train_args"])
+        raise WeightsError(tensors_alone(path))
+    try:
+        return TypeAdapter(Header).validate_json(metadata["softlabel"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise WeightsError(f"{path} says nothing of its model that can be read ({where}: {first['msg']})") from None
+
+
+def tensors_alone(path: Path | str) -> str:
+    """What to do with such a file."""
+    return (
+        f"{path} holds tensors but not which model they belong to: say it with softlabel import-weights {path} "
+        "--model yolo11n.yaml --classes NAME,NAME, or start training from it as train.*.weights"
+    )
 
 
 def is_checkpoint(path: Path | str) -> bool:
@@ -50,9 +60,9 @@ def open_weights(path: Path | str) -> safe_open:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise WeightsError(
-            f"no weights at {path}: give an existing .safetensors file, or an original YOLOv5 .pt"
+            f"no weights at {path}: give an existing .safetensors file, or a .pt of ultralytics or YOLOv5"
         ) from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path} is not a safetensors file ({error}): of others only original YOLOv5 checkpoints, .pt, are read"
+            f"{path} is not a safetensors file ({error}): give one, or a checkpoint (.pt) of ultralytics or YOLOv5"
         ) from None

@@ -1,25 +1,40 @@
 """The one file format that weights travel in, and what starts from it.
 
-Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata. An
-original YOLOv5 checkpoint (.pt) is read by softlabel.detectors.checkpoint wherever weights are.
+Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata. A
+checkpoint (.pt) is read by softlabel.detectors.checkpoint wherever weights are.
 """
 
+import copy
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from torch import nn
+from ultralytics.nn import modules
+from ultralytics.nn.tasks import DetectionModel, parse_model, yaml_model_load
 
 from softlabel.config import is_anchor_based
-from softlabel.detectors.checkpoint import read_checkpoint
+from softlabel.detectors.checkpoint import read_checkpoint, read_state_dict
 from softlabel.detectors.header import Header, is_checkpoint, open_weights, read_safetensors_header
-from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, YoloV5, anchor_yaml
+from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, AnchorDetect, YoloV5, anchor_yaml
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import commit
 
-_ORIGINAL_IMGSZ = 640  # what the releases of YOLOv5 n, s, m, l and x were trained at
+_MODELS = {"Detect": DetectionModel, "v10Detect": DetectionModel}
+"""The head that a yaml ends in to the class that trains and runs it."""
+
+_LAYERS = {*modules.__all__} - {"TorchVision"}  # which downloads weights
+_MOST_REPEATS = 100
+_LARGEST_OUTPUT = 1 << 25
+"""Numbers that a layer makes of 256 x 256 pixels; those of YOLOv3, the largest of all, are 2 million."""
+
+_WRAPPERS = re.compile(r"^(module\.|model\.)+(?=\d)")
+"""What DistributedDataParallel, ultralytics' YOLO and DetectionModel each put before a layer's number."""
 
 
 def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
@@ -28,16 +43,43 @@ def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
 
 
 def import_weights(source: Path, target: Path) -> Header:
-    """Turn an original YOLOv5 checkpoint into safetensors, and say what it holds.
+    """Turn a checkpoint of ultralytics or YOLOv5 into safetensors, and say what it holds.
 
     Raises:
         WeightsError: ``source`` is no such checkpoint, asks for a name that none needs, or ``target`` exists.
     """
-    if target.exists():
-        raise WeightsError(f"{target} exists: remove it, or name another file with --output")
-    header, tensors = read_original(source)
+    _check_absent(target)
+    header, tensors = read_weights(source)
     _save(target, tensors, header)
     return header
+
+
+def import_tensors(source: Path, target: Path, model: str, classes: Sequence[str], imgsz: int) -> Header:
+    """Turn tensors alone, a state_dict in a .pt or a safetensors file, into weights of a named model.
+
+    Args:
+        source: Its keys may begin with ``model.`` and ``module.`` any number of times.
+        target: Where to.
+        model: One of ultralytics' by its yaml name, or yolov5{n,s,m,l,x}-anchor.yaml.
+        classes: What it finds, in its order.
+        imgsz: Longer side of the images that it was trained on, in pixels.
+
+    Raises:
+        WeightsError: ``source`` cannot be read or its tensors do not fit, or ``target`` exists.
+        RecipeError: There is no such model.
+    """
+    _check_absent(target)
+    found = read_state_dict(source) if is_checkpoint(source) else _read_tensors(source)
+    tensors = {_WRAPPERS.sub("model.", key): value for key, value in found.items()}
+    header = Header(build_model(model, len(classes)).yaml, tuple(classes), imgsz, default_train_args(model))
+    _check_fits(header, tensors, source)
+    _save(target, tensors, header)
+    return header
+
+
+def _check_absent(target: Path) -> None:
+    if target.exists():
+        raise WeightsError(f"{target} exists: remove it, or name another file with --output")
 
 
 def build_model(model: str | dict, num_classes: int) -> DetectionModel:
@@ -66,12 +108,12 @@ def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
     Raises:
         WeightsError: It cannot be read or its tensors do not fit.
     """
-    header, tensors = _read(path)
+    header, tensors = read_weights(path)
     try:
         model = build_model(header.yaml, len(header.classes))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise WeightsError(f"{path} names what is no layer of a model ({_one_line(error)}): it is refused") from None
-    _load_all(model, tensors, path)
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise WeightsError(f"{path} does not fit its own model: {_one_line(error)}") from None
     model.names = dict(enumerate(header.classes))
     return model, header
 
@@ -86,7 +128,7 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
         WeightsError: The file cannot be read, or nothing fits.
     """
     own = model.state_dict()
-    tensors = read_original(path)[1] if is_checkpoint(path) else _read_tensors(path)
+    tensors = read_weights(path)[1] if is_checkpoint(path) else _read_tensors(path)
     fitting = {k: v.float() for k, v in tensors.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")
@@ -94,30 +136,70 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
     return len(fitting), len(own)
 
 
-def read_original(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
-    """What an original YOLOv5 checkpoint says of its model, and its tensors, which are known to fit it.
+def read_weights(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
+    """What a weights file says of its model, and its tensors, whose names and shapes are known to fit it.
 
     Raises:
-        WeightsError: It is none.
+        WeightsError: It cannot be read, or names what is no layer of a model.
     """
-    found = read_checkpoint(path)
-    yaml = anchor_yaml(found.model)
-    model = YoloV5(yaml, len(found.classes))
-    _load_all(model, found.tensors, path)
-    # The checkpoint's own anchors, which need not be COCO's.
-    model.set_anchors(model.anchors_px())
-    return Header(model.yaml, found.classes, _ORIGINAL_IMGSZ, dict(TRAIN_DEFAULTS)), found.tensors
+    header, tensors = (
+        read_checkpoint(path) if is_checkpoint(path) else (read_safetensors_header(path), _read_tensors(path))
+    )
+    _check_fits(header, tensors, path)
+    return header, tensors
 
 
-def _read(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
-    return read_original(path) if is_checkpoint(path) else (read_safetensors_header(path), _read_tensors(path))
-
-
-def _load_all(model: DetectionModel, tensors: dict[str, torch.Tensor], path: Path | str) -> None:
+def _check_fits(header: Header, tensors: dict[str, torch.Tensor], path: Path | str) -> None:
     try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit its own model: {_one_line(error)}") from None
+        own = _shapes(header)
+    except Exception as error:  # noqa: BLE001 (a damaged yaml asks layers for anything)
+        raise WeightsError(f"{path} names what is no layer of a model ({_one_line(error)}): it is refused") from None
+    for key, shape in own.items():
+        found = list(tensors[key].shape) if key in tensors else "missing"
+        if found != shape:
+            raise WeightsError(f"{path} does not fit its own model: tensor {key} is {found}, and {shape} in its yaml")
+
+
+def _shapes(header: Header) -> dict[str, list[int]]:
+    """The tensors of a file's model.
+
+    The model is built without memory for its tensors and its outputs, which may be huge where a file is damaged.
+
+    Raises:
+        Exception: What the file says cannot be built.
+    """
+    yaml = copy.deepcopy(header.yaml)
+    for _, repeats, name, _ in yaml["backbone"] + yaml["head"]:
+        in_torch = name.startswith("nn.") and isinstance(getattr(nn, name[3:], None), type)
+        if not in_torch and name not in _LAYERS:
+            raise ValueError(f"{name} is none that the installed ultralytics has")
+        if not 0 < repeats * max(1.0, *_depths(yaml)) <= _MOST_REPEATS:
+            raise ValueError(f"{name} is repeated {repeats} times")
+    with torch.device("meta"):
+        layers, passed_on = parse_model({**yaml, "nc": len(header.classes)}, ch=3, verbose=False)
+        _check_outputs(layers.eval()[:-1], passed_on)
+        if is_anchor_based(yaml):
+            levels = len(yaml["anchors"])
+            layers[-1] = AnchorDetect.in_place_of(layers[-1], yaml["anchors"], torch.ones(levels))
+    return {f"model.{key}": list(value.shape) for key, value in layers.state_dict().items()}
+
+
+def _check_outputs(layers: nn.Sequential, passed_on: list[int]) -> None:
+    """Run layers as BaseModel._predict_once does."""
+    output: Any = torch.zeros(1, 3, 256, 256)
+    outputs: list[Any] = []
+    for layer in cast(Any, layers):
+        sources = [layer.f] if isinstance(layer.f, int) else layer.f
+        inputs = [output if source == -1 else outputs[source] for source in sources]
+        output = layer(inputs[0] if isinstance(layer.f, int) else inputs)
+        made = sum(one.numel() for one in (output if isinstance(output, list | tuple) else [output]))
+        if made > _LARGEST_OUTPUT:
+            raise ValueError(f"{layer.type} makes {made} numbers of 256 x 256 pixels")
+        outputs.append(output if layer.i in passed_on else None)
+
+
+def _depths(yaml: dict) -> list[float]:
+    return [float(yaml.get("depth_multiple", 1)), *(float(scale[0]) for scale in yaml.get("scales", {}).values())]
 
 
 def _one_line(error: Exception) -> str:

@@ -112,7 +112,7 @@ class YoloDetector(Detector):
 
     def _tile_loss(self, raw: dict, position: int, letterbox: "_Letterbox", truth: Truth) -> list[float]:
         boxes, class_ids = targets_of(truth)
-        in_input = boxes * letterbox.gain + np.array(letterbox.pad_xy * 2, np.float32)
+        in_input = boxes * letterbox.scale_4 + np.array(letterbox.pad_xy * 2, np.float32)
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
 
 
@@ -185,7 +185,6 @@ class _Letterbox:
     tile_hw: tuple[int, int]
     scaled_hw: tuple[int, int]
     size_hw: tuple[int, int]
-    gain: float
     pad_xy: tuple[int, int]
 
     @classmethod
@@ -195,7 +194,7 @@ class _Letterbox:
         scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
         size_h, size_w = (-(-side // stride) * stride for side in (scaled_h, scaled_w))
         pad = (size_w - scaled_w) // 2, (size_h - scaled_h) // 2
-        return cls((height, width), (scaled_h, scaled_w), (size_h, size_w), gain, pad)
+        return cls((height, width), (scaled_h, scaled_w), (size_h, size_w), pad)
 
     def apply(self, image: Image) -> Image:
         if self.scaled_hw != self.tile_hw:
@@ -208,4 +207,10 @@ class _Letterbox:
         return canvas
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / np.float32(self.gain)
+        return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / self.scale_4
+
+    @property
+    def scale_4(self) -> NDArray[np.float32]:
+        """Of xyxy: each side by itself, since the scaled sides are rounded."""
+        (height, width), (scaled_h, scaled_w) = self.tile_hw, self.scaled_hw
+        return np.array([scaled_w / width, scaled_h / height] * 2, np.float32)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from ultralytics.nn.modules import BottleneckCSP, Detect
+from ultralytics.nn.tasks import DetectionModel, _SafeLoad, yaml_model_load
 
 from softlabel.detectors.yolov5_loss import AnchorLoss
 from softlabel.errors import RecipeError
@@ -24,7 +25,9 @@ COCO_ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 1
 TRAIN_DEFAULTS = {"box": 0.05}
 """ultralytics train arguments whose default is another in YOLOv5 (data/hyps/hyp.scratch-low.yaml)."""
 
-_NAME = re.compile(r"yolov5([nsmlx])-anchor\.yaml")
+SIZES = "nsmlx"
+
+_NAME = re.compile(rf"yolov5([{SIZES}])-anchor\.yaml")
 
 
 def anchor_yaml(name: str) -> dict:
@@ -60,6 +63,11 @@ class AnchorDetect(nn.Module):
         in_pixels = torch.tensor(anchors, dtype=torch.float32).view(self.nl, self.na, 2)
         self.register_buffer("anchors", in_pixels / stride.view(-1, 1, 1))  # in cells, as original weights hold them
         self.m = nn.ModuleList(nn.Conv2d(channels, self.no * self.na, 1) for channels in ch)
+
+    @classmethod
+    def in_place_of(cls, head: Detect, anchors: Sequence[Sequence[float]], stride: torch.Tensor) -> "AnchorDetect":
+        """An untrained one for the feature maps that an anchor-free head takes."""
+        return cls(head.nc, anchors, stride, [branch[0].conv.in_channels for branch in head.cv2])
 
     def bias_init(self) -> None:
         """Start with some 8 objects an image of 640 px, each of any class (https://arxiv.org/abs/1708.02002, 3.3)."""
@@ -99,13 +107,16 @@ class YoloV5(DetectionModel):
     def __init__(self, yaml: dict, num_classes: int) -> None:
         super().__init__(dict(yaml), nc=num_classes, verbose=False)
         replaced = self.model[-1]
-        channels = [branch[0].conv.in_channels for branch in replaced.cv2]
-        head = AnchorDetect(num_classes, yaml["anchors"], self.stride, channels)
+        head = AnchorDetect.in_place_of(replaced, yaml["anchors"], self.stride)
         # What ultralytics' parser notes on each layer: its place, its inputs, its name, its size.
         size = sum(parameter.numel() for parameter in head.parameters())
         vars(head).update(i=replaced.i, f=replaced.f, type="AnchorDetect", np=size)
         head.bias_init()
         self.model[-1] = head
+        if "csp_activation" in yaml:  # of YOLOv5 before v4, where it is another than the convolutions'
+            for module in self.modules():
+                if isinstance(module, BottleneckCSP):
+                    module.act = _SafeLoad.activation(yaml["csp_activation"])
 
     def init_criterion(self) -> AnchorLoss:
         """The loss, with the gains of ``self.args``."""

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from ultralytics.utils.metrics import bbox_iou
 
-_BALANCE = (4.0, 1.0, 0.4)  # objectness of strides 8, 16, 32: fine levels have more empty cells
+# Of objectness on each level, fine ones first: they have more empty cells. Three levels have weights of their own.
+_BALANCE_OF_3, _BALANCE = (4.0, 1.0, 0.4), (4.0, 1.0, 0.25, 0.06, 0.02)
 _ANCHOR_RATIO = 4.0  # hyp anchor_t: a box matches an anchor whose sides are less than 4 times its own, or a quarter
 _OBJ_GAIN = 1.0
 _NEIGHBOUR = 0.5  # a box also belongs to the two cells whose centres are nearest, half a cell off at most
@@ -72,7 +73,7 @@ class AnchorLoss:
     """YOLOv5's training criterion, called as ultralytics calls its own.
 
     Args:
-        anchors: (3, anchors, 2) width and height in cells, for the levels of stride 8, 16 and 32.
+        anchors: (levels, anchors, 2) width and height in cells, for levels from fine to coarse.
         num_classes: K; with one class there is no class loss, as in the original.
         box: Gain of the box loss, before scaling: 0.05 in YOLOv5.
         cls: Gain of the class loss, before scaling: 0.5 in YOLOv5.
@@ -87,6 +88,7 @@ class AnchorLoss:
     def __init__(self, anchors: torch.Tensor, num_classes: int, *, box: float, cls: float, imgsz: int) -> None:
         self.num_levels = levels = len(anchors)
         self._anchors, self._num_classes = anchors, num_classes
+        self._balance = _BALANCE_OF_3 if levels == 3 else _BALANCE
         self._box = box * 3 / levels
         self._cls = cls * num_classes / 80 * 3 / levels
         self._obj = _OBJ_GAIN * (imgsz / 640) ** 2 * 3 / levels
@@ -128,7 +130,7 @@ class AnchorLoss:
             cls = bce(cells[:, 5:], one_hot, reduction="sum") * self._cls / self._num_classes
         assigned = len(found.image)
         counts = out.new_tensor([assigned, out[..., 4].numel(), assigned])
-        return torch.stack((box, obj * self._obj * _BALANCE[level], cls)), counts
+        return torch.stack((box, obj * self._obj * self._balance[level], cls)), counts
 
 
 def _objectness(out: torch.Tensor, found: Assigned, ciou: torch.Tensor) -> torch.Tensor:

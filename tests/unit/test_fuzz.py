@@ -1,4 +1,4 @@
-"""Whatever is in a truth file, a scene or a store: a result, rejected rows or a declared error.
+"""Whatever is in a truth file, a scene, a store or a weights file: a result, rejected rows or a declared error.
 
 Never another exception, a hang, a crash, or gigabytes for a small window. fuzzing.py damages and reads, in a process of
 its own.
@@ -25,8 +25,8 @@ from softlabel.records import TILES, soft_labels_schema
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
-SHORT = {"truth": 1_000, "rasters": 600, "stores": 350, "bombs": 50}
-LONG = {"truth": 50_000, "rasters": 30_000, "stores": 19_900, "bombs": 100}
+SHORT = {"truth": 1_000, "rasters": 600, "stores": 350, "bombs": 50, "weights": 600}
+LONG = {"truth": 50_000, "rasters": 30_000, "stores": 19_900, "bombs": 100, "weights": 100_000}
 
 
 def feed(target: str, count: int, folder: Path, first: int = 0) -> list[dict]:
@@ -65,7 +65,7 @@ def test_damaged_inputs_end_well(target, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("target", LONG)
-def test_100_000_damaged_inputs_end_well(target, tmp_path):
+def test_many_damaged_inputs_end_well(target, tmp_path):
     half = LONG[target] // 2
     with ThreadPoolExecutor(2) as pool:
         halves = [pool.submit(feed, target, half, tmp_path / str(first), first) for first in (0, half)]

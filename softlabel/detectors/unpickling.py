@@ -1,0 +1,199 @@
+"""PyTorch checkpoints (.pt) read without running them.
+
+Such a file is a pickle: a list of names to import and call. This reader knows the names that detection models of
+ultralytics and of YOLOv5 consist of and gives each a stand-in that only holds what it is given, so neither their code
+nor any other runs; any other name ends the reading
+(https://docs.python.org/3/library/pickle.html#restricting-globals).
+"""
+
+import collections
+import inspect
+import pickle
+import tarfile
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._utils import _rebuild_tensor_v2
+from ultralytics.nn import modules, tasks
+from ultralytics.utils import loss, tal
+
+from softlabel.errors import WeightsError
+
+
+class StandIn:
+    """Holds what a pickled object consists of, as its attributes, and does nothing."""
+
+    dump_patches = False  # torch.load asks every class of a file of the form before PyTorch 1.6
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def read_pickle(path: Path | str) -> Any:
+    """What a checkpoint holds: plain values, tensors on the CPU, and a StandIn of its class's name for anything else.
+
+    Raises:
+        WeightsError: There is no file, it is damaged, it is TorchScript, or it asks for a name that no detection model
+            consists of (which is named).
+    """
+    try:
+        _refuse_other_forms(path)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED)
+    except WeightsError:
+        raise
+    except FileNotFoundError:
+        raise WeightsError(f"no weights at {path}: give an existing file") from None
+    except _UnknownNameError as error:
+        raise WeightsError(
+            f"{path} asks to import {error}, which no detection model of ultralytics or YOLOv5 consists of: it is "
+            "refused, and nothing of it was run; give a checkpoint of one of these, or its tensors as safetensors"
+        ) from None
+    # A damaged pickle calls what is harmless with whatever it likes, and so ends in any exception.
+    except Exception as error:  # noqa: BLE001
+        raise WeightsError(f"{path} cannot be read as a checkpoint ({_one_line(error)}): is it damaged?") from None
+
+
+def _refuse_other_forms(path: Path | str) -> None:
+    """Of what torch.load takes besides checkpoints: it would run TorchScript, and unpack a tar file (PyTorch 0.1)."""
+    with open(path, "rb") as file:
+        if torch.serialization._is_zipfile(file):
+            records = torch._C.PyTorchFileReader(str(path)).get_all_records()
+            if "constants.pkl" in records:
+                raise WeightsError(
+                    f"{path} is TorchScript, a program that cannot be read without running it: export the model it "
+                    "was made from with format=onnx, or give its checkpoint (best.pt)"
+                )
+        elif tarfile.is_tarfile(file):
+            raise pickle.UnpicklingError("a tar file")
+
+
+class _UnknownNameError(pickle.UnpicklingError):
+    """A name that no detection model consists of."""
+
+
+def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: object) -> torch.Tensor:
+    """A tensor without the hooks that may come with it."""
+    return _rebuild_tensor_v2(storage, offset, size, stride, False, collections.OrderedDict())
+
+
+def _parameter(data: torch.Tensor, *_: object) -> torch.Tensor:
+    return data
+
+
+class _Calls:
+    """Calls a function, and unlike a function has no attributes that a pickle could set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it changes a function")
+
+
+_REAL = {
+    "builtins.set": set,
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _Calls(_tensor),
+    "torch._utils._rebuild_parameter": _Calls(_parameter),
+}
+
+_PLAIN = {
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"{module}.{system}Path" for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+    "torch.device",
+    "torch.Size",
+    "torch.float16",
+    "torch.float32",
+}
+"""What training leaves in a checkpoint beside the model: scores, paths, devices."""
+
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
+"""What DataParallel and DistributedDataParallel consist of."""
+
+_EARLIER = {
+    "IterableSimpleNamespace",
+    "Model",  # YOLOv5 before v6.2
+    "Loss",  # ultralytics 8.0
+    "v10DetectLoss",
+    "YOLOv10DetectionModel",
+    "Silence",
+    "Contract",
+    "Expand",
+    "CrossConv",
+    "MixConv2d",
+    "Sum",
+}
+"""Classes that neither ultralytics' modules nor its losses have, or no longer."""
+
+_ROOTS = ("ultralytics.", "models.yolo.", "models.common.", "models.experimental.")
+"""Where ultralytics and YOLOv5 keep their classes; folders below were others in every year."""
+
+
+@cache
+def _classes_of(*found: ModuleType) -> set[str]:
+    return {name for module in found for name, _ in inspect.getmembers(module, inspect.isclass)}
+
+
+@cache
+def _layers() -> set[str]:
+    """Names of ultralytics' layers, models and losses."""
+    folders = [getattr(modules, name) for name in ("block", "conv", "head", "transformer")]
+    return _classes_of(modules, tasks, loss, tal, *folders) | _EARLIER
+
+
+def _is_known(module: str, name: str) -> bool:
+    full = f"{module}.{name}"
+    if module.startswith("torch.nn.modules."):
+        return isinstance(getattr(nn, name, None), type)
+    return full in _PLAIN or full.startswith(_WRAPPERS) or (full.startswith(_ROOTS) and name in _layers())
+
+
+class _Unpickler(pickle.Unpickler):
+    """torch.load builds on this one; it adds how tensors' storages are found, by names that end in Storage."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("__builtin__", "builtins")  # of Python 2: torch.save writes pickle protocol 2
+        full = f"{module}.{name}"
+        if full in _REAL:
+            return _REAL[full]
+        if not _is_known(module, name):
+            raise _UnknownNameError(ascii(full[:200])[1:-1])
+        return type(name, (StandIn,), {})  # anew: what a file does to a class ends with it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.load compares classes with the sources that a file from before PyTorch 1.6 has of them, and may write
+        # patches: not of these.
+        super().__setattr__(name, partial(_without_sources, value) if name == "persistent_load" else value)
+
+
+def _without_sources(load: Callable[[tuple], Any], saved: tuple) -> Any:
+    return saved[1] if saved[0] == "module" else load(saved)
+
+
+# torch.load takes a module with the parts of `pickle` that it uses.
+_RESTRICTED = SimpleNamespace(
+    __name__=__name__, Unpickler=_Unpickler, load=lambda file, **kwargs: _Unpickler(file, **kwargs).load()
+)
+
+
+def _one_line(error: Exception) -> str:
+    return (type(error).__name__ + ": " + " ".join(str(error).split())[:200]).encode("utf-8", "replace").decode()

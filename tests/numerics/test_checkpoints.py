@@ -1,0 +1,129 @@
+"""Checkpoints that the installed ultralytics wrote are the same detector here: its predict is the reference."""
+
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.modules import Detect
+
+from softlabel.detectors.weights import load_model
+from softlabel.detectors.yolo import YoloDetector
+from softlabel.records import Nms
+
+IMGSZ = 192
+FLOOR, IOU, MAX_DET = 0.02, 0.6, 200
+QUICK = ["yolov3-tiny", "yolov5n", "yolov8n", "yolov10n", "yolo11n", "yolo26n", "yolov8n-seg", "yolo26n-pose"]
+OTHERS = [
+    *("yolov3u", "yolov5n-p6", "yolov6n", "yolov8n-p2", "yolov8n-p6", "yolov8n-ghost", "yolov8m", "yolov9t", "yolov9c"),
+    *("yolov9e", "yolov10b", "yolo11m", "yolo12n", "yolo26m", "yolo26n-p6", "yolo11n-pose", "yolo26n-seg"),
+]
+TRAINED = ["yolov8n", "yolo11n"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """ultralytics' predict sets how many PyTorch uses."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(shared):
+    """Real tiles: the whole, a wide and a tall part."""
+    path = sorted((shared / "data" / "overhead" / "images").iterdir())[0]
+    whole = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    return [whole[:640, :640], whole[:300, :900], whole[:900, :500]]
+
+
+def talkative(name, images):
+    """An untrained model whose boxes and scores follow the pixels: a fresh one gives all of them the same score."""
+    torch.manual_seed(0)
+    yolo = YOLO(f"{name}.yaml")
+    head = yolo.model.model[-1]
+    assert isinstance(head, Detect)
+    for module in yolo.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    for branch in head.cv3:
+        torch.nn.init.normal_(branch[-1].weight, std=0.1)
+        torch.nn.init.constant_(branch[-1].bias, -3.0)
+    batch = np.stack([cv2.resize(image, (IMGSZ, IMGSZ)) for image in images])
+    with torch.no_grad():
+        yolo.model.train()(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
+    yolo.model.eval()
+    return yolo
+
+
+def expected(path, images, floor):
+    """What ultralytics' predict says of them; one-to-many heads, as class vectors need them."""
+    yolo = YOLO(path)
+    options = {"imgsz": IMGSZ, "conf": floor, "iou": IOU, "max_det": MAX_DET, "device": "cpu", "verbose": False}
+    found = [yolo.predict(image[..., ::-1], end2end=False, **options)[0].boxes for image in images]
+    return [(boxes.xyxy.numpy(), boxes.conf.numpy()) for boxes in found]
+
+
+def assert_same(path, images, floor=FLOOR, masks=False):
+    detector = YoloDetector.from_weights(path, Nms(floor, IOU, MAX_DET), IMGSZ)
+    total = 0
+    theirs = expected(path, images, floor)
+    for image, found, (boxes, scores) in zip(images, detector.detect(images), theirs, strict=True):
+        with_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, scores = boxes[with_area], scores[with_area]
+        apart_px = np.abs(found.boxes[:, None] - boxes).max(-1) + np.abs(found.best[:, None] - scores)
+        nearest = apart_px.argmin(0)
+        np.testing.assert_allclose(found.boxes[nearest], boxes, atol=1e-5 * max(image.shape))
+        np.testing.assert_allclose(found.best[nearest], scores, atol=1e-4)
+        # ultralytics leaves out boxes whose mask is empty.
+        assert len(boxes) == len(found.boxes) or (masks and 0 < len(found.boxes) - len(boxes) < 5)
+        total += len(boxes)
+    assert total > 20
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_a_saved_model_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
+    path = tmp_path / "best.pt"
+    talkative(name, images).save(path)
+    assert_same(path, images, masks="-seg" in name)
+
+
+@pytest.mark.parametrize("name", ["yolo26n", *(pytest.param(name, marks=pytest.mark.long) for name in TRAINED)])
+def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
+    """One epoch on eight tiles: best.pt as it is stripped at the end, and a checkpoint from amid it, with optimizer."""
+    folder = trained(name, images, tmp_path)
+    for path in (folder / "best.pt", folder / "epoch0.pt"):
+        model, header = load_model(path)
+        assert (header.classes, header.imgsz, header.train_args["epochs"]) == (("plane", "ship"), IMGSZ, 1)
+        assert model.names == {0: "plane", 1: "ship"}
+        assert_same(path, images, floor=1e-5)
+    assert (folder / "epoch0.pt").stat().st_size > 2 * (folder / "best.pt").stat().st_size
+
+
+TRAIN = """
+import sys
+from ultralytics import YOLO
+model, folder, imgsz = sys.argv[1:]
+options = dict(batch=4, workers=0, device="cpu", project=folder, name="run", plots=False, save_period=1)
+YOLO(f"{model}.yaml").train(data=f"{folder}/data.yaml", epochs=1, imgsz=int(imgsz), **options)
+"""
+
+
+def trained(name, images, folder, label="0 0.5 0.5 0.4 0.4"):
+    """A folder of checkpoints. In a process of its own: ultralytics changes settings of the whole process."""
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
+    for i in range(8):
+        cv2.imwrite(str(folder / "images" / f"{i}.png"), cv2.resize(images[i % 3], (IMGSZ, IMGSZ)))
+        (folder / "labels" / f"{i}.txt").write_text(f"{label}\n")
+    data = f"path: {folder}\ntrain: images\nval: images\nnames: [plane, ship]\n"
+    (folder / "data.yaml").write_text(data)
+    environment = {**os.environ, "YOLO_CONFIG_DIR": str(folder), "YOLO_OFFLINE": "true"}
+    command = [sys.executable, "-c", TRAIN, name, str(folder), str(IMGSZ)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run" / "weights"
