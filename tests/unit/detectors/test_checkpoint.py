@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from softlabel.cli import main
 from softlabel.detectors.checkpoint import read_checkpoint
 from softlabel.detectors.describe import read_header
-from softlabel.detectors.weights import build_model, import_weights, load_model, read_weights
+from softlabel.detectors.weights import build_model, default_train_args, import_weights, load_model, read_weights
 from softlabel.detectors.yolov5 import anchor_yaml
 from softlabel.errors import WeightsError
 
@@ -47,7 +47,7 @@ def original_classes(monkeypatch):
     found = {}
     for name in ("Model", "Detect"):
         found[name] = type(name, (torch.nn.Module,), {"__module__": "models.yolo"})
-    for name in ("Conv", "Bottleneck", "C3", "SPPF", "Concat"):
+    for name in ("Conv", "Bottleneck", "BottleneckCSP", "C3", "Focus", "SPP", "SPPF", "Concat"):
         found[name] = type(name, (torch.nn.Module,), {"__module__": "models.common"})
     for module in ("models", "models.yolo", "models.common"):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
@@ -60,15 +60,17 @@ def original_classes(monkeypatch):
 def content(original_classes):
     """What torch.save writes for a YOLOv5n of two classes: modules under the original names, in half precision."""
     torch.manual_seed(0)
-    model = build_model("yolov5n-anchor.yaml", 2)
+    return pickled_by_yolov5(build_model("yolov5n-anchor.yaml", 2), original_yaml("n", 2), original_classes)
+
+
+def pickled_by_yolov5(model, yaml, original_classes):
     for module in model.modules():
         kind = "Detect" if type(module).__name__ == "AnchorDetect" else type(module).__name__
         if type(module).__module__.startswith(("ultralytics", "softlabel")) and kind in original_classes:
             module.__class__ = original_classes[kind]
             module.__dict__.pop("default_act", None)
     whole = original_classes["Model"]()
-    whole.model, whole.names, whole.yaml = model.model, ["left", "right"], original_yaml("n", 2)
-    whole.stride = model.stride
+    whole.model, whole.names, whole.yaml, whole.stride = model.model, ["left", "right"], yaml, model.stride
     return {"epoch": -1, "model": whole.half(), "ema": None, "optimizer": None, "date": "2022-01-01"}
 
 
@@ -206,6 +208,79 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert main(["import-weights", str(tmp_path / "gone.pt")]) == 2
     error = capsys.readouterr().err
     assert "no weights at" in error and error.count("\n") == 1
+
+
+OF_V3_1 = {  # models/yolov5s.yaml of YOLOv5 v3.1, narrower
+    "nc": 2,
+    "depth_multiple": 0.33,
+    "width_multiple": 0.125,
+    "anchors": [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119], [116, 90, 156, 198, 373, 326]],
+    "backbone": [
+        [-1, 1, "Focus", [64, 3]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [-1, 3, "BottleneckCSP", [128]],
+        [-1, 1, "Conv", [256, 3, 2]],
+        [-1, 9, "BottleneckCSP", [256]],
+        [-1, 1, "Conv", [512, 3, 2]],
+        [-1, 9, "BottleneckCSP", [512]],
+        [-1, 1, "Conv", [1024, 3, 2]],
+        [-1, 1, "SPP", [1024, [5, 9, 13]]],
+        [-1, 3, "BottleneckCSP", [1024, False]],
+    ],
+    "head": [
+        [-1, 1, "Conv", [512, 1, 1]],
+        [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+        [[-1, 6], 1, "Concat", [1]],
+        [-1, 3, "BottleneckCSP", [512, False]],
+        [-1, 1, "Conv", [256, 1, 1]],
+        [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+        [[-1, 4], 1, "Concat", [1]],
+        [-1, 3, "BottleneckCSP", [256, False]],
+        [-1, 1, "Conv", [256, 3, 2]],
+        [[-1, 14], 1, "Concat", [1]],
+        [-1, 3, "BottleneckCSP", [512, False]],
+        [-1, 1, "Conv", [512, 3, 2]],
+        [[-1, 10], 1, "Concat", [1]],
+        [-1, 3, "BottleneckCSP", [1024, False]],
+        [[17, 20, 23], 1, "Detect", ["nc", "anchors"]],
+    ],
+    "ch": 3,
+}
+
+
+def test_a_model_of_before_v4_keeps_its_activations(tmp_path, original_classes):
+    """Hard swish after convolutions and leaky ReLU in BottleneckCSP: in the modules, and nowhere in the yaml."""
+    torch.manual_seed(0)
+    head = [*OF_V3_1["head"][:-1], [*OF_V3_1["head"][-1][:3], ["nc"]]]
+    model = build_model({**copy.deepcopy(OF_V3_1), "head": head}, 2)
+    for module in model.modules():
+        if type(module).__name__ == "Conv":
+            module.act = torch.nn.Hardswish()
+        if type(module).__name__ == "BottleneckCSP":
+            module.act = torch.nn.LeakyReLU(0.1)
+    images = torch.rand(1, 3, 128, 128)
+    expected = model.half().float().eval()(images)[0]
+    path = save(tmp_path / "yolov5s.pt", pickled_by_yolov5(copy.deepcopy(model), OF_V3_1, original_classes))
+    import_weights(path, tmp_path / "yolov5s.safetensors")
+    for weights in (path, tmp_path / "yolov5s.safetensors"):
+        read, header = load_model(weights)
+        torch.testing.assert_close(read.eval()(images)[0], expected)
+        assert (header.yaml["activation"], header.yaml["csp_activation"]) == ("nn.Hardswish()", "nn.LeakyReLU(0.1)")
+
+
+@pytest.mark.parametrize(("size", "depth", "width"), [("n", 0.33, 0.25), ("custom", 0.5, 0.375)])
+def test_a_p6_model_is_read_with_its_four_levels(tmp_path, original_classes, size, depth, width):
+    yaml = yaml_model_load("yolov5n-p6.yaml")
+    yaml = {**{k: v for k, v in yaml.items() if k not in ("scales", "scale")}, "nc": 2}
+    yaml |= {"depth_multiple": depth, "width_multiple": width, "anchors": [[8, 9, 16, 17, 32, 33]] * 4}
+    model = build_model(yaml, 2)
+    path = save(tmp_path / "yolov5n6.pt", pickled_by_yolov5(copy.deepcopy(model), yaml, original_classes))
+    read, header = load_model(path)
+    assert (header.imgsz, read.stride.tolist(), len(header.yaml["anchors"])) == (1280, [8, 16, 32, 64], 4)
+    read.args = get_cfg(overrides=default_train_args(header.yaml))
+    batch = {"batch_idx": torch.zeros(1), "cls": torch.zeros(1, 1), "bboxes": torch.full((1, 4), 0.4)}
+    loss, _ = read.init_criterion()(read.train()(torch.rand(1, 3, 128, 128)), batch)
+    assert (loss > 0).all()
 
 
 # ---- checkpoints of ultralytics
