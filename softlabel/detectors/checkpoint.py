@@ -18,7 +18,7 @@ _DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
 _BOXES_ALONE = {"Segment": "Detect", "Segment26": "Detect", "Pose": "Detect", "Pose26": "Detect"}
 """Heads that find boxes as ``Detect`` does, with masks or keypoints beside them."""
 
-_HEADS = {"Detect", "v10Detect", *_BOXES_ALONE}
+_HEADS = {"Detect", "v10Detect", "RTDETRDecoder", *_BOXES_ALONE}
 
 _STATE_DICTS = ("ema", "model", "state_dict", "model_state_dict")
 

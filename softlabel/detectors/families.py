@@ -21,21 +21,26 @@ class Family:
     """Detectors that one file runs.
 
     ``libraries`` decide its answers, and their versions are part of a teacher's fingerprint; ``iou`` is for NMS where
-    neither the recipe nor the model says another; an ``open_vocabulary`` family looks for what it is told.
+    neither the recipe nor the model says another; an ``open_vocabulary`` family looks for what it is told; of engines
+    some run ``pytorch_alone``.
     """
 
     module: str
     libraries: tuple[str, ...]
     iou: float = 0.7
     open_vocabulary: bool = False
+    pytorch_alone: bool = False
 
 
+_ULTRALYTICS = ("torch", "torchvision", "ultralytics")
 _TRANSFORMERS = ("torch", "torchvision", "transformers")
+_OWL_VIT = Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True)
 
 FAMILIES = {
-    "yolo": Family("yolo", ("torch", "torchvision", "ultralytics")),
-    "owlvit": Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True),
-    "owlv2": Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True),
+    "yolo": Family("yolo", _ULTRALYTICS),
+    "rtdetr_ultralytics": Family("rtdetr", _ULTRALYTICS, iou=1.0, pytorch_alone=True),
+    "owlvit": _OWL_VIT,
+    "owlv2": _OWL_VIT,
 }
 """By name; those of transformers are named by the ``model_type`` of their config.json."""
 

@@ -19,6 +19,11 @@ class Header:
     imgsz: Annotated[int, Field(gt=0, lt=1 << 16)]
     train_args: dict
 
+    @property
+    def family(self) -> str:
+        """The name in softlabel.detectors.families of what runs it."""
+        return "rtdetr_ultralytics" if self.yaml["head"][-1][2] == "RTDETRDecoder" else "yolo"
+
 
 def read_safetensors_header(path: Path | str) -> Header:
     """What a weights file says of its model.

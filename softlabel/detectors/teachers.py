@@ -31,12 +31,12 @@ def weights_teacher(recipe: Recipe, weights: Path | str, *, with_losses: bool = 
             f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
             "give `classes` as the weights have them, in their order"
         )
-    settings = recipe.label
-    cuda = recipe.execution.gpus_per_actor > 0
-    engine, precision = resolve(settings.engine, settings.precision, cuda=cuda, with_losses=with_losses)
-    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default_iou(header.yaml))
-    fingerprint = yolo_fingerprint(weights, imgsz, nms, engine, precision)
-    return Teacher("yolo", Path(weights), fingerprint, len(header.classes), imgsz, nms, engine, precision)
+    settings, family = recipe.label, header.family
+    engine, precision = _engine(recipe, family, with_losses=with_losses)
+    default = default_iou(header.yaml) if family == "yolo" else FAMILIES[family].iou
+    imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default)
+    fingerprint = weights_fingerprint(weights, imgsz, nms, engine, precision)
+    return Teacher(family, Path(weights), fingerprint, len(header.classes), imgsz, nms, engine, precision)
 
 
 def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
@@ -53,12 +53,9 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
         raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
     if settings.imgsz is not None:
         raise RecipeError("label.imgsz: an OWL-ViT sees every tile at the size of its own configuration: remove it")
-    if settings.engine not in ("auto", "pytorch"):
-        raise RecipeError(f"label.engine: {settings.engine} does not run OWL-ViT: set it to pytorch or auto")
-    cuda = recipe.execution.gpus_per_actor > 0
-    _, precision = resolve("pytorch", settings.precision, cuda=cuda, with_losses=False)
     folder, queries = local_folder(found.model), _queries(recipe.classes, found)
     family = _model_type(folder)
+    engine, precision = _engine(recipe, family, with_losses=False)
     nms = settings.nms(FAMILIES[family].iou)
     return Teacher(
         family,
@@ -67,7 +64,7 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
         queries.num_classes,
         None,
         nms,
-        "pytorch",
+        engine,
         precision,
         queries,
     )
@@ -89,7 +86,16 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
     return weights_teacher(recipe, Path(settings.weights).resolve())
 
 
-def yolo_fingerprint(
+def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str]:
+    asked, cuda = recipe.label.engine, recipe.execution.gpus_per_actor > 0
+    if FAMILIES[family].pytorch_alone:
+        if asked not in ("auto", "pytorch"):
+            raise RecipeError(f"label.engine: {asked} does not run this model ({family}): set it to pytorch or auto")
+        asked = "pytorch"
+    return resolve(asked, recipe.label.precision, cuda=cuda, with_losses=with_losses)
+
+
+def weights_fingerprint(
     weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32"
 ) -> dict:
     """All that decides which boxes a teacher finds in given pixels.
@@ -111,7 +117,7 @@ def yolo_fingerprint(
         "engine": engine,
         "precision": precision,
         "nms": asdict(nms),
-        "versions": _versions([*FAMILIES["yolo"].libraries, *extra]),
+        "versions": _versions([*FAMILIES[header.family].libraries, *extra]),
     }
 
 

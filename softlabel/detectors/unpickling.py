@@ -9,6 +9,7 @@ nor any other runs; any other name ends the reading
 import collections
 import inspect
 import pickle
+import sys
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from torch._utils import _rebuild_tensor_v2
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import loss, tal
@@ -163,7 +163,7 @@ def _layers() -> set[str]:
 def _is_known(module: str, name: str) -> bool:
     full = f"{module}.{name}"
     if module.startswith("torch.nn.modules."):
-        return isinstance(getattr(nn, name, None), type)
+        return isinstance(getattr(sys.modules.get(module), name, None), type)
     return full in _PLAIN or full.startswith(_WRAPPERS) or (full.startswith(_ROOTS) and name in _layers())
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from ultralytics.nn import modules
-from ultralytics.nn.tasks import DetectionModel, parse_model, yaml_model_load
+from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model, yaml_model_load
 
 from softlabel.config import is_anchor_based
 from softlabel.detectors.checkpoint import read_checkpoint, read_state_dict
@@ -25,8 +25,18 @@ from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, AnchorDetect, YoloV5, anc
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import commit
 
-_MODELS = {"Detect": DetectionModel, "v10Detect": DetectionModel}
-"""The head that a yaml ends in to the class that trains and runs it."""
+_TRAINED = {"Detect": DetectionModel, "v10Detect": DetectionModel}
+_MODELS = {**_TRAINED, "RTDETRDecoder": RTDETRDetectionModel}
+"""The head that a yaml ends in to the class that runs it, and for some trains it."""
+
+_OTHER_TASKS = {
+    "Segment": "masks",
+    "Pose": "keypoints",
+    "Classify": "classes of whole images",
+    "SemanticSegment": "classes of pixels",
+    "Depth": "depths",
+}
+"""What the heads of other tasks find; some have a number at their end."""
 
 _LAYERS = {*modules.__all__} - {"TorchVision"}  # which downloads weights
 _MOST_REPEATS = 100
@@ -86,15 +96,40 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
     """An untrained model: one of ultralytics' by its yaml name, or yolov5{n,s,m,l,x}-anchor.yaml.
 
     Raises:
-        RecipeError: There is no such model.
+        RecipeError: There is no such model, or it is for another task.
     """
+    yaml = _model_yaml(model)
+    if is_anchor_based(yaml):
+        return YoloV5(yaml, num_classes)
+    return _class_for(model, yaml, _MODELS)(yaml, nc=num_classes, verbose=False)
+
+
+def check_trainable(model: str) -> None:
+    """Refuse a model name that nothing is known to train.
+
+    Raises:
+        RecipeError: There is no such model, or it is for another task.
+    """
+    _class_for(model, _model_yaml(model), _TRAINED)
+
+
+def _class_for(model: str | dict, yaml: dict, known: dict[str, type[DetectionModel]]) -> type[DetectionModel]:
+    head = yaml["head"][-1][2]
+    if head not in known:
+        finds = _OTHER_TASKS.get(head.rstrip("0123456789"), f"boxes of another kind ({head})")
+        raise RecipeError(f"{model} is a model for {finds}, which is not trained here: give one as yolo11n.yaml")
+    return known[head]
+
+
+def _model_yaml(model: str | dict) -> dict:
     if is_anchor_based(model):
-        return YoloV5(anchor_yaml(model) if isinstance(model, str) else model, num_classes)
+        return anchor_yaml(model) if isinstance(model, str) else model
     try:
         yaml = yaml_model_load(model) if isinstance(model, str) else dict(model)
-    except (OSError, ValueError) as error:
+        yaml["head"][-1][2].rstrip()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecipeError(f"no model {model}: name an ultralytics model yaml ({_one_line(error)})") from None
-    return DetectionModel(yaml, nc=num_classes, verbose=False)
+    return yaml
 
 
 def default_train_args(model: str | dict) -> dict:
@@ -169,6 +204,8 @@ def _shapes(header: Header) -> dict[str, list[int]]:
         Exception: What the file says cannot be built.
     """
     yaml = copy.deepcopy(header.yaml)
+    if (head := yaml["head"][-1][2]) not in _MODELS:
+        raise ValueError(f"{head} is no head that finds boxes")
     for _, repeats, name, _ in yaml["backbone"] + yaml["head"]:
         in_torch = name.startswith("nn.") and isinstance(getattr(nn, name[3:], None), type)
         if not in_torch and name not in _LAYERS:

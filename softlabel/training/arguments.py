@@ -10,6 +10,7 @@ from typing import Any
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 
 from softlabel.config import Train, is_anchor_based
+from softlabel.detectors.weights import check_trainable
 from softlabel.errors import RecipeError
 
 SET_BY_SOFTLABEL = {
@@ -95,13 +96,14 @@ def check_train_args(args: dict[str, Any], where: str, model: str) -> None:
 
 
 def check_models(train: Train) -> None:
-    """The arguments of a recipe's teacher and student, before hours are spent on tiles and labels.
+    """A recipe's teacher and student with their arguments, before hours are spent on tiles and labels.
 
     Raises:
-        RecipeError: As for `check_train_args`.
+        RecipeError: As for `check_train_args` and for `build_model`.
     """
     for role in ("teacher", "student"):
         model = getattr(train, role)
+        check_trainable(model.model)
         check_train_args(model.args, f"train.{role}", model.model)
 
 

@@ -81,11 +81,11 @@ def _say_what_is_missing(execution: Execution) -> None:
 
 def _check(job: TrainJob) -> None:
     """What would fail in every worker fails here, once and at once."""
-    from softlabel.detectors.weights import build_model
+    from softlabel.detectors.weights import check_trainable
     from softlabel.training.arguments import check_train_args
 
+    check_trainable(job.model)
     check_train_args(job.args, f"train ({job.name})", job.model)
-    build_model(job.model, len(job.classes))
     job.targets()
     truth_targets(job.tiles, job.val_split)
 

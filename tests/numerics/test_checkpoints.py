@@ -8,9 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules import Detect
 
+from softlabel.detectors import families as detectors
+from softlabel.detectors.describe import read_header
 from softlabel.detectors.weights import load_model
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.records import Nms
@@ -92,6 +94,34 @@ def test_a_saved_model_finds_what_ultralytics_own_predict_finds(name, images, tm
     assert_same(path, images, masks="-seg" in name)
 
 
+@pytest.mark.parametrize("name", ["yolov8n-rtdetr", pytest.param("rtdetr-resnet50", marks=pytest.mark.long)])
+def test_an_rtdetr_keeps_the_class_vectors_of_what_ultralytics_own_predict_finds(name, images, tmp_path):
+    torch.manual_seed(0)
+    path, rtdetr = tmp_path / "best.pt", RTDETR(f"{name}.yaml")
+    head = rtdetr.model.model[-1]
+    for linear in (*head.dec_score_head, head.enc_score_head, *(mlp.layers[-1] for mlp in head.dec_bbox_head)):
+        torch.nn.init.normal_(linear.weight, std=0.3)
+    rtdetr.save(path)
+    detector = detectors.load(teacher_of(path), threads=None, batch_size=2)
+    theirs = RTDETR(path)
+    for image, found in zip(images, detector.detect(images), strict=True):
+        options = {"imgsz": IMGSZ, "conf": 1e-6, "max_det": 10**6, "device": "cpu", "verbose": False}
+        boxes = theirs.predict(image[..., ::-1], **options)[0].boxes
+        assert len(boxes) == 300  # of all box and class pairs the best: a box may be there several times
+        apart = np.abs(found.boxes[:, None] - np.clip(boxes.xyxy.numpy(), 0, [*image.shape[1::-1]] * 2)).max(-1)
+        assert apart.min(0).max() < 1e-5 * max(image.shape)
+        vectors = found.scores[apart.argmin(0), boxes.cls.numpy().astype(int)]
+        np.testing.assert_allclose(vectors, boxes.conf.numpy(), atol=1e-4)
+        assert (found.scores.shape[1], found.scores.std() > 0.01) == (80, True)
+
+
+def teacher_of(path):
+    header = read_header(path)
+    return detectors.Teacher(
+        header.family, path, {}, len(header.classes), IMGSZ, Nms(1e-6, 1.0, 300), "pytorch", "float32"
+    )
+
+
 @pytest.mark.parametrize("name", ["yolo26n", *(pytest.param(name, marks=pytest.mark.long) for name in TRAINED)])
 def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
     """One epoch on eight tiles: best.pt as it is stripped at the end, and a checkpoint from amid it, with optimizer."""
@@ -106,7 +136,7 @@ def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, 
 
 TRAIN = """
 import sys
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 model, folder, imgsz = sys.argv[1:]
 options = dict(batch=4, workers=0, device="cpu", project=folder, name="run", plots=False, save_period=1)
 YOLO(f"{model}.yaml").train(data=f"{folder}/data.yaml", epochs=1, imgsz=int(imgsz), **options)

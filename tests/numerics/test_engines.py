@@ -18,7 +18,7 @@ from softlabel.detectors import engine_choice, engines
 from softlabel.detectors.engine_choice import resolve
 from softlabel.detectors.engines import Outputs
 from softlabel.detectors.losses import TileLoss
-from softlabel.detectors.teachers import yolo_fingerprint
+from softlabel.detectors.teachers import weights_fingerprint
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
 from softlabel.records import Nms, Truth
@@ -419,9 +419,9 @@ def test_what_cannot_run_is_refused_in_one_line(installed, asked, cuda, names, m
 
 def test_engine_and_precision_are_part_of_the_fingerprint(weights):
     need_openvino()
-    plain = yolo_fingerprint(weights, 96, Nms())
-    assert plain == yolo_fingerprint(weights, 96, Nms(), "pytorch", "float32")
-    other = yolo_fingerprint(weights, 96, Nms(), "openvino", "bfloat16")
+    plain = weights_fingerprint(weights, 96, Nms())
+    assert plain == weights_fingerprint(weights, 96, Nms(), "pytorch", "float32")
+    other = weights_fingerprint(weights, 96, Nms(), "openvino", "bfloat16")
     assert {key for key in plain if plain[key] != other[key]} == {"engine", "precision", "versions"}
     assert set(other["versions"]) - set(plain["versions"]) == {"openvino"}
 

@@ -43,6 +43,7 @@ TRAINING_LOOPS = {"training/trainer.py", "training/validation.py", "search/worke
 """What runs in the workers of Ray Train: they read tiles and judge what they train."""
 TRANSFORMERS = {"detectors/owlvit.py"}
 ULTRALYTICS = {
+    "detectors/rtdetr.py",
     "detectors/unpickling.py",
     "detectors/weights.py",
     "detectors/yolo.py",

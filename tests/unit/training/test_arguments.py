@@ -12,9 +12,10 @@ from ultralytics.data import augment, dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.loss import v8DetectionLoss
 
+from softlabel.config import Model, Train
 from softlabel.errors import RecipeError
 from softlabel.recipe_file import RECIPES, load_recipe
-from softlabel.training.arguments import OBEYED, SET_BY_SOFTLABEL, WITHOUT_EFFECT, check_train_args
+from softlabel.training.arguments import OBEYED, SET_BY_SOFTLABEL, WITHOUT_EFFECT, check_models, check_train_args
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import Target
 from softlabel.training.trainer import SoftLabelTrainer
@@ -194,3 +195,25 @@ def test_the_recipes_that_come_along_pass(path):
     train = load_recipe(path).train
     for model in (train.teacher, train.student):
         check(model.args, model.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "finds"),
+    [
+        ("yolo11n-seg.yaml", "masks"),
+        ("yolo26n-pose.yaml", "keypoints"),
+        ("yolov8n-cls.yaml", "classes of whole images"),
+        ("yolo26n-sem.yaml", "classes of pixels"),
+        ("yolo26n-depth.yaml", "depths"),
+        ("rtdetr-l.yaml", r"boxes of another kind \(RTDETRDecoder\)"),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_model_of_another_task_is_refused_before_anything_is_done(name, finds, role):
+    with pytest.raises(RecipeError, match=f"{name} is a model for {finds}, which is not trained here: give one"):
+        check_models(Train(**{role: Model(model=name)}))
+
+
+def test_a_model_that_is_not_there_is_named():
+    with pytest.raises(RecipeError, match=r"no model yolo99n\.yaml"):
+        check_models(Train(student=Model(model="yolo99n.yaml")))
