@@ -150,10 +150,14 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool = False) -> None:
+    from softlabel.detectors.class_map import left_out
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import label
 
     job = recipe_label_job(recipe, _tiles(recipe, run_dir))
+    if job.teacher.class_map is not None:
+        for line in left_out(job.teacher.class_map, recipe.label.classes):
+            say(line)
     with ray_session(run_dir, verbose=verbose):
         (folder,) = label(recipe, [job], run_dir, retry_rejected=retry_rejected)
     print(folder)

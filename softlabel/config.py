@@ -113,8 +113,11 @@ class OwlVit(_Section):
 class Label(_Section):
     """A teacher over tiles. One low floor; thresholds are filters on what is kept."""
 
-    weights: str | None = Field(None, description="the teacher's .safetensors; `experiment` trains its own")
+    weights: str | None = Field(None, description="the teacher's .safetensors or .pt; `experiment` trains its own")
     owlvit: OwlVit | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
+    classes: dict[str, str | None] = Field(
+        {}, description="a class of `weights` to one of the recipe's, or null: left out; not named: the one of its name"
+    )
     splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
     floor: Fraction = 0.01
@@ -288,4 +291,7 @@ class Recipe(_Section):
         unknown = sorted(set(mapping.values()) - set(self.classes))
         if unknown:
             raise ValueError(f"tiles.truth.mapping names {', '.join(unknown)}, which `classes` does not")
+        made = {name for name in self.label.classes.values() if name is not None}
+        if unknown := sorted(made - set(self.classes)):
+            raise ValueError(f"label.classes makes {', '.join(unknown)}, which `classes` does not name")
         return self

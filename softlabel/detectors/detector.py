@@ -80,7 +80,18 @@ class Detector:
         self.engine, self.precision = engine, precision
         self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
         self.nms, self._num_classes = nms, num_classes
+        self._columns: Sequence[Sequence[int]] | None = None
         self._engine = build(network.to(self.device).eval(), engine, precision, self.device, threads, batch_size)
+
+    def map_classes(self, columns: Sequence[Sequence[int]]) -> None:
+        """From now on find other classes: the score of each is the best of some of the model's, 0 where it has none.
+
+        NMS works on these: boxes of two classes that became one suppress each other.
+
+        Args:
+            columns: For each class the places of the model's classes that become it.
+        """
+        self._columns = columns
 
     def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
         """What this detector does with tiles of a height and width in pixels."""
@@ -137,7 +148,10 @@ class Detector:
         )
 
     def _keep(self, decoded: torch.Tensor, geometry: Geometry) -> list[Detections]:
-        rows_of = [_suppressed(one, self._num_classes, self.nms) for one in decoded]
+        num_classes = self._num_classes
+        if self._columns is not None:
+            decoded, num_classes = _mapped(decoded, num_classes, self._columns), len(self._columns)
+        rows_of = [_suppressed(one, num_classes, self.nms) for one in decoded]
         together = torch.cat(rows_of).cpu().numpy()  # one copy from the device per batch
         most, ends = self.nms.max_det, np.cumsum([len(rows) for rows in rows_of])
         return [self._detections(rows[:most], geometry, len(rows) > most) for rows in np.split(together, ends[:-1])]
@@ -147,13 +161,21 @@ class Detector:
         height, width = geometry.tile_hw
         boxes = np.clip(geometry.undo(rows[:, :4]), 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
-        kept, end = rows[inside], 4 + self._num_classes
+        kept, end = rows[inside], 4 + (self._num_classes if self._columns is None else len(self._columns))
         return Detections(
             boxes[inside],
             np.ascontiguousarray(kept[:, 4:end]),
             saturated=saturated,
             objectness=kept[:, end].copy() if kept.shape[1] > end else None,
         )
+
+
+def _mapped(decoded_BCA: torch.Tensor, num_classes: int, columns: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Of (B, 4 + K + E, A) the same boxes, and whatever follows the scores, with scores of other classes."""
+    boxes, scores, rest = decoded_BCA.split([4, num_classes, decoded_BCA.shape[1] - 4 - num_classes], dim=1)
+    none = torch.zeros_like(scores[:, 0])
+    mapped = [scores[:, list(places)].amax(1) if places else none for places in columns]
+    return torch.cat((boxes, torch.stack(mapped, 1), rest), 1)
 
 
 def _suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softlabel.detectors.class_map import ClassMap
 from softlabel.detectors.queries import Queries
 from softlabel.records import Nms
 
@@ -50,8 +51,9 @@ class Teacher:
     """Which detector labels, and how.
 
     ``fingerprint`` is all that decides which boxes it finds in given pixels. ``weights`` is a file, or for a model of
-    transformers a folder or a hub's ``name@revision``; ``imgsz`` is null where a model's size is its own; ``queries``
-    is what an open-vocabulary one looks for.
+    transformers a folder or a hub's ``name@revision``; ``num_classes`` counts the recipe's; ``imgsz`` is null where a
+    model's size is its own; ``queries`` is what an open-vocabulary one looks for; ``class_map`` says how a model's own
+    classes become the recipe's, where they are not.
     """
 
     family: str
@@ -63,6 +65,7 @@ class Teacher:
     engine: str
     precision: str
     queries: Queries | None = None
+    class_map: ClassMap | None = None
 
 
 def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "Detector":
@@ -78,4 +81,7 @@ def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "D
     """
     module = importlib.import_module(f"softlabel.detectors.{FAMILIES[teacher.family].module}")
     options = {"engine": teacher.engine, "precision": teacher.precision, "threads": threads, "batch_size": batch_size}
-    return module.load(teacher, **options)
+    detector: Detector = module.load(teacher, **options)
+    if teacher.class_map is not None:
+        detector.map_classes(teacher.class_map.columns)
+    return detector

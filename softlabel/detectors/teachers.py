@@ -1,14 +1,16 @@
 """A detector as a recipe asks for it, with its fingerprint. A driver needs no torch for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import numpy as np
 
 from softlabel.config import OwlVit, Recipe, default_iou
+from softlabel.detectors.class_map import class_map
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.engine_choice import LIBRARIES, resolve
 from softlabel.detectors.families import FAMILIES, Teacher
@@ -18,25 +20,45 @@ from softlabel.records import Nms
 from softlabel.store import digest, file_digest, read_json
 
 
-def weights_teacher(recipe: Recipe, weights: Path | str, *, with_losses: bool = False) -> Teacher:
+def weights_teacher(
+    recipe: Recipe,
+    weights: Path | str,
+    classes: Mapping[str, str | None] = MappingProxyType({}),
+    *,
+    with_losses: bool = False,
+) -> Teacher:
     """The trained detector of a weights file, under a recipe's settings.
+
+    Args:
+        recipe: Its ``label`` and ``execution`` sections are used.
+        weights: The file.
+        classes: Which class of the recipe each of the file's becomes, where they are others.
+        with_losses: Whether losses against truth are wanted beside the boxes.
 
     Raises:
         WeightsError: The weights cannot be read.
         RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
     """
     header = read_header(weights)
-    if header.classes != recipe.classes:
-        raise RecipeError(
-            f"{weights} knows the classes {', '.join(header.classes)}, the recipe has {', '.join(recipe.classes)}: "
-            "give `classes` as the weights have them, in their order"
-        )
+    mapped = class_map(weights, header.classes, recipe.classes, classes)
     settings, family = recipe.label, header.family
     engine, precision = _engine(recipe, family, with_losses=with_losses)
     default = default_iou(header.yaml) if family == "yolo" else FAMILIES[family].iou
     imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default)
     fingerprint = weights_fingerprint(weights, imgsz, nms, engine, precision)
-    return Teacher(family, Path(weights), fingerprint, len(header.classes), imgsz, nms, engine, precision)
+    if mapped is not None:
+        fingerprint |= {"classes": list(mapped.classes), "class_map": mapped.identity()}
+    return Teacher(
+        family,
+        Path(weights),
+        fingerprint,
+        len(recipe.classes),
+        imgsz,
+        nms,
+        engine,
+        precision,
+        class_map=mapped,
+    )
 
 
 def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
@@ -51,6 +73,8 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     settings, found = recipe.label, recipe.label.owlvit
     if found is None:
         raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
+    if settings.classes:
+        raise RecipeError("label.classes is for label.weights: an open-vocabulary teacher has the recipe's classes")
     if settings.imgsz is not None:
         raise RecipeError("label.imgsz: an OWL-ViT sees every tile at the size of its own configuration: remove it")
     folder, queries = local_folder(found.model), _queries(recipe.classes, found)
@@ -83,7 +107,7 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
         )
     if settings.weights is None:
         return open_vocabulary_teacher(recipe)
-    return weights_teacher(recipe, Path(settings.weights).resolve())
+    return weights_teacher(recipe, Path(settings.weights).resolve(), settings.classes)
 
 
 def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str]:
