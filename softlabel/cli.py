@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"softlabel: {error}", file=sys.stderr)
         return 2
     try:
-        if arguments.verb == "import-weights":
-            _import_weights(arguments)
+        if arguments.verb in _WEIGHTS_VERBS:
+            _WEIGHTS_VERBS[arguments.verb](arguments)
         elif arguments.verb in _STORE_VERBS:
             _STORE_VERBS[arguments.verb](arguments)
         else:
@@ -107,6 +107,13 @@ def _import_weights(arguments: argparse.Namespace) -> None:
     else:
         header = import_tensors(source, target, model, classes.split(","), arguments.imgsz)
     print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from softlabel.detectors.describe import describe
+
+    for key, value in describe(arguments.weights).items():
+        print(f"{key + ':':<12}{value}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -234,6 +241,10 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
 _TRAIN = ("train", "experiment", "search", "demo")
 _WITHOUT_RAY = ("tile", "evaluate", "calibrate")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
+_WEIGHTS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "describe": _describe,
+    "import-weights": _import_weights,
+}
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
 
 
@@ -264,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
             purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
             verb.add_argument("--budget", type=_seconds, metavar="TIME", help=purpose)
             verb.add_argument("--resume", action="store_true", help="go on with a search that is there")
+    purpose = "say what a weights file is, and what can be done with it, running nothing of it"
+    verb = verbs.add_parser("describe", help=purpose, description=purpose)
+    verb.add_argument("weights", metavar="WEIGHTS", help="a .pt or .safetensors, or a model of transformers")
     _add_import_weights(verbs)
     _add_show(verbs)
     _add_export(verbs)

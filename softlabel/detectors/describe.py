@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+from softlabel.detectors.class_map import listed
+from softlabel.detectors.families import FAMILIES
 from softlabel.detectors.header import Header, is_checkpoint, read_safetensors_header
+from softlabel.store import read_json
+
+_TASKS = {"segment": "boxes; its masks are left out", "pose": "boxes; its keypoints are left out"}
 
 
 def read_header(path: Path | str) -> Header:
@@ -16,3 +21,52 @@ def read_header(path: Path | str) -> Header:
 
         return read_weights(path)[0]
     return read_safetensors_header(path)
+
+
+def describe(weights: str) -> dict[str, str]:
+    """What a file is and what can be done with it, a line per key.
+
+    Args:
+        weights: A weights file; or the folder of a model of transformers, or its name on the hub.
+
+    Raises:
+        WeightsError: Nothing can be done with it; the message says why.
+    """
+    return _file(Path(weights)) if Path(weights).suffix or Path(weights).is_file() else _folder(weights)
+
+
+def _file(path: Path) -> dict[str, str]:
+    from softlabel.detectors.weights import check_trainable, load_model
+    from softlabel.errors import RecipeError
+
+    model, header = load_model(path)
+    use = [f"labels as label.weights={path}"]
+    try:
+        check_trainable(header.yaml)
+        use.append("starts training as train.student.weights")
+    except RecipeError:
+        pass
+    return {
+        "file": f"{path}, {'a checkpoint, read without running it' if is_checkpoint(path) else 'safetensors'}",
+        "family": f"{header.family} ({header.yaml.get('yaml_file', 'a yaml of its own')})",
+        "finds": _TASKS.get(header.train_args.get("task", ""), "boxes"),
+        "classes": f"{len(header.classes)}: {listed(header.classes)}",
+        "imgsz": f"{header.imgsz} px",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "use": "; ".join(use),
+    }
+
+
+def _folder(model: str) -> dict[str, str]:
+    from softlabel.detectors.hub import local_folder, model_files
+
+    folder = local_folder(model)
+    kind = read_json(folder / "config.json")["model_type"]
+    size = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
+    return {
+        "folder": str(folder),
+        "family": f"{kind} of transformers",
+        "finds": "boxes of whatever it is told" if FAMILIES[kind].open_vocabulary else "boxes",
+        "weights": f"{size / 1e6:,.0f} MB of safetensors",
+        "use": f"labels as label.owlvit.model={model}, with label.owlvit.prompts",
+    }

@@ -104,8 +104,8 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
     return _class_for(model, yaml, _MODELS)(yaml, nc=num_classes, verbose=False)
 
 
-def check_trainable(model: str) -> None:
-    """Refuse a model name that nothing is known to train.
+def check_trainable(model: str | dict) -> None:
+    """Refuse a model, by its name or yaml, that nothing is known to train.
 
     Raises:
         RecipeError: There is no such model, or it is for another task.
