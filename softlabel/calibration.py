@@ -4,7 +4,7 @@ Stored labels keep their raw scores; a mapping is a filter when a training set i
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,7 @@ class Calibration:
         columns = [mapping(found.scores[:, k]) for k, mapping in enumerate(self.mappings)]
         scores = np.stack(columns, axis=1)
         order = np.argsort(-scores.max(axis=1), kind="stable")
-        objectness = None if found.objectness is None else found.objectness[order]
-        return Detections(found.boxes[order], scores[order], found.saturated, objectness)
+        return replace(found, scores=scores).at(order)
 
     def to_json(self) -> str:
         """As ``read_calibration`` reads it."""

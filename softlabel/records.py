@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 BOX = pa.list_(pa.float32(), 4)
 """xyxy in pixels of the tile, max edges exclusive."""
 
+XYWHR = pa.list_(pa.float32(), 5)
+"""A rotated box as softlabel.rotated has it, in pixels of the tile; it may leave the tile. Its angle is in
+[0, pi / 2)."""
+
 TRUTH_BOX = pa.struct(
     [
         pa.field("box", BOX, nullable=False),
@@ -61,7 +65,8 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
     """One row per tile asked for: labelled (maybe with no boxes), empty, or rejected with a reason.
 
     ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
-    to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``saturated`` says that
+    to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``xywhr`` is null where
+    boxes are upright; else ``boxes`` are the hulls of these, clipped to the tile. ``saturated`` says that
     max_det cut the list. ``losses`` (optional, for evaluation) holds per loss term the sum over the tile, and then per
     term the normaliser that a mean over many tiles divides by.
     """
@@ -71,6 +76,7 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
             pa.field("boxes", pa.list_(BOX), nullable=False),
             pa.field("scores", pa.list_(pa.list_(pa.float32(), num_classes)), nullable=False),
             pa.field("objectness", pa.list_(pa.float32())),
+            pa.field("xywhr", pa.list_(XYWHR)),
             pa.field("saturated", pa.bool_(), nullable=False),
             pa.field("losses", pa.list_(pa.float32())),
             pa.field("status", pa.string(), nullable=False),
@@ -93,13 +99,21 @@ class Nms:
 class Detections:
     """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending.
 
-    ``objectness`` (N,) is part of the scores already; None where the model has none.
+    ``objectness`` (N,) is part of the scores already; None where the model has none. ``xywhr`` (N, 5) are
+    rotated boxes, of which ``boxes`` are the upright hulls; None where boxes are upright.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     saturated: bool = False
     objectness: NDArray[np.float32] | None = None
+    xywhr: NDArray[np.float32] | None = None
+
+    def at(self, index: NDArray[np.bool_] | NDArray[np.int64]) -> "Detections":
+        """Some of them, by a mask or in another order."""
+        objectness = None if self.objectness is None else self.objectness[index]
+        xywhr = None if self.xywhr is None else self.xywhr[index]
+        return Detections(self.boxes[index], self.scores[index], self.saturated, objectness, xywhr)
 
     @property
     def best(self) -> NDArray[np.float32]:
@@ -117,9 +131,7 @@ class Detections:
         One threshold for all, or (K,) one per class; the best class's counts.
         """
         limits = np.asarray(threshold, np.float32)
-        keep = self.best > (limits[self.class_ids] if limits.ndim else limits)
-        objectness = None if self.objectness is None else self.objectness[keep]
-        return Detections(self.boxes[keep], self.scores[keep], self.saturated, objectness)
+        return self.at(self.best > (limits[self.class_ids] if limits.ndim else limits))
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,7 @@ def soft_labels_table(
             offsets, pa.FixedSizeListArray.from_arrays(scores.ravel(), num_classes), schema.field("scores").type
         ),
         "objectness": [one.objectness for one in found],
+        "xywhr": [None if one.xywhr is None else list(one.xywhr) for one in found],
         "saturated": [one.saturated for one in found],
         "losses": list(losses),
         "status": [
@@ -188,4 +201,6 @@ def detections_from_row(row: dict) -> Detections:
     boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
     scores = np.array(row["scores"], np.float32) if len(boxes) else np.zeros((0, 0), np.float32)
     objectness = None if row["objectness"] is None else np.array(row["objectness"], np.float32)
-    return Detections(boxes, scores, row["saturated"], objectness)
+    rotated = row.get("xywhr")  # a store of format 4 or before has none
+    xywhr = None if rotated is None else np.array(rotated, np.float32).reshape(-1, 5)
+    return Detections(boxes, scores, row["saturated"], objectness, xywhr)

@@ -20,9 +20,11 @@ import pyarrow.parquet as pq
 from softlabel.errors import StoreError
 from softlabel.records import TILES
 
-FORMAT_VERSION = 4
-"""Of everything below a run folder, and part of every step's hash. 2: one normaliser per loss term; 3: tiles know their
-scene's stamp, teachers their engine; 4: pixels as a person sees them, empty tiles, truth of unknown class."""
+FORMAT_VERSION = 5
+"""Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
+engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside upright ones."""
+_HASHED_VERSION = 4
+"""Part of every step's hash: the last version that made steps of the same inputs other than they were."""
 DONE = "done.json"
 STORE = "store.json"
 """What a store of soft labels was made from."""
@@ -44,7 +46,7 @@ def file_digest(path: Path | str) -> str:
 
 def step_dir(run_dir: Path, name: str, inputs: Any) -> Path:
     """The folder of a step: its name and a hash of all that determines its result, upstream folders included."""
-    return run_dir / f"{name}-{digest({'format_version': FORMAT_VERSION, 'inputs': inputs})}"
+    return run_dir / f"{name}-{digest({'format_version': _HASHED_VERSION, 'inputs': inputs})}"
 
 
 def commit(path: Path, write: Callable[[Path], object]) -> None:

@@ -18,7 +18,7 @@ _DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
 _BOXES_ALONE = {"Segment": "Detect", "Segment26": "Detect", "Pose": "Detect", "Pose26": "Detect"}
 """Heads that find boxes as ``Detect`` does, with masks or keypoints beside them."""
 
-_HEADS = {"Detect", "v10Detect", "RTDETRDecoder", *_BOXES_ALONE}
+_HEADS = {"Detect", "v10Detect", "OBB", "OBB26", "RTDETRDecoder", *_BOXES_ALONE}
 
 _STATE_DICTS = ("ema", "model", "state_dict", "model_state_dict")
 
@@ -121,7 +121,8 @@ def _yaml_of(model: Any, kind: str) -> dict:
         raise ValueError(f"it takes images of {channels} channels, and tiles are RGB")
     *layers, (source, repeats, _, args) = yaml["head"]
     layers = [[*layer[:2], _EARLIER_LAYERS.get(layer[2], layer[2]), *layer[3:]] for layer in layers]
-    head = [source, repeats, _BOXES_ALONE.get(kind, kind), args[:1]]
+    name = _BOXES_ALONE.get(kind, kind)
+    head = [source, repeats, name, args[:1] if name == "Detect" else args]
     kept = {key: value for key, value in yaml.items() if key not in ("anchors", "kpt_shape")}
     return {**kept, "head": [*layers, head], "yaml_file": Path(str(yaml.get("yaml_file", "model.yaml"))).name}
 

@@ -7,7 +7,11 @@ from softlabel.detectors.families import FAMILIES
 from softlabel.detectors.header import Header, is_checkpoint, read_safetensors_header
 from softlabel.store import read_json
 
-_TASKS = {"segment": "boxes; its masks are left out", "pose": "boxes; its keypoints are left out"}
+_TASKS = {
+    "segment": "boxes; its masks are left out",
+    "pose": "boxes; its keypoints are left out",
+    "obb": "rotated boxes",
+}
 
 
 def read_header(path: Path | str) -> Header:

@@ -1,35 +1,19 @@
 """What every detector does: tiles of any shape through an engine, NMS, and back to the tile with the class vector."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from softlabel import rotated as rotated_math
 from softlabel.detectors.engines import Network, Outputs, build
+from softlabel.detectors.nms import suppressed
 from softlabel.records import Detections, Nms
 
 T = TypeVar("T")
 Image = NDArray[np.uint8]
-
-_MAX_CANDIDATES = 30_000  # of a tile, best first, as ultralytics has it: NMS grows with their square
-_CLASS_APART_PX = 7680.0  # classes are moved so far from each other that their boxes never meet
-
-
-def _load_operators() -> None:
-    """torchvision's NMS without its Python package, which brings torch.compile's machinery: half of what a labelling
-    process takes to start."""
-    spec = importlib.util.find_spec("torchvision")
-    for path in Path(spec.origin).parent.glob("_C*.so") if spec and spec.origin else ():
-        torch.ops.load_library(path)
-    if not hasattr(torch.ops.torchvision, "nms"):
-        import torchvision  # noqa: F401
-
-
-_load_operators()
 
 
 class Geometry(Protocol):
@@ -63,6 +47,7 @@ class Detector:
         precision: Of the convolutions and matrix products; boxes and scores are always decoded in float32.
         threads: CPU threads, None: as many as the engine's library thinks best (softlabel.detectors.engines.build).
         batch_size: Tiles per forward pass; None is found by trying (softlabel.detectors.engines.build).
+        rotated: Whether the network ends each box with an angle, as softlabel.rotated has it.
     """
 
     def __init__(
@@ -76,7 +61,13 @@ class Detector:
         precision: str = "float32",
         threads: int | None = None,
         batch_size: int | None = 16,
+        rotated: bool = False,
     ) -> None:
+        self._rotated, self._suppress = rotated, suppressed
+        if rotated:
+            from softlabel.detectors.rotated_nms import suppressed_rotated  # imports ultralytics
+
+            self._suppress = suppressed_rotated
         self.engine, self.precision = engine, precision
         self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
         self.nms, self._num_classes = nms, num_classes
@@ -151,23 +142,27 @@ class Detector:
         num_classes = self._num_classes
         if self._columns is not None:
             decoded, num_classes = _mapped(decoded, num_classes, self._columns), len(self._columns)
-        rows_of = [_suppressed(one, num_classes, self.nms) for one in decoded]
+        rows_of = [self._suppress(one, num_classes, self.nms) for one in decoded]
         together = torch.cat(rows_of).cpu().numpy()  # one copy from the device per batch
         most, ends = self.nms.max_det, np.cumsum([len(rows) for rows in rows_of])
         return [self._detections(rows[:most], geometry, len(rows) > most) for rows in np.split(together, ends[:-1])]
 
     def _detections(self, rows: NDArray[np.float32], geometry: Geometry, saturated: bool) -> Detections:
-        """Of (N, 4 + K) or (N, 4 + K + 1) boxes as the network sees them, class scores and objectness."""
+        """Of (N, 4 + K) or (N, 4 + K + 1) boxes as the network sees them, class scores, and objectness or angle."""
         height, width = geometry.tile_hw
-        boxes = np.clip(geometry.undo(rows[:, :4]), 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a box wholly in the padding has no area in the tile
-        kept, end = rows[inside], 4 + (self._num_classes if self._columns is None else len(self._columns))
-        return Detections(
-            boxes[inside],
-            np.ascontiguousarray(kept[:, 4:end]),
-            saturated=saturated,
-            objectness=kept[:, end].copy() if kept.shape[1] > end else None,
-        )
+        boxes, xywhr = geometry.undo(rows[:, :4]).astype(np.float32), None
+        end = 4 + (self._num_classes if self._columns is None else len(self._columns))
+        if self._rotated:
+            xywhr = rotated_math.upright(boxes)
+            xywhr[:, 4] = rows[:, end]
+            xywhr = rotated_math.regularized(xywhr).astype(np.float32)
+            boxes = rotated_math.hulls(xywhr)
+        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
+        inside = np.flatnonzero(
+            (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        )  # a box wholly in the padding has no area in the tile
+        objectness = rows[:, end].copy() if rows.shape[1] > end and not self._rotated else None
+        return Detections(boxes, np.ascontiguousarray(rows[:, 4:end]), saturated, objectness, xywhr).at(inside)
 
 
 def _mapped(decoded_BCA: torch.Tensor, num_classes: int, columns: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -176,33 +171,6 @@ def _mapped(decoded_BCA: torch.Tensor, num_classes: int, columns: Sequence[Seque
     none = torch.zeros_like(scores[:, 0])
     mapped = [scores[:, list(places)].amax(1) if places else none for places in columns]
     return torch.cat((boxes, torch.stack(mapped, 1), rest), 1)
-
-
-def _suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tensor:
-    """What is kept of one image: class-wise greedy NMS of the best class, best first, one more than ``max_det``.
-
-    Args:
-        decoded: (4 + K, A) or (4 + K + 1, A), boxes as centre and size.
-        num_classes: K.
-        nms: Floor, IoU and how many.
-
-    Returns:
-        (N, 4 + K) or (N, 4 + K + 1), boxes as xyxy.
-    """
-    best, class_ids = decoded[4 : 4 + num_classes].max(0)
-    chosen = (best > nms.floor).nonzero().flatten()
-    chosen = chosen[best[chosen].argsort(descending=True, stable=True)[:_MAX_CANDIDATES]]
-    rows, best, class_ids = decoded[:, chosen].T, best[chosen], class_ids[chosen]
-    half = rows[:, 2:4] / 2
-    boxes = torch.cat((rows[:, :2] - half, rows[:, :2] + half), 1)
-    apart = boxes + class_ids[:, None] * _CLASS_APART_PX
-    # Worse boxes never decide on better ones: the best few suffice where they leave more than is wanted.
-    most = nms.max_det + 1
-    tried = most + most // 4
-    while len(kept := torch.ops.torchvision.nms(apart[:tried], best[:tried], nms.iou)) < most and tried < len(best):
-        tried *= 2
-    kept = kept[:most]
-    return torch.cat((boxes[kept], rows[kept, 4:]), 1)
 
 
 def default_device() -> torch.device:

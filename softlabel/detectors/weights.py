@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from ultralytics.nn import modules
-from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, parse_model, yaml_model_load
+from ultralytics.nn.tasks import DetectionModel, OBBModel, RTDETRDetectionModel, parse_model, yaml_model_load
 
 from softlabel.config import is_anchor_based
 from softlabel.detectors.checkpoint import read_checkpoint, read_state_dict
@@ -26,7 +26,7 @@ from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import commit
 
 _TRAINED = {"Detect": DetectionModel, "v10Detect": DetectionModel}
-_MODELS = {**_TRAINED, "RTDETRDecoder": RTDETRDetectionModel}
+_MODELS = {**_TRAINED, "OBB": OBBModel, "OBB26": OBBModel, "RTDETRDecoder": RTDETRDetectionModel}
 """The head that a yaml ends in to the class that runs it, and for some trains it."""
 
 _OTHER_TASKS = {
@@ -35,6 +35,7 @@ _OTHER_TASKS = {
     "Classify": "classes of whole images",
     "SemanticSegment": "classes of pixels",
     "Depth": "depths",
+    "OBB": "rotated boxes",
 }
 """What the heads of other tasks find; some have a number at their end."""
 

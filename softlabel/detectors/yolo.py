@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.modules import Conv
+from ultralytics.nn.modules import OBB, Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from softlabel.detectors.detector import Detector, Geometry, Image
@@ -53,7 +53,9 @@ class YoloDetector(Detector):
         self._model = model.eval().float().fuse(verbose=False)
         self._loss: TileLoss | None = None
         self._losing = threading.Lock()  # a criterion notes the normaliser of the tile that it is at
-        super().__init__(_YoloNetwork(self._model), int(model.model[-1].nc), nms, device, **options)
+        head = model.model[-1]
+        rotated = isinstance(head, OBB)
+        super().__init__(_YoloNetwork(self._model), int(head.nc), nms, device, rotated=rotated, **options)
 
     @classmethod
     def from_weights(
@@ -137,7 +139,8 @@ def _infer_in_float32(infer: Callable[[dict], torch.Tensor], raw: dict) -> torch
     """The same of ultralytics' Detect."""
     # Of the features only shape and type matter here: the grid takes both from them.
     features = [level[:, :1].float() for level in raw["feats"]]
-    return infer({"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": features})
+    outputs = {key: raw[key].float() for key in ("boxes", "scores", "angle") if key in raw}
+    return infer({**outputs, "feats": features})
 
 
 class _YoloNetwork(Network):

@@ -11,6 +11,7 @@ import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules import Detect
 
+from softlabel import rotated
 from softlabel.detectors import families as detectors
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.weights import load_model
@@ -132,6 +133,53 @@ def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, 
         assert model.names == {0: "plane", 1: "ship"}
         assert_same(path, images, floor=1e-5)
     assert (folder / "epoch0.pt").stat().st_size > 2 * (folder / "best.pt").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "name", ["yolo11n-obb", *(pytest.param(f"{name}-obb", marks=pytest.mark.long) for name in ("yolov8n", "yolo26n"))]
+)
+def test_a_model_of_rotated_boxes_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
+    path = tmp_path / "best.pt"
+    yolo = talkative(name, images)
+    for branch in yolo.model.model[-1].cv3:  # scores that saturate at 1 would be in no order
+        torch.nn.init.constant_(branch[-1].bias, -3.5)
+        torch.nn.init.normal_(branch[-1].weight, std=0.05)
+    for branch in yolo.model.model[-1].cv4:
+        torch.nn.init.normal_(branch[-1].weight, std=1.0)
+    yolo.save(path)
+    detector = YoloDetector.from_weights(path, Nms(FLOOR, 0.4, MAX_DET), IMGSZ)
+    theirs = YOLO(path)
+    for image, found in zip(images, detector.detect(images), strict=True):
+        options = {"imgsz": IMGSZ, "conf": FLOOR, "iou": 0.4, "max_det": MAX_DET, "device": "cpu", "verbose": False}
+        boxes = theirs.predict(image[..., ::-1], end2end=False, **options)[0].obb
+        inside = hulls_in(image, boxes.xywhr.numpy())
+        assert len(found.boxes) == inside.sum() > 5
+        scores, class_ids = boxes.conf.numpy()[inside], boxes.cls.numpy()[inside]
+        one, other = (np.sort(rotated.corners(xywhr), 1) for xywhr in (found.xywhr, boxes.xywhr.numpy()[inside]))
+        nearest = np.abs(one[:, None] - other).max((2, 3)).argmin(0)  # equal scores may change places
+        np.testing.assert_allclose(one[nearest], other, atol=1e-4 * max(image.shape))
+        np.testing.assert_allclose(found.best[nearest], scores, atol=1e-4)
+        assert (found.class_ids[nearest] == class_ids).all() and np.ptp(found.xywhr[:, 4]) > 0.5
+        hulls = np.clip(rotated.hulls(found.xywhr), 0, [*image.shape[1::-1]] * 2)
+        np.testing.assert_allclose(found.boxes, hulls, atol=1e-3)
+
+
+def hulls_in(image, xywhr):
+    hulls = np.clip(rotated.hulls(xywhr), 0, [*image.shape[1::-1]] * 2)
+    return (hulls[:, 2:] > hulls[:, :2]).all(1)
+
+
+@pytest.mark.long
+def test_a_trained_model_of_rotated_boxes_is_read(images, tmp_path):
+    folder = trained("yolo11n-obb", images, tmp_path, label="0 0.3 0.4 0.5 0.3 0.6 0.5 0.4 0.6")
+    model, header = load_model(folder / "best.pt")
+    assert (header.classes, header.imgsz) == (("plane", "ship"), IMGSZ)
+    assert type(model).__name__ == "OBBModel"
+    found = YoloDetector(model, IMGSZ, Nms(1e-5, 0.4, 50)).detect(images[:1])[0]
+    boxes = YOLO(folder / "best.pt").predict(images[0][..., ::-1], imgsz=IMGSZ, conf=1e-5, iou=0.4, max_det=50)[0].obb
+    np.testing.assert_allclose(
+        found.best[0], boxes.conf.numpy()[hulls_in(images[0], boxes.xywhr.numpy())][0], atol=1e-4
+    )
 
 
 TRAIN = """

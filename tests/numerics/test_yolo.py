@@ -8,9 +8,9 @@ import torch
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.boxes import iou_matrix
-from softlabel.detectors.detector import _suppressed
 from softlabel.detectors.header import Header
 from softlabel.detectors.losses import mean_losses
+from softlabel.detectors.nms import suppressed
 from softlabel.detectors.weights import build_model, load_matching, load_model, save_weights
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import WeightsError
@@ -55,8 +55,8 @@ def test_what_a_cut_tile_keeps_is_the_best_of_what_nms_keeps_of_all(crowd, max_d
     rng = np.random.default_rng(crowd)
     centres_2A = np.repeat(rng.uniform(0, 2000, (2, 900 // crowd)), crowd, axis=1) + rng.normal(0, 1, (2, 900))
     decoded = torch.from_numpy(np.concatenate([centres_2A, np.full((2, 900), 20.0), rng.random((3, 900))])).float()
-    everything = _suppressed(decoded, 3, Nms(floor=0.1, max_det=10_000))
-    kept = _suppressed(decoded, 3, Nms(floor=0.1, max_det=max_det))
+    everything = suppressed(decoded, 3, Nms(floor=0.1, max_det=10_000))
+    kept = suppressed(decoded, 3, Nms(floor=0.1, max_det=max_det))
     assert torch.equal(kept, everything[: max_det + 1])
     boxes, best, class_ids = everything[:, :4], *everything[:, 4:].max(1)
     assert (best.diff() <= 0).all()

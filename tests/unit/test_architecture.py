@@ -17,6 +17,7 @@ GROUND = {
     "softlabel.recipe_file",
     "softlabel.records",
     "softlabel.boxes",
+    "softlabel.rotated",
     "softlabel.lease",
     "softlabel.terminal",
     "softlabel.calibration",
@@ -43,6 +44,7 @@ TRAINING_LOOPS = {"training/trainer.py", "training/validation.py", "search/worke
 """What runs in the workers of Ray Train: they read tiles and judge what they train."""
 TRANSFORMERS = {"detectors/owlvit.py"}
 ULTRALYTICS = {
+    "detectors/rotated_nms.py",
     "detectors/rtdetr.py",
     "detectors/unpickling.py",
     "detectors/weights.py",

@@ -1,0 +1,53 @@
+"""Rotated box arithmetic. Boxes are ``xywhr`` (N, 5), as ultralytics has them: centre, width and height in pixels, and
+the angle in radians by which the width is turned from the x axis towards the y axis (y down: clockwise on screen).
+
+Shape suffixes: N and M count boxes.
+"""
+
+import cv2
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+
+def regularized(xywhr_N5: Floats) -> Floats:
+    """The same rectangles with angles in [0, pi / 2): a quarter turn lets width and height change places."""
+    x, y, w, h, r = xywhr_N5.T
+    swap = r % np.pi >= np.pi / 2
+    return np.stack([x, y, np.where(swap, h, w), np.where(swap, w, h), r % (np.pi / 2)], axis=1)
+
+
+def corners(xywhr_N5: Floats) -> Floats:
+    """(N, 4, 2) in the order of a walk around the rectangle: counterclockwise where y goes up, as on a map."""
+    cos, sin = np.cos(xywhr_N5[:, 4]), np.sin(xywhr_N5[:, 4])
+    across_N2 = np.stack([cos, sin], axis=1) * xywhr_N5[:, 2:3] / 2
+    down_N2 = np.stack([-sin, cos], axis=1) * xywhr_N5[:, 3:4] / 2
+    centre_N2 = xywhr_N5[:, :2]
+    around = [-across_N2 - down_N2, down_N2 - across_N2, across_N2 + down_N2, across_N2 - down_N2]
+    return np.stack([centre_N2 + offset_N2 for offset_N2 in around], axis=1)
+
+
+def hulls(xywhr_N5: Floats) -> Floats:
+    """The upright boxes (N, 4), xyxy, around them."""
+    corners_N42 = corners(xywhr_N5)
+    return np.concatenate([corners_N42.min(axis=1), corners_N42.max(axis=1)], axis=1)
+
+
+def upright(boxes_N4: Floats) -> Floats:
+    """Upright boxes, xyxy, as rotated ones of angle 0."""
+    sizes_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
+    centres_N2 = (boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2
+    return np.concatenate([centres_N2, sizes_N2, np.zeros((len(boxes_N4), 1), boxes_N4.dtype)], axis=1)
+
+
+def around(points_N2: Floats) -> Floats:
+    """The rectangle of least area, (5,), around some points."""
+    (x, y), (w, h), degrees = cv2.minAreaRect(points_N2.astype(np.float32))
+    return regularized(np.array([[x, y, w, h, np.deg2rad(degrees)]]))[0]
+
+
+def polygons(xywhr_N5: Floats) -> NDArray[np.object_]:
+    """Shapely polygons (N,)."""
+    return shapely.polygons(corners(xywhr_N5))
