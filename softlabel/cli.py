@@ -310,10 +310,11 @@ def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a COCO or YOLO data set"
+    purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a data set of tiles"
     verb = verbs.add_parser("export", help=purpose, description=purpose)
     verb.add_argument("store", type=_local, metavar="STORE", help="a label-* or fused-* folder of a run")
-    verb.add_argument("--format", choices=("geoparquet", "geojson", "coco", "yolo"), default="geoparquet")
+    formats = ("geoparquet", "geojson", "coco", "yolo", "yolo-obb", "dota")
+    verb.add_argument("--format", choices=formats, default="geoparquet")
     verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
     verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"

@@ -4,12 +4,14 @@ the angle in radians by which the width is turned from the x axis towards the y 
 Shape suffixes: N and M count boxes.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
+Floats = NDArray[Any]
 
 
 def regularized(xywhr_N5: Floats) -> Floats:
@@ -42,6 +44,12 @@ def upright(boxes_N4: Floats) -> Floats:
     return np.concatenate([centres_N2, sizes_N2, np.zeros((len(boxes_N4), 1), boxes_N4.dtype)], axis=1)
 
 
+def unturned(xywhr_N5: Floats) -> Floats:
+    """The rectangles before they are turned about their centres, xyxy (N, 4)."""
+    half_N2 = xywhr_N5[:, 2:4] / 2
+    return np.concatenate([xywhr_N5[:, :2] - half_N2, xywhr_N5[:, :2] + half_N2], axis=1)
+
+
 def around(points_N2: Floats) -> Floats:
     """The rectangle of least area, (5,), around some points."""
     (x, y), (w, h), degrees = cv2.minAreaRect(points_N2.astype(np.float32))
@@ -51,3 +59,16 @@ def around(points_N2: Floats) -> Floats:
 def polygons(xywhr_N5: Floats) -> NDArray[np.object_]:
     """Shapely polygons (N,)."""
     return shapely.polygons(corners(xywhr_N5))
+
+
+def aligned(xywhr_N5: Floats, angles_N: Floats) -> Floats:
+    """The same rectangles, turned by quarters until their angles are next to others, so that means make sense."""
+    x, y, w, h, r = xywhr_N5.T
+    quarters = np.round((angles_N - r) / (np.pi / 2))
+    swap = quarters % 2 == 1
+    return np.stack([x, y, np.where(swap, h, w), np.where(swap, w, h), r + quarters * np.pi / 2], axis=1)
+
+
+def overlaps(one_N5: Floats, other_N5: Floats) -> Floats:
+    """Areas (N,) that pairs of boxes share, in square pixels."""
+    return shapely.area(shapely.intersection(polygons(one_N5), polygons(other_N5)))

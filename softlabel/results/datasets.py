@@ -1,6 +1,7 @@
-"""Soft labels above a threshold as a data set of tiles that other tools read: COCO JSON, or a YOLO folder.
+"""Soft labels above a threshold as a data set of tiles that other tools read: COCO JSON, a YOLO folder (of upright or
+of rotated boxes), or DOTA's text files.
 
-Both name a tile's picture after its tile_id (softlabel.results.names). Boxes are xyxy in tile pixels.
+All name a tile's picture after its tile_id (softlabel.results.names). Boxes are xyxy in tile pixels.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from softlabel import rotated
 from softlabel.records import Detections
 from softlabel.results.names import safe_name
 from softlabel.store import commit, write_text
@@ -47,6 +49,29 @@ def yolo_labels(found: Detections, size_wh: tuple[int, int]) -> str:
     centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     rows = zip(found.class_ids.tolist(), np.concatenate([centres, sizes], axis=1).tolist(), strict=True)
     return "".join(f"{class_id} {' '.join(f'{share:.9f}' for share in shares)}\n" for class_id, shares in rows)
+
+
+def yolo_obb_labels(found: Detections, size_wh: tuple[int, int]) -> str:
+    """A label file of YOLO for rotated boxes: per box the best class, then four corners as shares of the tile."""
+    shares_N8 = (_corners(found) / np.array(size_wh, np.float64)).reshape(-1, 8)
+    rows = zip(found.class_ids.tolist(), shares_N8.tolist(), strict=True)
+    return "".join(f"{class_id} {' '.join(f'{share:.9f}' for share in shares)}\n" for class_id, shares in rows)
+
+
+def dota_labels(found: Detections, classes: Sequence[str]) -> str:
+    """A label file of DOTA: per box four corners in pixels, the best class, and 0 for not difficult.
+
+    DOTA splits its lines at spaces: those of a class's name become hyphens, as in its own ``small-vehicle``.
+    """
+    names = ["-".join(name.split()) for name in classes]
+    rows = zip(found.class_ids.tolist(), _corners(found).reshape(-1, 8).tolist(), strict=True)
+    return "".join(f"{' '.join(f'{c:.2f}' for c in corners)} {names[class_id]} 0\n" for class_id, corners in rows)
+
+
+def _corners(found: Detections) -> NDArray[np.float64]:
+    """(N, 4, 2) in pixels of the tile, clockwise on screen, as DOTA wants them."""
+    boxes = rotated.upright(found.boxes) if found.xywhr is None else found.xywhr
+    return rotated.corners(boxes.astype(np.float64))[:, ::-1]
 
 
 def label_file(image: Path) -> Path:

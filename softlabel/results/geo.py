@@ -18,6 +18,7 @@ import shapely.affinity
 from numpy.typing import NDArray
 from pyproj.exceptions import CRSError, ProjError
 
+from softlabel import rotated
 from softlabel.errors import SceneError
 from softlabel.results.names import safe_name
 from softlabel.store import commit
@@ -37,6 +38,7 @@ class SceneDetections:
         members: (M,) how many detections in tiles each was made of.
         crs: As in the tiles table, None where the scene has none.
         transform: The scene's affine (a, b, c, d, e, f) from pixels to ``crs``, or None.
+        xywhr: (M, 5) float64, rotated boxes in scene pixels, of which ``boxes`` are the hulls; None where upright.
     """
 
     scene_id: str
@@ -45,14 +47,16 @@ class SceneDetections:
     members: NDArray[np.int64]
     crs: str | None
     transform: tuple[float, ...] | None
+    xywhr: NDArray[np.float64] | None = None
 
 
 def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gpd.GeoDataFrame:
     """A row per object.
 
     Columns: scene_id, class (name of the best), score (of the best), scores (the class vector, in the order of
-    ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels), geometry: the box's four corners in the
-    scene's CRS, or in pixels (y down) and without a CRS where the scene has none.
+    ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels; of a rotated box its hull), of rotated boxes
+    angle (radians, from x towards y, y down), geometry: the box's four corners in the scene's CRS, or in pixels (y
+    down) and without a CRS where the scene has none.
 
     Raises:
         SceneError: The scene's CRS is not known, or its transform has a value that is no number.
@@ -69,9 +73,13 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
         "teacher": _repeated(teacher, size),
         "members": found.members,
         **dict(zip(("xmin", "ymin", "xmax", "ymax"), found.boxes.T, strict=True)),
+        **({} if found.xywhr is None else {"angle": found.xywhr[:, 4]}),
     }
+    # Counterclockwise on a map, whose y goes up, as RFC 7946 wants outer rings.
+    upright = found.boxes[:, [[0, 1], [0, 3], [2, 3], [2, 1]]]
+    corners = upright if found.xywhr is None else rotated.corners(found.xywhr)
     try:
-        return gpd.GeoDataFrame(columns, geometry=_polygons(found.boxes, found.transform), crs=found.crs)
+        return gpd.GeoDataFrame(columns, geometry=_polygons(corners, found.transform), crs=found.crs)
     except CRSError as error:
         raise SceneError(f"a CRS that is not known: {' '.join(str(error).split())[:200]}") from None
 
@@ -95,10 +103,8 @@ def _repeated(text: str, size: int) -> pd.api.extensions.ExtensionArray:
     return pd.array([text] * size, dtype="str")
 
 
-def _polygons(boxes_M4: NDArray[np.float64], transform: tuple[float, ...] | None) -> NDArray:
-    x0, y0, x1, y1 = boxes_M4.T
-    # Down first: counterclockwise on a map, whose y goes up, as RFC 7946 wants outer rings.
-    x, y = np.stack([x0, x0, x1, x1], axis=1), np.stack([y0, y1, y1, y0], axis=1)
+def _polygons(corners_M42: NDArray[np.float64], transform: tuple[float, ...] | None) -> NDArray:
+    x, y = corners_M42.transpose(2, 0, 1)
     if transform is not None:
         a, b, c, d, e, f = transform
         x, y = a * x + b * y + c, d * x + e * y + f

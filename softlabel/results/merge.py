@@ -1,13 +1,14 @@
 """One scene's detections from its overlapping tiles: an object on a seam is seen twice, and becomes one.
 
-Boxes are xyxy, x right, y down, in scene pixels, float64. Shape suffixes: N counts boxes that go in, M those that come
-out, K classes, P pairs of boxes.
+Boxes are xyxy, x right, y down, in scene pixels, float64; rotated ones xywhr (softlabel.rotated) beside their hulls.
+Shape suffixes: N counts boxes that go in, M those that come out, K classes, P pairs of boxes.
 
 A box touching a border that its tile shares with another is likely an object cut in two. Such a *cut* box ranks behind
 every whole one, and joins a better box also where most of it lies inside that one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 from softlabel import boxes as box_math
+from softlabel import rotated
 
 Method = Literal["nms", "wbf"]
 Boxes = NDArray[np.float64]
@@ -25,9 +27,32 @@ EDGE_PX = 2.0
 _MAX_PAIRS = 500_000  # held at once: about 100 MB
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Objects, best score first.
+
+    Attributes:
+        boxes: (M, 4), of rotated ones the hulls.
+        scores: (M, K) class vectors.
+        members: (M,) how many boxes each stands for.
+        xywhr: (M, 5), None where boxes are upright.
+    """
+
+    boxes: Boxes
+    scores: Scores
+    members: NDArray[np.int64]
+    xywhr: Boxes | None = None
+
+
 def merge(
-    boxes_N4: Boxes, scores_NK: Scores, edge_N: NDArray[np.bool_], *, method: Method, iou: float
-) -> tuple[Boxes, Scores, NDArray[np.int64]]:
+    boxes_N4: Boxes,
+    scores_NK: Scores,
+    edge_N: NDArray[np.bool_],
+    xywhr_N5: Boxes | None = None,
+    *,
+    method: Method,
+    iou: float,
+) -> Merged:
     """Make one box of those that show one object, class by class (of the best class).
 
     Boxes are ranked (`rank`) and clustered around the best ones (`cluster`). No class vector is dropped:
@@ -38,6 +63,7 @@ def merge(
       of a cluster, not with its mean so far, which would change with every box and make the cost quadratic. The score
       is not lowered for boxes that few have found, since how many tiles see an object says nothing about it. And cut
       boxes move nothing: only those above ``iou`` with the first box count, and cut ones only if the first one is too.
+      Rotated boxes are turned by quarters to the first one's angle before their mean is taken.
 
     The result depends neither on the order of the boxes nor on how they were dealt out to tiles.
 
@@ -45,27 +71,53 @@ def merge(
         boxes_N4: In scene pixels.
         scores_NK: Class vectors in [0, 1]; K >= 1 also where N is 0.
         edge_N: Which boxes are cut (`cut_by_tiles`).
+        xywhr_N5: The boxes themselves where they are rotated: then IoU is of their polygons.
         method: ``nms`` or ``wbf``.
         iou: Boxes of a class above it are one object; in [0, 1].
-
-    Returns:
-        Boxes (M, 4), class vectors (M, K) and how many boxes each stands for (M,), best score first.
     """
     if not len(boxes_N4):
-        return boxes_N4, scores_NK, np.zeros(0, np.int64)
-    order_N = rank(boxes_N4, scores_NK, edge_N)
-    boxes_N4, scores_NK, edge_N = boxes_N4[order_N], scores_NK[order_N], edge_N[order_N]
-    seeds_N = cluster(boxes_N4, scores_NK.argmax(axis=1), edge_N, iou)
+        return Merged(boxes_N4, scores_NK, np.zeros(0, np.int64), xywhr_N5)
+    order_N = rank(boxes_N4, scores_NK, edge_N, xywhr_N5)
+    scores_NK, edge_N = scores_NK[order_N], edge_N[order_N]
+    shapes = _Shapes(boxes_N4, xywhr_N5).at(order_N)
+    seeds_N = _cluster(shapes, scores_NK.argmax(axis=1), edge_N, iou)
     by_cluster_N = np.argsort(seeds_N, kind="stable")
     seeds_M, starts_M, members_M = np.unique(seeds_N[by_cluster_N], return_index=True, return_counts=True)
     if method == "nms":
-        merged_M4 = boxes_N4[seeds_M]
+        merged = shapes.at(seeds_M)
         vectors_MK = np.maximum.reduceat(scores_NK[by_cluster_N], starts_M)
     else:
-        counts_N = _count_in_mean(boxes_N4, edge_N, seeds_N, iou)
-        merged_M4, vectors_MK = _means(boxes_N4, scores_NK, counts_N, by_cluster_N, starts_M)
-    order_M = rank(merged_M4, vectors_MK, np.zeros(len(merged_M4), bool))
-    return merged_M4[order_M], vectors_MK[order_M], members_M[order_M]
+        counts_N = _count_in_mean(shapes, edge_N, seeds_N, iou)
+        merged, vectors_MK = _means(shapes, scores_NK, seeds_N, counts_N, by_cluster_N, starts_M)
+    order_M = rank(merged.boxes, vectors_MK, np.zeros(len(merged.boxes), bool), merged.xywhr)
+    merged = merged.at(order_M)
+    return Merged(merged.boxes, vectors_MK[order_M], members_M[order_M], merged.xywhr)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Boxes, upright or rotated."""
+
+    boxes: Boxes
+    xywhr: Boxes | None
+
+    def at(self, index: NDArray) -> "_Shapes":
+        return _Shapes(self.boxes[index], None if self.xywhr is None else self.xywhr[index])
+
+    def polygons(self) -> NDArray[np.object_]:
+        return shapely.box(*self.boxes.T) if self.xywhr is None else rotated.polygons(self.xywhr)
+
+    def areas(self) -> NDArray[np.float64]:
+        upright = self.boxes if self.xywhr is None else rotated.unturned(self.xywhr)
+        return box_math.area(upright).astype(np.float64)
+
+    def shared(self, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Areas (P,) that pairs have in common."""
+        if self.xywhr is not None:
+            return rotated.overlaps(self.xywhr[a_P], self.xywhr[b_P])
+        a_P4, b_P4 = self.boxes[a_P], self.boxes[b_P]
+        wh_P2 = np.minimum(a_P4[:, 2:], b_P4[:, 2:]) - np.maximum(a_P4[:, :2], b_P4[:, :2])
+        return np.clip(wh_P2, 0, None).prod(axis=1)
 
 
 def cut_by_tiles(boxes_N4: Boxes, windows_N4: NDArray[np.integer], outline_xyxy: Sequence[int]) -> NDArray[np.bool_]:
@@ -83,14 +135,21 @@ def cut_by_tiles(boxes_N4: Boxes, windows_N4: NDArray[np.integer], outline_xyxy:
     return at_border_N2[:, 0] | at_border_N2[:, 1]
 
 
-def rank(boxes_N4: Boxes, scores_NK: Scores, edge_N: NDArray[np.bool_]) -> NDArray[np.int64]:
+def rank(
+    boxes_N4: Boxes, scores_NK: Scores, edge_N: NDArray[np.bool_], xywhr_N5: Boxes | None = None
+) -> NDArray[np.int64]:
     """The order of boxes, best first: whole before cut, then by best score; equal ones by box, then by class vector."""
     best_N = scores_NK.max(axis=1)
-    return np.lexsort((*scores_NK.T, *boxes_N4.T[::-1], -best_N, edge_N))
+    turned = () if xywhr_N5 is None else xywhr_N5.T
+    return np.lexsort((*turned, *scores_NK.T, *boxes_N4.T[::-1], -best_N, edge_N))
 
 
 def cluster(
-    boxes_N4: Boxes, class_ids_N: NDArray[np.int64], edge_N: NDArray[np.bool_], iou: float
+    boxes_N4: Boxes,
+    class_ids_N: NDArray[np.int64],
+    edge_N: NDArray[np.bool_],
+    iou: float,
+    xywhr_N5: Boxes | None = None,
 ) -> NDArray[np.int64]:
     """Greedy clusters, class by class: the first box that is in none starts one, and takes in what it matches.
 
@@ -101,40 +160,44 @@ def cluster(
         class_ids_N: Boxes of different classes never match.
         edge_N: A cut box matches also where more than ``iou`` of its own area is inside the better one.
         iou: Boxes above it match.
+        xywhr_N5: The boxes themselves where they are rotated.
 
     Returns:
         (N,) for each box the one that started its cluster.
     """
-    seeds_N = np.empty(len(boxes_N4), np.int64)
+    return _cluster(_Shapes(boxes_N4, xywhr_N5), class_ids_N, edge_N, iou)
+
+
+def _cluster(
+    shapes: _Shapes, class_ids_N: NDArray[np.int64], edge_N: NDArray[np.bool_], iou: float
+) -> NDArray[np.int64]:
+    seeds_N = np.empty(len(class_ids_N), np.int64)
     for class_id in np.unique(class_ids_N):
         of_class = np.flatnonzero(class_ids_N == class_id)
-        seeds_N[of_class] = of_class[_cluster_class(boxes_N4[of_class], edge_N[of_class], iou)]
+        seeds_N[of_class] = of_class[_cluster_class(shapes.at(of_class), edge_N[of_class], iou)]
     return seeds_N
 
 
-def _cluster_class(boxes_N4: Boxes, edge_N: NDArray[np.bool_], iou: float) -> NDArray[np.int64]:
+def _cluster_class(shapes: _Shapes, edge_N: NDArray[np.bool_], iou: float) -> NDArray[np.int64]:
     """`cluster` for boxes of one class.
 
     Boxes ask for their neighbours some at a time, and only those that no better one took; when half of the boxes are
     settled, the tree is built anew of the others. So a heap of boxes is settled by its first few.
     """
-    seeds_N = np.full(len(boxes_N4), -1)
-    waiting = in_tree = np.arange(len(boxes_N4))
-    tree, at_once = _tree(boxes_N4), 1
+    polygons_N, areas_N = shapes.polygons(), shapes.areas()
+    seeds_N = np.full(len(polygons_N), -1)
+    waiting = in_tree = np.arange(len(polygons_N))
+    tree, at_once = shapely.STRtree(polygons_N), 1
     while len(waiting):
         asking, waiting = waiting[:at_once], waiting[at_once:]
-        position_P, found_P = tree.query(shapely.box(*boxes_N4[asking].T))
+        position_P, found_P = tree.query(polygons_N[asking])
         at_once = _next_at_once(at_once, len(found_P))
-        better_P, worse_P = _matches(boxes_N4, edge_N, asking[position_P], in_tree[found_P], iou)
+        better_P, worse_P = _matches(shapes, areas_N, edge_N, asking[position_P], in_tree[found_P], iou)
         _take(seeds_N, asking, better_P, worse_P)
         waiting = waiting[seeds_N[waiting] < 0]
         if len(waiting) < len(in_tree) / 2:
-            in_tree, tree = waiting, _tree(boxes_N4[waiting])
+            in_tree, tree = waiting, shapely.STRtree(polygons_N[waiting])
     return seeds_N
-
-
-def _tree(boxes_N4: Boxes) -> shapely.STRtree:
-    return shapely.STRtree(shapely.box(*boxes_N4.T))
 
 
 def _next_at_once(at_once: int, pairs: int) -> int:
@@ -143,14 +206,19 @@ def _next_at_once(at_once: int, pairs: int) -> int:
 
 
 def _matches(
-    boxes_N4: Boxes, edge_N: NDArray[np.bool_], better_P: NDArray[np.int64], worse_P: NDArray[np.int64], iou: float
+    shapes: _Shapes,
+    areas_N: NDArray[np.float64],
+    edge_N: NDArray[np.bool_],
+    better_P: NDArray[np.int64],
+    worse_P: NDArray[np.int64],
+    iou: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The pairs of which the second ranks behind the first and matches it."""
     behind_P = worse_P > better_P
     better_P, worse_P = better_P[behind_P], worse_P[behind_P]
-    match_P = _overlaps(boxes_N4, better_P, worse_P) > iou
-    cut = np.flatnonzero(edge_N[worse_P] & ~match_P)
-    match_P[cut] = _inside(boxes_N4, better_P[cut], worse_P[cut]) > iou
+    shared_P = shapes.shared(better_P, worse_P)
+    match_P = _ratio(shared_P, areas_N[better_P] + areas_N[worse_P] - shared_P) > iou
+    match_P |= edge_N[worse_P] & (_ratio(shared_P, areas_N[worse_P]) > iou)  # most of a cut box lies inside
     return better_P[match_P], worse_P[match_P]
 
 
@@ -169,49 +237,39 @@ def _take(
             seeds_N[taken[seeds_N[taken] < 0]] = seed
 
 
-def _overlaps(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Intersection over union (P,)."""
-    shared_P = _intersections(boxes_N4, a_P, b_P)
-    return _ratio(shared_P, box_math.area(boxes_N4[a_P]) + box_math.area(boxes_N4[b_P]) - shared_P)
-
-
-def _inside(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The share (P,) of b that lies in a."""
-    return _ratio(_intersections(boxes_N4, a_P, b_P), box_math.area(boxes_N4[b_P]))
-
-
-def _intersections(boxes_N4: Boxes, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
-    a_P4, b_P4 = boxes_N4[a_P], boxes_N4[b_P]
-    wh_P2 = np.minimum(a_P4[:, 2:], b_P4[:, 2:]) - np.maximum(a_P4[:, :2], b_P4[:, :2])
-    return np.clip(wh_P2, 0, None).prod(axis=1)
-
-
 def _ratio(part_P: box_math.Floats, whole_P: box_math.Floats) -> NDArray[np.float64]:
     return np.divide(part_P, whole_P, out=np.zeros(len(part_P)), where=whole_P > 0)
 
 
 def _count_in_mean(
-    boxes_N4: Boxes, edge_N: NDArray[np.bool_], seeds_N: NDArray[np.int64], iou: float
+    shapes: _Shapes, edge_N: NDArray[np.bool_], seeds_N: NDArray[np.int64], iou: float
 ) -> NDArray[np.bool_]:
-    itself_N = np.arange(len(seeds_N))
-    close_N = _overlaps(boxes_N4, seeds_N, itself_N) > iou
+    itself_N, areas_N = np.arange(len(seeds_N)), shapes.areas()
+    shared_N = shapes.shared(seeds_N, itself_N)
+    close_N = _ratio(shared_N, areas_N[seeds_N] + areas_N - shared_N) > iou
     return (close_N & (edge_N == edge_N[seeds_N])) | (seeds_N == itself_N)
 
 
 def _means(
-    boxes_N4: Boxes,
+    shapes: _Shapes,
     scores_NK: Scores,
+    seeds_N: NDArray[np.int64],
     counts_N: NDArray[np.bool_],
     by_cluster_N: NDArray[np.int64],
     starts_M: NDArray[np.int64],
-) -> tuple[Boxes, Scores]:
-    """Weighted mean boxes (M, 4) and mean vectors (M, K) of the boxes that count; sums run in rank order."""
+) -> tuple[_Shapes, Scores]:
+    """Weighted mean boxes (M, ...) and mean vectors (M, K) of the boxes that count; sums run in rank order."""
     # A weight of 0 for all of a cluster would leave it without a box.
     weights_N = np.maximum(scores_NK.max(axis=1).astype(np.float64), np.finfo(np.float64).tiny) * counts_N
 
     def totals(values: NDArray) -> NDArray[np.float64]:
         return np.add.reduceat(values[by_cluster_N].astype(np.float64), starts_M)
 
-    means_M4 = totals(boxes_N4 * weights_N[:, None]) / totals(weights_N)[:, None]
-    vectors_MK = totals(scores_NK * counts_N[:, None]) / totals(counts_N)[:, None]
-    return means_M4, vectors_MK.astype(np.float32)
+    def mean(values: NDArray) -> NDArray[np.float64]:
+        return totals(values * weights_N[:, None]) / totals(weights_N)[:, None]
+
+    vectors_MK = (totals(scores_NK * counts_N[:, None]) / totals(counts_N)[:, None]).astype(np.float32)
+    if shapes.xywhr is None:
+        return _Shapes(mean(shapes.boxes), None), vectors_MK
+    means_M5 = rotated.regularized(mean(rotated.aligned(shapes.xywhr, shapes.xywhr[seeds_N, 4])))
+    return _Shapes(rotated.hulls(means_M5), means_M5), vectors_MK

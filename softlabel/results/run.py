@@ -42,7 +42,8 @@ from softlabel.store import (
 )
 from softlabel.terminal import progress, say
 
-Format = Literal["geoparquet", "geojson", "coco", "yolo"]
+Format = Literal["geoparquet", "geojson", "coco", "yolo", "yolo-obb", "dota"]
+_YOLO = ("yolo", "yolo-obb")
 MARKER = "export.json"
 FAILED = "failed.jsonl"
 
@@ -55,7 +56,7 @@ _REJECTED_COLUMNS = ["tile_id", "reason", "retryable"]
 def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Method, iou: float) -> dict[str, Any]:
     """Write a finished store's boxes above ``threshold`` in another format into ``output``.
 
-    geoparquet and geojson are a file per scene with every object once (softlabel.results.geo); coco and yolo are data
+    geoparquet and geojson are a file per scene with every object once (softlabel.results.geo); the others are data
     sets of tiles with their pictures (softlabel.results.datasets), and ``merge`` and ``iou`` are nothing to them. Tiles
     that were rejected or are empty are left out and counted. Scenes that cannot be written, and tiles whose pixels
     cannot be read any more, are listed in failed.jsonl. A rerun writes everything anew, by rename.
@@ -214,20 +215,26 @@ def _export_tiles(job: _ExportJob, batch: dict) -> dict[str, list]:
 
 
 def _export_tile(job: _ExportJob, reader: TileReader, tile: LabelledTile) -> int:
-    """Write a tile's picture, for YOLO its labels too, and return the number of boxes."""
-    image, found = datasets.image_file(tile.tile, by_split=job.fmt == "yolo"), tile.found.above(job.threshold)
+    """Write a tile's picture, but for COCO its labels too, and return the number of boxes."""
+    image, found = datasets.image_file(tile.tile, by_split=job.fmt in _YOLO), tile.found.above(job.threshold)
     # What an earlier export left must not stand for a tile that cannot be read any more.
     (job.output / image).unlink(missing_ok=True)
     datasets.write_png(job.output / image, reader.read(tile.tile))
-    if job.fmt == "yolo":
-        width, height = tile.tile["window"][2:]
-        write_text(job.output / datasets.label_file(image), datasets.yolo_labels(found, (width, height)))
+    width, height = tile.tile["window"][2:]
+    if job.fmt == "dota":
+        path = job.output / "labelTxt" / f"{image.stem}.txt"
+        write_text(path, datasets.dota_labels(found, job.store.classes))
+    elif job.fmt in _YOLO:
+        labels = datasets.yolo_labels if job.fmt == "yolo" else datasets.yolo_obb_labels
+        write_text(job.output / datasets.label_file(image), labels(found, (width, height)))
     return len(found.boxes)
 
 
 def _write_index(job: _ExportJob) -> None:
     """What ties the pictures together; those that could not be read are not there."""
-    if job.fmt == "yolo":
+    if job.fmt == "dota":
+        return  # a picture and its labels have the same name
+    if job.fmt in _YOLO:
         splits = sorted(path.name for path in (job.output / "images").iterdir())
         datasets.write_yolo_config(job.output, job.store.classes, splits)
         return

@@ -26,6 +26,7 @@ class Scene:
     windows: list[tuple[int, int, int, int]] = field(default_factory=list)
     boxes: list[NDArray[np.float32]] = field(default_factory=list)
     scores: list[NDArray[np.float32]] = field(default_factory=list)
+    xywhr: list[NDArray[np.float32]] = field(default_factory=list)
 
     def add(self, tile: LabelledTile, threshold: float) -> None:
         """Take in one more tile; a rejected or empty one has no boxes, and is a tile of the scene all the same."""
@@ -37,6 +38,8 @@ class Scene:
         self.windows.append(tile.tile["window"])
         self.boxes.append(above.boxes)
         self.scores.append(above.scores)
+        if above.xywhr is not None:
+            self.xywhr.append(above.xywhr)
 
     def merged(self, method: Method, iou: float) -> SceneDetections:
         """Its objects, each once (softlabel.results.merge)."""
@@ -44,8 +47,13 @@ class Scene:
         in_tiles = np.concatenate(self.boxes).astype(np.float64)
         boxes = in_tiles + windows[:, [0, 1, 0, 1]]
         cut = cut_by_tiles(boxes, windows, self._outline())
-        found = merge(boxes, np.concatenate(self.scores), cut, method=method, iou=iou)
-        return SceneDetections(self.scene_id, *found, self.crs, self.transform)
+        turned = None
+        if self.xywhr:
+            turned = np.concatenate(self.xywhr).astype(np.float64)
+            turned[:, :2] += windows[:, :2]
+        found = merge(boxes, np.concatenate(self.scores), cut, turned, method=method, iou=iou)
+        parts = (found.boxes, found.scores, found.members, self.crs, self.transform, found.xywhr)
+        return SceneDetections(self.scene_id, *parts)
 
     def _outline(self) -> list[int]:
         windows = np.array(self.windows)

@@ -1,7 +1,7 @@
 """A finished store read shard by shard, each tile with what was found in it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,12 @@ def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
     boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
     scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
     saturated = table["saturated"].to_pylist()
-    return [Detections(*arrays) for arrays in zip(boxes, scores, saturated, strict=True)]
+    found = [Detections(*arrays) for arrays in zip(boxes, scores, saturated, strict=True)]
+    if "xywhr" not in table.column_names or table["xywhr"].null_count == len(table):  # format 4, or all upright
+        return found
+    # Tiles that were not labelled have no box, turned or not.
+    turned = np.split(_values(pc.fill_null(table["xywhr"], [])).reshape(-1, 5), ends)
+    return [replace(one, xywhr=xywhr) for one, xywhr in zip(found, turned, strict=True)]
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:

@@ -10,7 +10,14 @@ from softlabel.boxes import iou_matrix
 from softlabel.results.merge import cut_by_tiles, merge
 
 SEEDS = range(6)
+
 IOU = 0.4
+
+
+def merged(*boxes, **how):
+    """Boxes, vectors and members."""
+    found = merge(*boxes, **how)
+    return found.boxes, found.scores, found.members
 
 
 def crowd(seed, *, size=150, classes=3, ties=True):
@@ -69,7 +76,7 @@ def rows(boxes, scores):
 @pytest.mark.parametrize("ties", [False, True])
 def test_nms_keeps_what_greedy_nms_keeps(seed, ties):
     boxes, scores, whole = crowd(seed, ties=ties)
-    found, vectors, members = merge(boxes, scores, whole, method="nms", iou=IOU)
+    found, vectors, members = merged(boxes, scores, whole, method="nms", iou=IOU)
     assert rows(found, vectors) == brute_force_nms(boxes, scores, IOU)
     assert len(found) < len(boxes) == members.sum()
 
@@ -79,7 +86,7 @@ def test_cut_boxes_rank_behind_whole_ones_and_go_where_they_lie_inside_one(seed)
     boxes, scores, _ = crowd(seed, ties=False)
     edge = np.random.default_rng(seed).random(len(boxes)) < 0.4
     expected = brute_force_clusters(boxes, scores, edge, IOU)
-    found, vectors, members = merge(boxes, scores, edge, method="nms", iou=IOU)
+    found, vectors, members = merged(boxes, scores, edge, method="nms", iou=IOU)
     by_box = {tuple(boxes[i]): (scores[[i, *others]].max(axis=0), 1 + len(others)) for i, *others in expected}
     assert {tuple(box) for box in found} == set(by_box)
     for box, vector, count in zip(found, vectors, members, strict=True):
@@ -90,7 +97,7 @@ def test_cut_boxes_rank_behind_whole_ones_and_go_where_they_lie_inside_one(seed)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wbf_takes_means_of_each_cluster(seed):
     boxes, scores, whole = crowd(seed, ties=False)
-    found, vectors, members = merge(boxes, scores, whole, method="wbf", iou=IOU)
+    found, vectors, members = merged(boxes, scores, whole, method="wbf", iou=IOU)
     expected = []
     for cluster in brute_force_clusters(boxes, scores, whole, IOU):
         box = np.average(boxes[cluster], axis=0, weights=scores[cluster].max(axis=1))
@@ -104,17 +111,17 @@ def test_wbf_takes_means_of_each_cluster(seed):
 def test_the_order_of_boxes_changes_no_bit(method, ties):
     boxes, scores, _ = crowd(0, size=400, ties=ties)
     edge = np.random.default_rng(1).random(len(boxes)) < 0.3
-    expected = merge(boxes, scores, edge, method=method, iou=IOU)
+    expected = merged(boxes, scores, edge, method=method, iou=IOU)
     for seed in SEEDS:
         order = np.random.default_rng(seed).permutation(len(boxes))
         for found, wanted in zip(
-            merge(boxes[order], scores[order], edge[order], method=method, iou=IOU), expected, strict=True
+            merged(boxes[order], scores[order], edge[order], method=method, iou=IOU), expected, strict=True
         ):
             assert found.tobytes() == wanted.tobytes()
 
 
 def test_the_best_score_comes_first():
-    _, scores, _ = merge(*crowd(2), method="wbf", iou=IOU)
+    _, scores, _ = merged(*crowd(2), method="wbf", iou=IOU)
     assert (np.diff(scores.max(axis=1)) <= 0).all()
 
 
@@ -122,10 +129,10 @@ def test_class_vectors_are_combined():
     boxes = np.array([[0, 0, 10, 10], [0, 1, 10, 11]], np.float64)
     scores = np.array([[0.8, 0.1], [0.6, 0.5]], np.float32)
     whole = np.zeros(2, bool)
-    found, vectors, members = merge(boxes, scores, whole, method="nms", iou=IOU)
+    found, vectors, members = merged(boxes, scores, whole, method="nms", iou=IOU)
     assert found.tolist() == [[0, 0, 10, 10]] and members.tolist() == [2]
     np.testing.assert_allclose(vectors, [[0.8, 0.5]])
-    found, vectors, _ = merge(boxes, scores, whole, method="wbf", iou=IOU)
+    found, vectors, _ = merged(boxes, scores, whole, method="wbf", iou=IOU)
     np.testing.assert_allclose(found, [[0, 0.6 / 1.4, 10, 10 + 0.6 / 1.4]], rtol=1e-6)
     np.testing.assert_allclose(vectors, [[0.7, 0.3]], rtol=1e-6)
 
@@ -133,7 +140,7 @@ def test_class_vectors_are_combined():
 def test_classes_do_not_mix():
     boxes = np.array([[0, 0, 10, 10]] * 2, np.float64)
     scores = np.array([[0.8, 0.1], [0.1, 0.7]], np.float32)
-    assert len(merge(boxes, scores, np.zeros(2, bool), method="nms", iou=IOU)[0]) == 2
+    assert len(merged(boxes, scores, np.zeros(2, bool), method="nms", iou=IOU)[0]) == 2
 
 
 @pytest.mark.parametrize("method", ["nms", "wbf"])
@@ -141,7 +148,7 @@ def test_a_surer_half_does_not_beat_the_whole_and_moves_it_nowhere(method):
     boxes = np.array([[100, 0, 140, 10], [100, 0, 112, 10], [100, 0, 135, 10]], np.float64)
     scores = np.array([[0.5, 0.1], [0.9, 0.3], [0.9, 0.3]], np.float32)
     edge = np.array([False, True, True])
-    found, vectors, members = merge(boxes, scores, edge, method=method, iou=0.5)
+    found, vectors, members = merged(boxes, scores, edge, method=method, iou=0.5)
     assert found.tolist() == [[100, 0, 140, 10]] and members.tolist() == [3]
     np.testing.assert_allclose(vectors, [[0.9, 0.3] if method == "nms" else [0.5, 0.1]])
 
@@ -149,18 +156,18 @@ def test_a_surer_half_does_not_beat_the_whole_and_moves_it_nowhere(method):
 def test_a_large_cut_box_does_not_go_for_a_small_one_inside_it():
     boxes = np.array([[0, 0, 100, 30], [10, 10, 20, 20]], np.float64)
     scores = np.array([[0.9], [0.4]], np.float32)
-    found, _, _ = merge(boxes, scores, np.array([True, False]), method="nms", iou=0.5)
+    found, _, _ = merged(boxes, scores, np.array([True, False]), method="nms", iou=0.5)
     assert len(found) == 2
 
 
 @pytest.mark.parametrize("method", ["nms", "wbf"])
 def test_no_boxes_and_boxes_without_area(method):
-    found, scores, members = merge(
+    found, scores, members = merged(
         np.zeros((0, 4)), np.zeros((0, 3), np.float32), np.zeros(0, bool), method=method, iou=IOU
     )
     assert found.shape == (0, 4) and scores.shape == (0, 3) and members.shape == (0,)
     flat = np.array([[5, 5, 5, 9]] * 2, np.float64)
-    found, _, _ = merge(flat, np.zeros((2, 3), np.float32), np.zeros(2, bool), method=method, iou=IOU)
+    found, _, _ = merged(flat, np.zeros((2, 3), np.float32), np.zeros(2, bool), method=method, iou=IOU)
     assert found.tolist() == flat.tolist()
 
 
@@ -187,7 +194,7 @@ started = time.perf_counter()
 found = merge(boxes, scores, rng.random(size) < 0.1, method=sys.argv[2], iou=0.5)
 seconds = time.perf_counter() - started
 status = open("/proc/self/status").read()  # ru_maxrss would be that of the parent, where it was larger
-print(json.dumps([seconds, int(status.split("VmHWM:")[1].split()[0]), len(found[0])]))
+print(json.dumps([seconds, int(status.split("VmHWM:")[1].split()[0]), len(found.boxes)]))
 """
 
 

@@ -8,8 +8,10 @@ import pytest
 from made_stores import CLASSES, detections, made_tile
 from pycocotools.coco import COCO
 
+from softlabel import rotated
 from softlabel.config import TruthSource
 from softlabel.imagery.truth import read_truth
+from softlabel.records import Detections
 from softlabel.results import datasets
 from softlabel.store import write_text
 
@@ -105,6 +107,54 @@ def test_ultralytics_reads_it(yolo, monkeypatch):
     (labels,) = YOLODataset(img_path=data["train"], data=data, augment=False, imgsz=64).labels
     assert labels["cls"].ravel().tolist() == [2, 0]
     np.testing.assert_allclose(labels["bboxes"][1], [0.5, 0.5, 1, 1])
+
+
+TURNED = np.array([[30, 20, 20, 8, 0.5], [10, 30, 12, 6, 0.0]], np.float32)
+
+
+def turned():
+    hulls = rotated.hulls(TURNED).astype(np.float32)
+    return Detections(hulls, np.array([[0.1, 0.2, 0.9], [0.8, 0.1, 0]], np.float32), xywhr=TURNED)
+
+
+def test_ultralytics_reads_rotated_boxes(tmp_path, monkeypatch):
+    from ultralytics.data import YOLODataset
+    from ultralytics.data.utils import check_det_dataset
+
+    monkeypatch.setattr("ultralytics.data.utils.check_font", lambda _: None)
+    tile = {**TILES[0][0], "split": "train"}
+    image = datasets.image_file(tile, by_split=True)
+    datasets.write_png(tmp_path / image, np.zeros((48, 64, 3), np.uint8))
+    write_text(tmp_path / datasets.label_file(image), datasets.yolo_obb_labels(turned(), (64, 48)))
+    datasets.write_yolo_config(tmp_path, CLASSES, ["train"])
+    data = check_det_dataset(str(tmp_path / "data.yaml"), autodownload=False)
+    (labels,) = YOLODataset(img_path=data["train"], data=data, task="obb", augment=False, imgsz=64).labels
+    assert labels["cls"].ravel().tolist() == [2, 0]
+    corners = [segment * [64, 48] for segment in labels["segments"]]
+    for found, expected in zip(corners, rotated.corners(TURNED), strict=True):
+        np.testing.assert_allclose(sorted(found.tolist()), sorted(expected.tolist()), atol=1e-4)
+
+
+def test_dota_comes_back(tmp_path):
+    """Corners clockwise on screen, as DOTA has them; upright boxes too."""
+    text = datasets.dota_labels(turned(), ["small car", "plane", "ship"])
+    *corners, name, difficult = text.splitlines()[1].split()
+    assert (name, difficult) == ("small-car", "0")
+    assert [float(one) for one in corners] == [16, 27, 16, 33, 4, 33, 4, 27]
+    write_text(tmp_path / "labelTxt" / "tile.txt", text)
+    truth = read_truth(
+        TruthSource(
+            format="dota",
+            path=str(tmp_path / "labelTxt"),
+            mapping={"small-car": "car", "plane": "plane", "ship": "ship"},
+        ),
+        tuple(CLASSES),
+    )
+    (scene,) = by_image(truth).values()
+    np.testing.assert_allclose(scene.boxes, turned().boxes, atol=0.01)
+    assert scene.class_ids.tolist() == [2, 0]
+    upright = datasets.dota_labels(TILES[2][1], CLASSES)
+    assert upright == "7.50 6.00 7.50 8.12 5.00 8.12 5.00 6.00 plane 0\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Rotated boxes: their geometry against shapely, their NMS against ultralytics', merging against brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import shapely
+import shapely.affinity
+import torch
+from ultralytics.utils.nms import non_max_suppression
+
+from softlabel import rotated
+from softlabel.detectors.rotated_nms import suppressed_rotated
+from softlabel.records import Detections, Nms, detections_from_row, soft_labels_table
+from softlabel.results.fuse import fuse_tile
+from softlabel.results.merge import merge
+
+
+def some(seed, size=200, extent=300):
+    rng = np.random.default_rng(seed)
+    centres, sides = rng.uniform(0, extent, (size, 2)), rng.uniform(5, 60, (size, 2))
+    return np.concatenate([centres, sides, rng.uniform(-4, 4, (size, 1))], axis=1)
+
+
+def polygon(box):
+    x, y, w, h, r = box
+    upright = shapely.box(x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    return shapely.affinity.rotate(upright, r, use_radians=True)  # from x towards y, whichever way y goes
+
+
+def test_corners_and_hulls_are_those_of_a_turned_rectangle():
+    boxes = some(0)
+    for box, ours, hull in zip(boxes, rotated.polygons(boxes), rotated.hulls(boxes), strict=True):
+        assert shapely.hausdorff_distance(ours, polygon(box)) < 1e-9
+        np.testing.assert_allclose(hull, polygon(box).bounds)
+        assert not shapely.is_ccw(ours.exterior)  # y goes down here: on a map it is
+
+
+@pytest.mark.parametrize("change", ["regularized", "aligned", "around"])
+def test_another_form_is_the_same_rectangle(change):
+    boxes = some(1)
+    angles = np.random.default_rng(2).uniform(-10, 10, len(boxes))
+    match change:
+        case "regularized":
+            others = rotated.regularized(boxes)
+            assert (others[:, 4] >= 0).all() and (others[:, 4] < math.pi / 2).all()
+        case "aligned":
+            others = rotated.aligned(boxes, angles)
+            assert np.abs(others[:, 4] - angles).max() <= math.pi / 4 + 1e-9
+        case "around":
+            others = np.stack([rotated.around(corners) for corners in rotated.corners(boxes)])
+    for one, other in zip(rotated.polygons(boxes), rotated.polygons(others), strict=True):
+        assert shapely.hausdorff_distance(one, other) < (1e-2 if change == "around" else 1e-9)
+
+
+def test_upright_boxes_are_rotated_by_nothing_and_come_back():
+    boxes = np.random.default_rng(3).uniform(0, 50, (20, 2))
+    boxes = np.concatenate([boxes, boxes + 7], axis=1)
+    np.testing.assert_allclose(rotated.hulls(rotated.upright(boxes)), boxes)
+    np.testing.assert_allclose(rotated.unturned(rotated.upright(boxes)), boxes)
+
+
+@pytest.mark.parametrize("max_det", [30, 1000])
+@pytest.mark.parametrize("size", [10, 1500])
+def test_nms_keeps_what_ultralytics_keeps(size, max_det):
+    rng = np.random.default_rng(size)
+    boxes = some(size, size)
+    decoded = torch.from_numpy(np.concatenate([boxes[:, :4].T, rng.random((3, size)), boxes[:, 4:].T])).float()
+    ours = suppressed_rotated(decoded, 3, Nms(0.3, 0.4, max_det))
+    theirs = non_max_suppression(decoded[None], 0.3, 0.4, max_det=10**6, nc=3, rotated=True)[0]
+    assert len(ours) == min(len(theirs), max_det + 1)
+    theirs = theirs[: len(ours)]
+    np.testing.assert_allclose(rotated.unturned(theirs[:, :4].numpy()), ours[:, :4].numpy(), atol=1e-3)
+    assert torch.equal(ours[:, 4:7].amax(1), theirs[:, 4]) and torch.equal(ours[:, 7], theirs[:, 6])
+
+
+@pytest.mark.parametrize("threshold", [0.35, 0.6, 0.9])
+def test_filtering_at_a_threshold_equals_labelling_at_it(threshold):
+    boxes = some(7, 900)
+    scores = np.random.default_rng(7).random((3, 900))
+    decoded = torch.from_numpy(np.concatenate([boxes[:, :4].T, scores, boxes[:, 4:].T])).float()
+    low, high = (suppressed_rotated(decoded, 3, Nms(floor, 0.3, 2000)) for floor in (0.01, threshold))
+    assert torch.equal(low[low[:, 4:7].amax(1) > threshold], high) and 0 < len(high) < len(low)
+
+
+def brute_nms(boxes, scores, iou):
+    polygons = [polygon(box) for box in boxes]
+    kept = []
+    for i in np.argsort(-scores.max(1), kind="stable"):
+        better = [k for k in kept if scores[k].argmax() == scores[i].argmax()]
+        shared = [polygons[i].intersection(polygons[k]).area for k in better]
+        if all(s / (polygons[i].area + polygons[k].area - s) <= iou for s, k in zip(shared, better, strict=True)):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_merging_by_nms_is_greedy_by_iou_of_polygons(seed):
+    boxes = rotated.regularized(some(seed, 150, 120))
+    scores = np.random.default_rng(seed).random((150, 2)).astype(np.float32)
+    edge = np.zeros(150, bool)
+    found = merge(rotated.hulls(boxes), scores, edge, boxes, method="nms", iou=0.3)
+    kept = brute_nms(boxes, scores, 0.3)
+    np.testing.assert_array_equal(found.xywhr, boxes[kept])
+    np.testing.assert_allclose(found.boxes, rotated.hulls(boxes[kept]))
+    assert found.members.sum() == 150 > len(kept)
+    order = np.random.default_rng(9).permutation(150)
+    again = merge(rotated.hulls(boxes)[order], scores[order], edge, boxes[order], method="nms", iou=0.3)
+    assert again.xywhr.tobytes() == found.xywhr.tobytes()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.02, math.pi / 4, math.pi / 2 - 0.02])
+def test_the_mean_of_boxes_around_one_is_near_it_whatever_way_they_are_written(angle):
+    """Angles on either side of a quarter turn are next to each other, with width and height changed."""
+    rng = np.random.default_rng(0)
+    true = np.array([100.0, 80.0, 40.0, 12.0, angle])
+    boxes = rotated.regularized(true + rng.normal(0, [0.3, 0.3, 0.3, 0.3, 0.03], (40, 5)))
+    scores = rng.uniform(0.5, 1, (40, 1)).astype(np.float32)
+    found = merge(rotated.hulls(boxes), scores, np.zeros(40, bool), boxes, method="wbf", iou=0.4)
+    assert found.members.tolist() == [40]
+    assert polygon(found.xywhr[0]).intersection(polygon(true)).area > 0.97 * 40 * 12
+    upright = Detections(np.array([[80, 74, 120, 86]], np.float32), np.ones((1, 1), np.float32))
+    tile = Detections(rotated.hulls(boxes).astype(np.float32), scores, xywhr=boxes.astype(np.float32))
+    fused = fuse_tile([tile, tile], [1, 1], 0.0, 0.4)
+    assert polygon(fused.xywhr[0]).intersection(polygon(true)).area > 0.97 * 40 * 12
+    if angle < 0.1:
+        both = fuse_tile([tile, upright], [1, 1], 0.0, 0.3)
+        assert len(both.boxes) == 1 and abs((both.xywhr[0, 4] + 0.5) % (math.pi / 2) - 0.5) < 0.05
+
+
+def test_a_row_of_a_store_keeps_them():
+    boxes = rotated.regularized(some(4, 3)).astype(np.float32)
+    hulls = rotated.hulls(boxes)
+    found = [
+        Detections(hulls, np.eye(3, dtype=np.float32), xywhr=boxes),
+        Detections(hulls[:0], np.zeros((0, 3), np.float32), xywhr=boxes[:0]),
+    ]
+    table = soft_labels_table(3, ["a", "b"], found, [None] * 2, [None] * 2, [False] * 2)
+    for row, one in zip(table.to_pylist(), found, strict=True):
+        read = detections_from_row(row)
+        np.testing.assert_array_equal(read.xywhr, one.xywhr)
+        np.testing.assert_array_equal(read.above(0.5).xywhr, one.xywhr)
