@@ -20,12 +20,14 @@ TRUTH_BOX = pa.struct(
         pa.field("class_id", pa.int32(), nullable=False),
         pa.field("visible", pa.float32(), nullable=False),
         pa.field("ignore", pa.bool_(), nullable=False),
+        pa.field("xywhr", XYWHR),
     ]
 )
 """One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
 (0, 1]; ``ignore`` is set below the recipe's ``min_visible``, for COCO crowds and for boxes whose class cannot be used:
 such a box is left out of training and neither rewards nor punishes a detection in evaluation. ``class_id`` is
-UNKNOWN_CLASS where it is not one of ours: the box is ignored as every class."""
+UNKNOWN_CLASS where it is not one of ours: the box is ignored as every class. ``xywhr`` is the box itself, unclipped,
+where it was drawn rotated, and ``box`` its hull; null where it was drawn upright."""
 
 TILES = pa.schema(
     [

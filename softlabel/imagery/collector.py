@@ -20,12 +20,16 @@ Rejected = tuple[str, int | None, str]
 
 
 class Row(NamedTuple):
-    """One box: its image, its class as the source has it, xyxy; of the last two each may be why it cannot be had."""
+    """One box: its image, its class as the source has it, xyxy; of the last two each may be why it cannot be had.
+
+    ``corners`` are those of a rotated box, x, y, x, y, ...
+    """
 
     image: str
     source_class: int | str | BadRow
     box: Box | BadRow
     crowd: bool = False
+    corners: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Image:
 
     facts: dict[str, Any]
     boxes: list[Box] = field(default_factory=list)
+    corners: list[tuple[float, ...] | None] = field(default_factory=list)
     class_ids: list[int] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -76,7 +81,7 @@ class Collector:
 
     def _add(self, file: str, number: int, row: Row) -> None:
         image = self.image(row.image, file=file)
-        drawn = (row.source_class, row.box, row.crowd)
+        drawn = (row.source_class, row.box, row.crowd, row.corners)
         if drawn in image.seen:
             self.counts["duplicates"] += 1
             return
@@ -94,6 +99,7 @@ class Collector:
             image.unsure.add(class_id)
             return
         image.boxes.append(row.box)
+        image.corners.append(row.corners)
         image.class_ids.append(class_id)
         image.crowd.append(row.crowd or class_id == UNKNOWN_CLASS)
         image.rows.append(number)

@@ -216,7 +216,7 @@ def _rle_box(mask: dict) -> Box:
 
 
 def read_dota(source: TruthSource, classes: tuple[str, ...]) -> Collector:
-    """A folder of txt files, one per image: four corners, of which the upright hull is taken."""
+    """A folder of txt files, one per image: four corners, kept beside their upright hull."""
     root = Path(source.path)
     named = [str(key) for key in source.mapping] or list(classes)
     targets = targets_of(source, classes, {name: name for name in (*DOTA_CLASSES, *named)})
@@ -246,8 +246,11 @@ def _dota_row(image: str, line: str) -> Row:
     if len(parts) not in (9, 10):
         problem = BadRow(f"needs eight numbers, a class and difficult, has {len(parts)} values")
         return Row(image, problem, problem)
-    box = attempt(lambda: as_hull(as_numbers(parts[:8], 8, "corners")))
+    corners, box = None, attempt(lambda: as_hull(as_numbers(parts[:8], 8, "corners")))
+    if not isinstance(box, BadRow):
+        corners = tuple(as_numbers(parts[:8], 8, "corners"))
     difficult = parts[9] if len(parts) == 10 else "0"
     if difficult not in ("0", "1", "2"):
-        return Row(image, BadRow(f"difficult must be 0 or 1, it is {show(difficult)}"), box)
-    return Row(image, parts[8], box, difficult != "0")
+        problem = BadRow(f"difficult must be 0 or 1, it is {show(difficult)}")
+        return Row(image, problem, box, corners=corners)
+    return Row(image, parts[8], box, difficult != "0", corners)

@@ -181,7 +181,7 @@ def _rows(recipe: Recipe, scene: Scene) -> Iterator[dict]:
     shared = _scene_columns(recipe, scene)
     for window, truth in _windows_with_truth(recipe, scene):
         column, row, width, height = window
-        drawn = None if scene.truth is None or truth is None else _truth_column(scene.truth, truth)
+        drawn = None if scene.truth is None or truth is None else _truth_column(scene.truth, truth, window)
         tile_id = f"{scene.scene_id}#{column}_{row}_{width}x{height}"
         yield {"tile_id": tile_id, "window": window, "truth": drawn, **shared}
 
@@ -215,11 +215,17 @@ def _windows_with_truth(recipe: Recipe, scene: Scene) -> Iterator[tuple[tiles.Wi
         yield window, truth._replace(kept_T=band[truth.kept_T])
 
 
-def _truth_column(scene: SceneTruth, truth: tiles.TileTruth) -> list[dict]:
-    ignore = truth.ignore_T | scene.crowd[truth.kept_T]
-    columns = (truth.boxes_T4, scene.class_ids[truth.kept_T], truth.visible_T, ignore)
-    names = ("box", "class_id", "visible", "ignore")
-    return [dict(zip(names, values, strict=True)) for values in zip(*(part.tolist() for part in columns), strict=True)]
+def _truth_column(scene: SceneTruth, truth: tiles.TileTruth, window: tiles.Window) -> list[dict]:
+    columns: dict[str, Any] = {
+        "box": truth.boxes_T4,
+        "class_id": scene.class_ids[truth.kept_T],
+        "visible": truth.visible_T,
+        "ignore": truth.ignore_T | scene.crowd[truth.kept_T],
+    }
+    if scene.xywhr is not None:
+        columns["xywhr"] = scene.xywhr[truth.kept_T] - [*window[:2], 0, 0, 0]
+    rows = zip(*(part.tolist() for part in columns.values()), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in rows]
 
 
 def _background_chances(recipe: Recipe, scenes: list[Scene]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel import boxes as box_math
-from softlabel import store
+from softlabel import rotated, store
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
 from softlabel.imagery.collector import Image
@@ -44,7 +44,8 @@ class SceneTruth:
 
     ``crowd`` (N,) bool marks those, COCO crowds and DOTA difficults: they are ignored. ``rows`` (N,) int64 lead back
     into ``file``: the feature's index (xView), the annotation's id or else index (COCO), the line from 1 (YOLO, DOTA).
-    ``labelled_classes`` None is all. ``normalised``: boxes are shares of the image, in [0, 1].
+    ``labelled_classes`` None is all. ``normalised``: boxes are shares of the image, in [0, 1]. ``xywhr`` (N, 5) float64
+    are the rotated boxes (softlabel.rotated) of which ``boxes`` are the hulls; None where the source has upright ones.
     """
 
     file: str
@@ -57,6 +58,7 @@ class SceneTruth:
     split: str | None = None
     size_wh: tuple[int, int] | None = None
     normalised: bool = False
+    xywhr: NDArray[np.float64] | None = None
 
     def fitted(self, width: int, height: int) -> tuple["SceneTruth", list[RejectedTruth]]:
         """The truth in pixels of its image, boxes partly outside clipped to it, those outside rejected."""
@@ -67,7 +69,8 @@ class SceneTruth:
         lost = ~inside & (self.class_ids != UNKNOWN_CLASS)  # the others are rejected already
         rejected = [RejectedTruth(self.file, int(row), reason) for row in self.rows[lost]]
         kept = {name: getattr(self, name)[inside] for name in ("class_ids", "crowd", "rows")}
-        return replace(self, boxes=clipped[inside], normalised=False, **kept), rejected
+        turned = None if self.xywhr is None else self.xywhr[inside]
+        return replace(self, boxes=clipped[inside], normalised=False, xywhr=turned, **kept), rejected
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,9 @@ def _scene_truth(image: Image, num_classes: int) -> SceneTruth:
         labelled = facts.get("labelled_classes")
         sure = range(num_classes) if labelled is None else labelled
         facts["labelled_classes"] = tuple(k for k in sure if not image.unsure & {k, UNKNOWN_CLASS})
+    turned = [rotated.around(np.reshape(corners, (4, 2))) for corners in image.corners if corners is not None]
     return SceneTruth(
+        xywhr=np.array(turned) if turned else None,  # a source has corners for every box, or for none
         boxes=np.array(image.boxes, np.float64).reshape(-1, 4),
         class_ids=np.array(image.class_ids, np.int32),
         crowd=np.array(image.crowd, bool),

@@ -29,7 +29,9 @@ def world(tmp_path, monkeypatch):
     """A folder in which the commands of README and docs find what they name."""
     monkeypatch.chdir(tmp_path)
     make_images(tmp_path)
-    (tmp_path / "mine.yaml").write_text(next(block for block in blocks(PAGES[0]) if block.startswith("name: mine")))
+    for name in ("mine", "archive"):
+        text = next(block for block in blocks(PAGES[0]) if block.startswith(f"name: {name}"))
+        (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "recipe.yaml").write_text("name: look\nclasses: [any]\ntiles: {scenes: images}\n")
     (tmp_path / "words.txt").write_text("car\nplane\n")
     return tmp_path

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pycocotools.mask import encode
 
+from softlabel import rotated
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
 from softlabel.imagery.formats import XVIEW_CLASSES
@@ -442,6 +443,8 @@ def test_dota_hulls_headers_and_difficult(tmp_path):
     found = read_truth(source, ("plane", "car"))
     p1 = found.scenes["P1"]
     np.testing.assert_array_equal(p1.boxes[:2], [[0, 0, 4, 4], [1, 1, 9, 5]])
+    np.testing.assert_allclose(p1.xywhr[0], [2, 2, 8**0.5, 8**0.5, np.pi / 4], atol=1e-5)
+    np.testing.assert_allclose(rotated.hulls(p1.xywhr), p1.boxes, atol=1e-5)
     known = p1.class_ids != -1
     assert (p1.class_ids[known].tolist(), p1.rows[known].tolist()) == ([0, 1], [3, 4])
     assert p1.crowd.tolist() == [False, *[True] * 4] and p1.rows[~known].tolist() == [5, 8, 10]

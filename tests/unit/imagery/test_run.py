@@ -358,3 +358,20 @@ def test_real_16_bit_scenes(shared, tmp_path):
         assert row["crs"] and (row["stretch"] is None) == row["scene_id"].startswith("rasterio")
         assert pixels.shape == (256, 256, 3)
     assert np.ptp(reader.read(rows[-1])) > 100
+
+
+def test_truth_of_dota_is_kept_as_it_was_drawn_beside_its_hull(tmp_path):
+    """In pixels of each tile, though it leaves it."""
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)).save(scenes / "P1.png")
+    (tmp_path / "labelTxt").mkdir()
+    (tmp_path / "labelTxt" / "P1.txt").write_text("64 16 80 32 64 48 48 32 plane 0\n")
+    truth = {"format": "dota", "path": str(tmp_path / "labelTxt")}
+    tiles_of = {"scenes": str(scenes), "truth": truth, "size_px": 64, "overlap_px": 0, "split": ONE_SPLIT}
+    recipe = Recipe.model_validate({"name": "x", "classes": ["plane"], "tiles": tiles_of})
+    step = run.tile(recipe, tmp_path / "run")
+    left, right = pq.read_table(step / store.TILES_FILE)["truth"].to_pylist()
+    assert (left[0]["box"], right[0]["box"]) == ([48, 16, 64, 48], [0, 16, 16, 48])
+    for (box,), x in ((left, 64), (right, 0)):
+        np.testing.assert_allclose(box["xywhr"], [x, 32, 512**0.5, 512**0.5, np.pi / 4], atol=1e-4)
