@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
-from softlabel.records import TILES
+from softlabel.records import TILES, TILES_OF_FORMAT_4
 
 FORMAT_VERSION = 5
 """Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
@@ -118,7 +118,7 @@ def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[
         StoreError: The table is missing, broken, or no table of tiles.
     """
     table = read_table(folder / TILES_FILE)
-    if not table.schema.equals(TILES):
+    if not (table.schema.equals(TILES) or table.schema.equals(TILES_OF_FORMAT_4)):
         raise StoreError(f"{folder / TILES_FILE} is no table of tiles: delete it and run its step again")
     if splits is not None:
         table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
