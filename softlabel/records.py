@@ -52,9 +52,7 @@ they are not known; ``window`` is (column, row, width, height) in scene pixels; 
 ``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
 scene's affine (a, b, c, d, e, f), null without a CRS."""
 
-TILES_OF_FORMAT_4 = TILES.set(
-    TILES.get_field_index("truth"), pa.field("truth", pa.list_(pa.struct([*TRUTH_BOX][:-1])))
-)
+TILES_OF_FORMAT_4 = TILES.set(TILES.get_field_index("truth"), pa.field("truth", pa.list_(pa.struct([*TRUTH_BOX][:-1]))))
 """Before truth had rotated boxes."""
 
 PAD_VALUE = 114

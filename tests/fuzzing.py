@@ -44,7 +44,8 @@ from softlabel.records import TILES, soft_labels_schema
 
 HANG_S = 10
 """Of the processor's time; six times as long on the clock ends the process."""
-ADDRESS_SPACE_BYTES = 4 << 30
+ADDRESS_SPACE_BYTES = 3 << 30
+"""What inputs may ask for beyond what the process has at its start."""
 GROWTH_MB = 800
 """What one input may add to the highest memory that the process has needed so far."""
 BOMB_PX = 60_000
@@ -706,7 +707,8 @@ def main(target: str, first: int, count: int, folder: Path) -> None:
     logging.disable()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
+    most = _address_space_bytes() + ADDRESS_SPACE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     folder.mkdir(parents=True, exist_ok=True)
     cases = TARGETS[target](folder)
     whole = {path: path.read_bytes() for case in cases for path in case.files}
@@ -745,6 +747,10 @@ def _judge(case: Case) -> dict:
     if ignored or seconds > HANG_S or grown > GROWTH_MB:
         outcome, detail = "failed", f"{ignored} took {seconds:.1f} s, {grown:.0f} MB: {detail}"
     return {"outcome": outcome, "detail": detail, "seconds": seconds, "grown_mb": grown}
+
+
+def _address_space_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _peak_mb() -> float:

@@ -9,6 +9,7 @@ nor any other runs; any other name ends the reading
 import collections
 import inspect
 import pickle
+import pickletools
 import sys
 import tarfile
 import warnings
@@ -144,6 +145,9 @@ _EARLIER = {
 }
 """Classes that neither ultralytics' modules nor its losses have, or no longer."""
 
+_LARGEST_MEMO = 1 << 22
+"""Objects of a pickle; the largest checkpoints, with optimizer, have some hundred thousand."""
+
 _ROOTS = ("ultralytics.", "models.yolo.", "models.common.", "models.experimental.")
 """Where ultralytics and YOLOv5 keep their classes; folders below were others in every year."""
 
@@ -169,6 +173,15 @@ def _is_known(module: str, name: str) -> bool:
 
 class _Unpickler(pickle.Unpickler):
     """torch.load builds on this one; it adds how tensors' storages are found, by names that end in Storage."""
+
+    def __init__(self, file: Any, **options: Any) -> None:
+        start = file.tell()
+        for opcode, index, _ in pickletools.genops(file):
+            # A memo is as long as its largest index says, and a damaged one may say gigabytes.
+            if opcode.name in ("PUT", "LONG_BINPUT") and isinstance(index, int) and index > _LARGEST_MEMO:
+                raise pickle.UnpicklingError(f"a memo of {index} objects")
+        file.seek(start)
+        super().__init__(file, **options)
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("__builtin__", "builtins")  # of Python 2: torch.save writes pickle protocol 2
