@@ -5,7 +5,6 @@ from pathlib import Path
 from softlabel.detectors.class_map import listed
 from softlabel.detectors.families import FAMILIES
 from softlabel.detectors.header import Header, is_checkpoint, read_safetensors_header
-from softlabel.store import read_json
 
 _TASKS = {
     "segment": "boxes; its masks are left out",
@@ -36,7 +35,9 @@ def describe(weights: str) -> dict[str, str]:
     Raises:
         WeightsError: Nothing can be done with it; the message says why.
     """
-    return _file(Path(weights)) if Path(weights).suffix or Path(weights).is_file() else _folder(weights)
+    from softlabel.detectors.hub import is_file
+
+    return _file(Path(weights)) if is_file(weights) or Path(weights).is_file() else _folder(weights)
 
 
 def _file(path: Path) -> dict[str, str]:
@@ -62,15 +63,15 @@ def _file(path: Path) -> dict[str, str]:
 
 
 def _folder(model: str) -> dict[str, str]:
-    from softlabel.detectors.hub import local_folder, model_files
+    from softlabel.detectors.hub import class_names, local_folder, model_files, model_type
 
     folder = local_folder(model)
-    kind = read_json(folder / "config.json")["model_type"]
+    kind = model_type(folder)
     size = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
-    return {
-        "folder": str(folder),
-        "family": f"{kind} of transformers",
-        "finds": "boxes of whatever it is told" if FAMILIES[kind].open_vocabulary else "boxes",
-        "weights": f"{size / 1e6:,.0f} MB of safetensors",
-        "use": f"labels as label.owlvit.model={model}, with label.owlvit.prompts",
-    }
+    common = {"folder": str(folder), "family": f"{kind} of transformers", "weights": f"{size / 1e6:,.1f} MB"}
+    if FAMILIES[kind].open_vocabulary:
+        use = f"labels as label.owlvit.model={model}, with label.owlvit.prompts"
+        return {**common, "finds": "boxes of whatever it is told", "use": use}
+    names = class_names(folder)
+    classes = f"{len(names)}: {listed(names)}"
+    return {**common, "finds": "boxes", "classes": classes, "use": f"labels as label.weights={model}"}

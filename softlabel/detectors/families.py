@@ -35,11 +35,20 @@ class Family:
 
 _ULTRALYTICS = ("torch", "torchvision", "ultralytics")
 _TRANSFORMERS = ("torch", "torchvision", "transformers")
+_DETR = Family("detr", _TRANSFORMERS, iou=1.0, pytorch_alone=True)
 _OWL_VIT = Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True)
 
 FAMILIES = {
     "yolo": Family("yolo", _ULTRALYTICS),
     "rtdetr_ultralytics": Family("rtdetr", _ULTRALYTICS, iou=1.0, pytorch_alone=True),
+    "conditional_detr": _DETR,
+    "d_fine": _DETR,
+    "deformable_detr": _DETR,
+    "detr": _DETR,
+    "rf_detr": _DETR,
+    "rt_detr": _DETR,
+    "rt_detr_v2": _DETR,
+    "yolos": _DETR,
     "owlvit": _OWL_VIT,
     "owlv2": _OWL_VIT,
 }

@@ -13,21 +13,19 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
-from transformers.utils import logging
 
 from softlabel.detectors.detector import Detector, Geometry, Image
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
+from softlabel.detectors.pretrained import from_folder
 from softlabel.detectors.queries import Crop, Queries
-from softlabel.errors import RecipeError, WeightsError
+from softlabel.errors import RecipeError
 from softlabel.records import Nms
 from softlabel.store import read_json
 
 _MODELS: dict[str, Any] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
-logging.disable_progress_bar()
 
 
 class OwlVitDetector(Detector):
@@ -53,7 +51,8 @@ class OwlVitDetector(Detector):
         device: torch.device | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        model, processor = _load(folder)
+        kind = read_json(folder / "config.json")["model_type"]
+        model, processor = from_folder(folder, _MODELS[kind], AutoProcessor)
         self._pads = model.config.model_type == "owlv2"
         self._side = int(model.config.vision_config.image_size)
         super().__init__(_OwlVitNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
@@ -69,17 +68,6 @@ def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> OwlVitDetector:
     """The detector of a folder, or of a name on the hub."""
     assert teacher.queries is not None
     return OwlVitDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    kind = read_json(folder / "config.json")["model_type"]
-    try:
-        model = _MODELS[kind].from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, trust_remote_code=False
-        )
-        return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{folder} cannot be loaded ({' '.join(str(error).split())[:300]}): is it whole?") from None
 
 
 class _OwlVitNetwork(Network):

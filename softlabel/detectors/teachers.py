@@ -17,7 +17,7 @@ from softlabel.detectors.families import FAMILIES, Teacher
 from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
-from softlabel.store import digest, file_digest, read_json
+from softlabel.store import digest, file_digest
 
 
 def weights_teacher(
@@ -61,6 +61,36 @@ def weights_teacher(
     )
 
 
+def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str | None]) -> Teacher:
+    """A detector of transformers with classes of its own, under a recipe's settings.
+
+    Args:
+        recipe: Its ``label`` and ``execution`` sections are used.
+        model: A folder, or a name on the hub.
+        classes: Which class of the recipe each of the model's becomes, where they are others.
+
+    Raises:
+        WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
+        RecipeError: It knows other classes than the recipe, or the engine cannot run it.
+    """
+    from softlabel.detectors.hub import class_names, local_folder, model_type
+
+    settings, folder = recipe.label, local_folder(model)
+    family = model_type(folder)
+    if FAMILIES[family].open_vocabulary:
+        raise RecipeError(f"label.weights: {model} finds what it is told: name it and prompts under label.owlvit")
+    if settings.imgsz is not None:
+        raise RecipeError(f"label.imgsz: {model} sees every tile at the size of its own configuration: remove it")
+    mapped = class_map(model, class_names(folder), recipe.classes, classes)
+    engine, precision = _engine(recipe, family, with_losses=False)
+    nms = settings.nms(FAMILIES[family].iou)
+    fingerprint = _folder_fingerprint(folder, recipe.classes, nms, precision)
+    if mapped is not None:
+        fingerprint["class_map"] = mapped.identity()
+    weights = folder if Path(model).is_dir() else f"{model.partition('@')[0]}@{folder.name}"
+    return Teacher(family, weights, fingerprint, len(recipe.classes), None, nms, engine, precision, class_map=mapped)
+
+
 def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     """The open-vocabulary detector that ``label.owlvit`` describes.
 
@@ -68,7 +98,7 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
         WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
         RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
     """
-    from softlabel.detectors.hub import local_folder  # reading tasks, which import this file, do without
+    from softlabel.detectors.hub import local_folder, model_type  # reading tasks, which import this, do without
 
     settings, found = recipe.label, recipe.label.owlvit
     if found is None:
@@ -78,7 +108,9 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     if settings.imgsz is not None:
         raise RecipeError("label.imgsz: an OWL-ViT sees every tile at the size of its own configuration: remove it")
     folder, queries = local_folder(found.model), _queries(recipe.classes, found)
-    family = _model_type(folder)
+    family = model_type(folder)
+    if not FAMILIES[family].open_vocabulary:
+        raise RecipeError(f"label.owlvit.model: {found.model} has classes of its own: give it as label.weights")
     engine, precision = _engine(recipe, family, with_losses=False)
     nms = settings.nms(FAMILIES[family].iou)
     return Teacher(
@@ -107,7 +139,11 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
         )
     if settings.weights is None:
         return open_vocabulary_teacher(recipe)
-    return weights_teacher(recipe, Path(settings.weights).resolve(), settings.classes)
+    from softlabel.detectors.hub import is_file
+
+    if is_file(settings.weights) or Path(settings.weights).is_file():
+        return weights_teacher(recipe, Path(settings.weights).resolve(), settings.classes)
+    return transformers_teacher(recipe, settings.weights, settings.classes)
 
 
 def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str]:
@@ -157,23 +193,22 @@ def open_vocabulary_fingerprint(
         nms: What is kept of a forward pass.
         precision: Of the image tower.
     """
-    from softlabel.detectors.hub import model_files
+    return {**_folder_fingerprint(folder, classes, nms, precision), "queries": queries.identity()}
 
-    family = _model_type(folder)
+
+def _folder_fingerprint(folder: Path, classes: Sequence[str], nms: Nms, precision: str) -> dict:
+    from softlabel.detectors.hub import model_files, model_type
+
+    family = model_type(folder)
     return {
         "weights": digest({path.name: file_digest(path) for path in model_files(folder)}),
         "architecture": family,
         "classes": list(classes),
-        "queries": queries.identity(),
         "engine": "pytorch",
         "precision": precision,
         "nms": asdict(nms),
         "versions": _versions(FAMILIES[family].libraries),
     }
-
-
-def _model_type(folder: Path) -> str:
-    return read_json(folder / "config.json")["model_type"]
 
 
 def _architecture(yaml: dict) -> str:

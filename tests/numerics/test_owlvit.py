@@ -200,10 +200,10 @@ def test_a_prompt_that_is_too_long_is_named(tiny):
 
 def test_what_is_no_model_is_said_in_a_line(tiny, tmp_path, monkeypatch):
     assert local_folder(str(tiny[0])) == tiny[0]
-    with pytest.raises(WeightsError, match="no model that transformers knows: give an OWL-ViT or an OWLv2"):
+    with pytest.raises(WeightsError, match=r"no model that transformers knows: give one of .*owlvit, owlv2"):
         local_folder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(WeightsError, match="is clip: give an OWL-ViT or an OWLv2"):
+    with pytest.raises(WeightsError, match="is clip: give one of "):
         local_folder(str(tmp_path))
     (tmp_path / "config.json").write_text((tiny[0] / "config.json").read_text())
     with pytest.raises(WeightsError, match=r"has no \.safetensors, and no other weights are read"):
@@ -217,5 +217,5 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="nobody/no-such-model is no folder here, and the hub gave no such model"):
         local_folder("nobody/no-such-model")
-    with pytest.raises(WeightsError, match="no OWL-ViT at no such folder/: give an existing folder, or the name"):
+    with pytest.raises(WeightsError, match="no model at no such folder/: give an existing folder or file, or the name"):
         local_folder("no such folder/")

@@ -42,7 +42,7 @@ RAY = {
 }
 TRAINING_LOOPS = {"training/trainer.py", "training/validation.py", "search/worker_groups.py"}
 """What runs in the workers of Ray Train: they read tiles and judge what they train."""
-TRANSFORMERS = {"detectors/owlvit.py"}
+TRANSFORMERS = {"detectors/detr.py", "detectors/owlvit.py", "detectors/pretrained.py"}
 ULTRALYTICS = {
     "detectors/rotated_nms.py",
     "detectors/rtdetr.py",

@@ -1,0 +1,90 @@
+"""DETR and what came of it in transformers, as teachers that keep the class vector of every box.
+
+Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872), and its successors. A fixed number of
+queries answers, no two for one object: NMS at IoU 1 leaves them as they are.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.engines import EngineOptions, Network
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.pretrained import from_folder
+from softlabel.records import Nms
+
+_WITH_NO_OBJECT = {"detr", "yolos"}
+"""Whose last logit is of no object, all under one softmax; the others' are independent."""
+
+_SIDE = 1000.0  # boxes in shares of the tile would be too near each other for NMS, which moves classes apart
+
+
+class DetrDetector(Detector):
+    """A detector of transformers with boxes in shares of the image.
+
+    Args:
+        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        nms: What is kept of a forward pass.
+        device: As for Detector.
+        options: As for Detector; the engine is pytorch.
+
+    Raises:
+        WeightsError: The model cannot be loaded.
+    """
+
+    def __init__(
+        self, folder: Path, nms: Nms, device: torch.device | None = None, **options: Unpack[EngineOptions]
+    ) -> None:
+        model, processor = from_folder(folder, AutoModelForObjectDetection, AutoImageProcessor)
+        super().__init__(_DetrNetwork(model, processor), model.config.num_labels, nms, device, **options)
+
+    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+        """The model's own processor brings tiles to its size."""
+        return _Shares(tile_hw)
+
+
+def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> DetrDetector:
+    """The detector of a folder, or of a name on the hub."""
+    return DetrDetector(local_folder(str(teacher.weights)), teacher.nms, **options)
+
+
+class _DetrNetwork(Network):
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__()
+        self.model, self._processor, self._dtype = model, processor, torch.float32
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        inputs = self._processor(
+            images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
+        )
+        with torch.autocast(tiles.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            found = self.model(**inputs.to(tiles.device))
+        logits, boxes = found.logits.float(), found.pred_boxes.float()
+        none = self.model.config.model_type in _WITH_NO_OBJECT
+        scores = logits.softmax(-1)[..., :-1] if none else logits.sigmoid()
+        return torch.cat((boxes * _SIDE, scores), -1).transpose(1, 2), None
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """By autocast; boxes and scores are decoded in float32."""
+        self._dtype = dtype
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Tiles as they are, and boxes back from a square of 1000 px."""
+
+    tile_hw: tuple[int, int]
+
+    def apply(self, image: Image) -> Image:
+        return image
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        height, width = self.tile_hw
+        return boxes_N4 * np.array([width / _SIDE, height / _SIDE] * 2, np.float32)
