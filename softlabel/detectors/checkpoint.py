@@ -53,7 +53,9 @@ def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
             return _yolov5_header(model, head, content), tensors
         if kind in _BOXES_ALONE:
             tensors = {k: v for k, v in tensors.items() if not k.startswith(f"model.{place}.") or _finds_boxes(k)}
-        return _ultralytics_header(model, kind, content), tensors
+        header = _ultralytics_header(model, kind, content)
+        header.yaml.update(_class_width(tensors, f"model.{place}.", len(header.classes)))
+        return header, tensors
     # What a damaged pickle holds may be anything.
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise WeightsError(
@@ -96,6 +98,17 @@ def _ultralytics_header(model: Any, kind: str, content: Any) -> Header:
     yaml = _yaml_of(model, kind)
     args = _train_args(model, content)
     return Header(yaml, _class_names(model, yaml["nc"]), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
+
+
+def _class_width(tensors: dict[str, torch.Tensor], head: str, num_classes: int) -> dict[str, int]:
+    """The hidden width of a head's class branch, where it does not follow from the number of classes.
+
+    ultralytics (8.4) keeps that of the weights that training started from, which follows from theirs.
+    """
+    last, first = tensors.get(f"{head}cv3.0.2.weight"), tensors.get(f"{head}cv2.0.0.conv.weight")
+    if last is None or first is None or last.shape[1] == max(first.shape[1], min(num_classes, 100)):
+        return {}
+    return {"class_width": last.shape[1]}
 
 
 def _yolov5_header(model: Any, head: Any, content: Any) -> Header:

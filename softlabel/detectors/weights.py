@@ -102,7 +102,24 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
     yaml = _model_yaml(model)
     if is_anchor_based(yaml):
         return YoloV5(yaml, num_classes)
-    return _class_for(model, yaml, _MODELS)(yaml, nc=num_classes, verbose=False)
+    kind = _class_for(model, yaml, _MODELS)
+    found = kind(yaml, nc=num_classes, verbose=False)
+    if "class_width" in yaml:
+        _widen(found.model[-1], kind(copy.deepcopy(yaml), nc=yaml["class_width"], verbose=False).model[-1])
+    return found
+
+
+def _widen(head: Any, of_width: Any) -> None:
+    """Give a head the class branches of another, which has as many classes as they are to be wide, for its own classes.
+
+    The width of ultralytics' class branches follows from the number of classes, but for a model whose training started
+    from one of another number.
+    """
+    for name in ("cv3", "one2one_cv3"):
+        if (branches := getattr(of_width, name, None)) is not None:
+            for branch in branches:
+                branch[-1] = nn.Conv2d(branch[-1].in_channels, head.nc, 1)
+            setattr(head, name, branches)
 
 
 def check_trainable(model: str | dict) -> None:
@@ -214,7 +231,9 @@ def _shapes(header: Header) -> dict[str, list[int]]:
         if not 0 < repeats * max(1.0, *_depths(yaml)) <= _MOST_REPEATS:
             raise ValueError(f"{name} is repeated {repeats} times")
     with torch.device("meta"):
-        layers, passed_on = parse_model({**yaml, "nc": len(header.classes)}, ch=3, verbose=False)
+        layers, passed_on = parse_model({**copy.deepcopy(yaml), "nc": len(header.classes)}, ch=3, verbose=False)
+        if "class_width" in yaml:
+            _widen(layers[-1], parse_model({**yaml, "nc": yaml["class_width"]}, ch=3, verbose=False)[0][-1])
         _check_outputs(layers.eval()[:-1], passed_on)
         if is_anchor_based(yaml):
             levels = len(yaml["anchors"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules import Detect
+from ultralytics.nn.tasks import DetectionModel, OBBModel
 
 from softlabel import rotated
 from softlabel.detectors import families as detectors
 from softlabel.detectors.describe import read_header
-from softlabel.detectors.weights import load_model
+from softlabel.detectors.weights import import_weights, load_model
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.records import Nms
 
@@ -121,6 +122,24 @@ def teacher_of(path):
     return detectors.Teacher(
         header.family, path, {}, len(header.classes), IMGSZ, Nms(1e-6, 1.0, 300), "pytorch", "float32"
     )
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n", "yolo11n-obb", "yolov10n"])
+def test_a_model_that_began_as_one_of_other_classes_is_as_wide_as_that(name, images, tmp_path):
+    """As whoever fine-tunes from COCO has it: ultralytics keeps the width that 80 classes gave the head."""
+    kind = OBBModel if "obb" in name else DetectionModel
+    torch.manual_seed(0)
+    first, fine_tuned = (kind(f"{name}.yaml", nc=classes, verbose=False) for classes in (80, 2))
+    fine_tuned.load(first, verbose=False)
+    fine_tuned.names = {0: "plane", 1: "ship"}
+    torch.save({"model": fine_tuned, "train_args": {"imgsz": IMGSZ}}, tmp_path / "best.pt")
+    import_weights(tmp_path / "best.pt", tmp_path / "best.safetensors")
+    for path in (tmp_path / "best.pt", tmp_path / "best.safetensors"):
+        model, header = load_model(path)
+        assert (header.yaml["class_width"], header.classes) == (80, ("plane", "ship"))
+        with torch.no_grad():
+            ours, theirs = (one.eval()(torch.ones(1, 3, 64, 64))[0] for one in (model, fine_tuned))
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["yolo26n", *(pytest.param(name, marks=pytest.mark.long) for name in TRAINED)])
