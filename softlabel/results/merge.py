@@ -12,19 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
-from softlabel import boxes as box_math
 from softlabel import rotated
+from softlabel.clusters import Boxes, Shapes, cluster_shapes, ratio
 
 Method = Literal["nms", "wbf"]
-Boxes = NDArray[np.float64]
 Scores = NDArray[np.float32]
 
 EDGE_PX = 2.0
 """How near to a tile's border a box counts as cut: a detector misses by a pixel or two."""
-_MAX_PAIRS = 500_000  # held at once: about 100 MB
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ def merge(
         return Merged(boxes_N4, scores_NK, np.zeros(0, np.int64), xywhr_N5)
     order_N = rank(boxes_N4, scores_NK, edge_N, xywhr_N5)
     scores_NK, edge_N = scores_NK[order_N], edge_N[order_N]
-    shapes = _Shapes(boxes_N4, xywhr_N5).at(order_N)
-    seeds_N = _cluster(shapes, scores_NK.argmax(axis=1), edge_N, iou)
+    shapes = Shapes(boxes_N4, xywhr_N5).at(order_N)
+    seeds_N = cluster_shapes(shapes, scores_NK.argmax(axis=1), edge_N, iou)
     by_cluster_N = np.argsort(seeds_N, kind="stable")
     seeds_M, starts_M, members_M = np.unique(seeds_N[by_cluster_N], return_index=True, return_counts=True)
     if method == "nms":
@@ -92,32 +89,6 @@ def merge(
     order_M = rank(merged.boxes, vectors_MK, np.zeros(len(merged.boxes), bool), merged.xywhr)
     merged = merged.at(order_M)
     return Merged(merged.boxes, vectors_MK[order_M], members_M[order_M], merged.xywhr)
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    """Boxes, upright or rotated."""
-
-    boxes: Boxes
-    xywhr: Boxes | None
-
-    def at(self, index: NDArray) -> "_Shapes":
-        return _Shapes(self.boxes[index], None if self.xywhr is None else self.xywhr[index])
-
-    def polygons(self) -> NDArray[np.object_]:
-        return shapely.box(*self.boxes.T) if self.xywhr is None else rotated.polygons(self.xywhr)
-
-    def areas(self) -> NDArray[np.float64]:
-        upright = self.boxes if self.xywhr is None else rotated.unturned(self.xywhr)
-        return box_math.area(upright).astype(np.float64)
-
-    def shared(self, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Areas (P,) that pairs have in common."""
-        if self.xywhr is not None:
-            return rotated.overlaps(self.xywhr[a_P], self.xywhr[b_P])
-        a_P4, b_P4 = self.boxes[a_P], self.boxes[b_P]
-        wh_P2 = np.minimum(a_P4[:, 2:], b_P4[:, 2:]) - np.maximum(a_P4[:, :2], b_P4[:, :2])
-        return np.clip(wh_P2, 0, None).prod(axis=1)
 
 
 def cut_by_tiles(boxes_N4: Boxes, windows_N4: NDArray[np.integer], outline_xyxy: Sequence[int]) -> NDArray[np.bool_]:
@@ -144,120 +115,23 @@ def rank(
     return np.lexsort((*turned, *scores_NK.T, *boxes_N4.T[::-1], -best_N, edge_N))
 
 
-def cluster(
-    boxes_N4: Boxes,
-    class_ids_N: NDArray[np.int64],
-    edge_N: NDArray[np.bool_],
-    iou: float,
-    xywhr_N5: Boxes | None = None,
-) -> NDArray[np.int64]:
-    """Greedy clusters, class by class: the first box that is in none starts one, and takes in what it matches.
-
-    Without cut boxes the boxes that start clusters are those that greedy NMS keeps.
-
-    Args:
-        boxes_N4: In rank order.
-        class_ids_N: Boxes of different classes never match.
-        edge_N: A cut box matches also where more than ``iou`` of its own area is inside the better one.
-        iou: Boxes above it match.
-        xywhr_N5: The boxes themselves where they are rotated.
-
-    Returns:
-        (N,) for each box the one that started its cluster.
-    """
-    return _cluster(_Shapes(boxes_N4, xywhr_N5), class_ids_N, edge_N, iou)
-
-
-def _cluster(
-    shapes: _Shapes, class_ids_N: NDArray[np.int64], edge_N: NDArray[np.bool_], iou: float
-) -> NDArray[np.int64]:
-    seeds_N = np.empty(len(class_ids_N), np.int64)
-    for class_id in np.unique(class_ids_N):
-        of_class = np.flatnonzero(class_ids_N == class_id)
-        seeds_N[of_class] = of_class[_cluster_class(shapes.at(of_class), edge_N[of_class], iou)]
-    return seeds_N
-
-
-def _cluster_class(shapes: _Shapes, edge_N: NDArray[np.bool_], iou: float) -> NDArray[np.int64]:
-    """`cluster` for boxes of one class.
-
-    Boxes ask for their neighbours some at a time, and only those that no better one took; when half of the boxes are
-    settled, the tree is built anew of the others. So a heap of boxes is settled by its first few.
-    """
-    polygons_N, areas_N = shapes.polygons(), shapes.areas()
-    seeds_N = np.full(len(polygons_N), -1)
-    waiting = in_tree = np.arange(len(polygons_N))
-    tree, at_once = shapely.STRtree(polygons_N), 1
-    while len(waiting):
-        asking, waiting = waiting[:at_once], waiting[at_once:]
-        position_P, found_P = tree.query(polygons_N[asking])
-        at_once = _next_at_once(at_once, len(found_P))
-        better_P, worse_P = _matches(shapes, areas_N, edge_N, asking[position_P], in_tree[found_P], iou)
-        _take(seeds_N, asking, better_P, worse_P)
-        waiting = waiting[seeds_N[waiting] < 0]
-        if len(waiting) < len(in_tree) / 2:
-            in_tree, tree = waiting, shapely.STRtree(polygons_N[waiting])
-    return seeds_N
-
-
-def _next_at_once(at_once: int, pairs: int) -> int:
-    """How many boxes ask next: twice as many, or fewer where that would give too many pairs to hold."""
-    return max(1, min(2 * at_once, at_once * _MAX_PAIRS // max(pairs, 1)))
-
-
-def _matches(
-    shapes: _Shapes,
-    areas_N: NDArray[np.float64],
-    edge_N: NDArray[np.bool_],
-    better_P: NDArray[np.int64],
-    worse_P: NDArray[np.int64],
-    iou: float,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs of which the second ranks behind the first and matches it."""
-    behind_P = worse_P > better_P
-    better_P, worse_P = better_P[behind_P], worse_P[behind_P]
-    shared_P = shapes.shared(better_P, worse_P)
-    match_P = _ratio(shared_P, areas_N[better_P] + areas_N[worse_P] - shared_P) > iou
-    match_P |= edge_N[worse_P] & (_ratio(shared_P, areas_N[worse_P]) > iou)  # most of a cut box lies inside
-    return better_P[match_P], worse_P[match_P]
-
-
-def _take(
-    seeds_N: NDArray[np.int64], asking: NDArray[np.int64], better_P: NDArray[np.int64], worse_P: NDArray[np.int64]
-) -> None:
-    """Let boxes, best first, start clusters and take in what they match, unless they were taken themselves."""
-    order_P = np.argsort(better_P, kind="stable")
-    worse_P = worse_P[order_P]
-    firsts = np.searchsorted(better_P[order_P], asking, "left").tolist()
-    stops = np.searchsorted(better_P[order_P], asking, "right").tolist()
-    for seed, first, stop in zip(asking.tolist(), firsts, stops, strict=True):
-        if seeds_N[seed] < 0:
-            seeds_N[seed] = seed
-            taken = worse_P[first:stop]
-            seeds_N[taken[seeds_N[taken] < 0]] = seed
-
-
-def _ratio(part_P: box_math.Floats, whole_P: box_math.Floats) -> NDArray[np.float64]:
-    return np.divide(part_P, whole_P, out=np.zeros(len(part_P)), where=whole_P > 0)
-
-
 def _count_in_mean(
-    shapes: _Shapes, edge_N: NDArray[np.bool_], seeds_N: NDArray[np.int64], iou: float
+    shapes: Shapes, edge_N: NDArray[np.bool_], seeds_N: NDArray[np.int64], iou: float
 ) -> NDArray[np.bool_]:
     itself_N, areas_N = np.arange(len(seeds_N)), shapes.areas()
     shared_N = shapes.shared(seeds_N, itself_N)
-    close_N = _ratio(shared_N, areas_N[seeds_N] + areas_N - shared_N) > iou
+    close_N = ratio(shared_N, areas_N[seeds_N] + areas_N - shared_N) > iou
     return (close_N & (edge_N == edge_N[seeds_N])) | (seeds_N == itself_N)
 
 
 def _means(
-    shapes: _Shapes,
+    shapes: Shapes,
     scores_NK: Scores,
     seeds_N: NDArray[np.int64],
     counts_N: NDArray[np.bool_],
     by_cluster_N: NDArray[np.int64],
     starts_M: NDArray[np.int64],
-) -> tuple[_Shapes, Scores]:
+) -> tuple[Shapes, Scores]:
     """Weighted mean boxes (M, ...) and mean vectors (M, K) of the boxes that count; sums run in rank order."""
     # A weight of 0 for all of a cluster would leave it without a box.
     weights_N = np.maximum(scores_NK.max(axis=1).astype(np.float64), np.finfo(np.float64).tiny) * counts_N
@@ -270,6 +144,6 @@ def _means(
 
     vectors_MK = (totals(scores_NK * counts_N[:, None]) / totals(counts_N)[:, None]).astype(np.float32)
     if shapes.xywhr is None:
-        return _Shapes(mean(shapes.boxes), None), vectors_MK
+        return Shapes(mean(shapes.boxes), None), vectors_MK
     means_M5 = rotated.regularized(mean(rotated.aligned(shapes.xywhr, shapes.xywhr[seeds_N, 4])))
-    return _Shapes(rotated.hulls(means_M5), means_M5), vectors_MK
+    return Shapes(rotated.hulls(means_M5), means_M5), vectors_MK

@@ -17,12 +17,13 @@ from softlabel.cli import main
 from softlabel.config import TruthSource
 from softlabel.errors import StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
+from softlabel.fusion import fuse_tile
 from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.imagery.truth import read_truth
 from softlabel.records import EMPTY
 from softlabel.results.datasets import image_file
-from softlabel.results.fuse import fuse_job, fuse_tile
+from softlabel.results.fuse import fuse_job
 from softlabel.results.run import export, fuse
 from softlabel.results.stores import open_store, read_all
 from softlabel.session import LOG

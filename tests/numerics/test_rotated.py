@@ -11,8 +11,8 @@ from ultralytics.utils.nms import non_max_suppression
 
 from softlabel import rotated
 from softlabel.detectors.rotated_nms import suppressed_rotated
+from softlabel.fusion import fuse_tile
 from softlabel.records import Detections, Nms, detections_from_row, soft_labels_table
-from softlabel.results.fuse import fuse_tile
 from softlabel.results.merge import merge
 
 

@@ -18,6 +18,8 @@ GROUND = {
     "softlabel.records",
     "softlabel.boxes",
     "softlabel.rotated",
+    "softlabel.clusters",
+    "softlabel.fusion",
     "softlabel.lease",
     "softlabel.terminal",
     "softlabel.calibration",

@@ -7,8 +7,9 @@ import pytest
 from made_stores import detections, made_store, made_tile, write_store, write_tiles
 
 from softlabel.errors import StoreError
+from softlabel.fusion import fuse_tile
 from softlabel.records import EMPTY, Detections
-from softlabel.results.fuse import fuse_job, fuse_shard, fuse_tile
+from softlabel.results.fuse import fuse_job, fuse_shard
 
 A = detections((0, 0, 10, 10, 0, 0.8))
 B = detections((2, 0, 12, 10, 0, 0.4))
