@@ -98,6 +98,9 @@ def default_iou(model: str | dict) -> float:
     return 0.45 if is_anchor_based(model) else 0.7
 
 
+View = Literal["fliplr", "flipud", "rot90"] | Annotated[float, Field(gt=0.1, lt=10)]
+
+
 class OwlVit(_Section):
     """An open-vocabulary teacher, and what it looks for: words or example images for each class."""
 
@@ -117,6 +120,9 @@ class Label(_Section):
     owlvit: OwlVit | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     classes: dict[str, str | None] = Field(
         {}, description="a class of `weights` to one of the recipe's, or null: left out; not named: the one of its name"
+    )
+    augment: tuple[View, ...] = Field(
+        (), description="views of a tile to look at besides: fliplr, flipud, rot90, or a factor of the model's input"
     )
     splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")

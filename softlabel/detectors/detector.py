@@ -84,8 +84,8 @@ class Detector:
         """
         self._columns = columns
 
-    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
-        """What this detector does with tiles of a height and width in pixels."""
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
+        """What this detector does with tiles of a height and width in pixels, at ``scale`` times its own size."""
         raise NotImplementedError
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
@@ -99,22 +99,23 @@ class Detector:
         """
         return self.start(images)()
 
-    def start(self, images: Sequence[Image]) -> Callable[[], list[Detections]]:
+    def start(self, images: Sequence[Image], scale: float = 1.0) -> Callable[[], list[Detections]]:
         """``detect`` in two: once every tile is on its way, what waits for the last ones and gives the soft labels.
 
-        One thread at a time may start; the next tiles may be started while the last ones are waited for.
+        The model sees the tiles at ``scale`` times its own size, if it can at others. One thread at a time may start;
+        the next tiles may be started while the last ones are waited for.
         """
-        return self._start(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry))
+        return self._start(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry), scale)
 
     def _start(
-        self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]]
+        self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]], scale: float = 1.0
     ) -> Callable[[], list[T]]:
         """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
         started = [
-            (indices, self._start_shape(images, indices, self.geometry((height, width)), use))
+            (indices, self._start_shape(images, indices, self.geometry((height, width), scale), use))
             for (height, width, _), indices in by_shape.items()
         ]
 

@@ -45,7 +45,7 @@ class DetrDetector(Detector):
         model, processor = from_folder(folder, AutoModelForObjectDetection, AutoImageProcessor)
         super().__init__(_DetrNetwork(model, processor), model.config.num_labels, nms, device, **options)
 
-    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """The model's own processor brings tiles to its size."""
         return _Shares(tile_hw)
 

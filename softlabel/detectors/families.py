@@ -23,7 +23,7 @@ class Family:
 
     ``libraries`` decide its answers, and their versions are part of a teacher's fingerprint; ``iou`` is for NMS where
     neither the recipe nor the model says another; an ``open_vocabulary`` family looks for what it is told; of engines
-    some run ``pytorch_alone``.
+    some run ``pytorch_alone``; one with ``own_size`` sees every tile at one size.
     """
 
     module: str
@@ -31,16 +31,17 @@ class Family:
     iou: float = 0.7
     open_vocabulary: bool = False
     pytorch_alone: bool = False
+    own_size: bool = False
 
 
 _ULTRALYTICS = ("torch", "torchvision", "ultralytics")
 _TRANSFORMERS = ("torch", "torchvision", "transformers")
-_DETR = Family("detr", _TRANSFORMERS, iou=1.0, pytorch_alone=True)
-_OWL_VIT = Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True)
+_DETR = Family("detr", _TRANSFORMERS, iou=1.0, pytorch_alone=True, own_size=True)
+_OWL_VIT = Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True, own_size=True)
 
 FAMILIES = {
     "yolo": Family("yolo", _ULTRALYTICS),
-    "rtdetr_ultralytics": Family("rtdetr", _ULTRALYTICS, iou=1.0, pytorch_alone=True),
+    "rtdetr_ultralytics": Family("rtdetr", _ULTRALYTICS, iou=1.0, pytorch_alone=True, own_size=True),
     "conditional_detr": _DETR,
     "d_fine": _DETR,
     "deformable_detr": _DETR,
@@ -62,7 +63,7 @@ class Teacher:
     ``fingerprint`` is all that decides which boxes it finds in given pixels. ``weights`` is a file, or for a model of
     transformers a folder or a hub's ``name@revision``; ``num_classes`` counts the recipe's; ``imgsz`` is null where a
     model's size is its own; ``queries`` is what an open-vocabulary one looks for; ``class_map`` says how a model's own
-    classes become the recipe's, where they are not.
+    classes become the recipe's, where they are not; ``augment`` are the views of a tile besides the tile.
     """
 
     family: str
@@ -75,6 +76,7 @@ class Teacher:
     precision: str
     queries: Queries | None = None
     class_map: ClassMap | None = None
+    augment: tuple[str | float, ...] = ()
 
 
 def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "Detector":
@@ -93,4 +95,8 @@ def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "D
     detector: Detector = module.load(teacher, **options)
     if teacher.class_map is not None:
         detector.map_classes(teacher.class_map.columns)
+    if teacher.augment:
+        from softlabel.detectors.augment import AugmentedDetector
+
+        return AugmentedDetector(detector, teacher.augment)
     return detector

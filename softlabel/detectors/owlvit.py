@@ -57,7 +57,7 @@ class OwlVitDetector(Detector):
         self._side = int(model.config.vision_config.image_size)
         super().__init__(_OwlVitNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
 
-    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """OWL-ViT squashes a tile to a square, OWLv2 pads it to one at the right or the bottom."""
         height, width = tile_hw
         seen_wh = (max(tile_hw),) * 2 if self._pads else (width, height)

@@ -44,7 +44,7 @@ class RtDetrDetector(Detector):
         network = _RtDetrNetwork(model.eval().float().fuse(verbose=False), imgsz)
         super().__init__(network, int(model.model[-1].nc), nms, device, **options)
 
-    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """Squashing to a square, as ultralytics predicts with it."""
         return _Squash(tile_hw, self.imgsz)
 

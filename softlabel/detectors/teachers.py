@@ -1,7 +1,7 @@
 """A detector as a recipe asks for it, with its fingerprint. A driver needs no torch for it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -130,8 +130,17 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
     """The teacher that a recipe's own ``label`` section names.
 
     Raises:
-        RecipeError: It names none, or two.
+        RecipeError: It names none, or two, or views that the model cannot take.
     """
+    teacher, views = _named_teacher(recipe), recipe.label.augment
+    if not views:
+        return teacher
+    if FAMILIES[teacher.family].own_size and (scales := [view for view in views if not isinstance(view, str)]):
+        raise RecipeError(f"label.augment: {teacher.family} sees every tile at one size: remove {scales[0]:g}")
+    return replace(teacher, augment=views, fingerprint={**teacher.fingerprint, "augment": list(views)})
+
+
+def _named_teacher(recipe: Recipe) -> Teacher:
     settings = recipe.label
     if (settings.weights is None) == (settings.owlvit is None):
         raise RecipeError(

@@ -76,9 +76,9 @@ class YoloDetector(Detector):
         model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
         return cls(model, imgsz, nms, **options)
 
-    def geometry(self, tile_hw: tuple[int, int]) -> Geometry:
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """Letterboxing."""
-        return _Letterbox.of(tile_hw, self.imgsz, self._stride)
+        return _Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
         """Per tile the loss terms against its truth (softlabel.detectors.losses): sums, then normalisers."""

@@ -128,7 +128,7 @@ class Labeller:
             metadata = before.schema.metadata
             new = {tile_id: i for i, tile_id in enumerate(labels["tile_id"].to_pylist())}
             order = [new.get(tile_id, -1) for tile_id in before["tile_id"].to_pylist()]
-            both = pa.concat_tables([before.replace_schema_metadata(), labels.replace_schema_metadata()])
+            both = _together(before, labels)
             labels = both.take([len(before) + i if i >= 0 else row for row, i in enumerate(order)])
             labels = labels.replace_schema_metadata(metadata)
         write_table(path, labels)
@@ -146,13 +146,22 @@ class Labeller:
         return self._loaded[1]
 
 
+def _together(before: pa.Table, after: pa.Table) -> pa.Table:
+    """The rows of two tables; one of format 4 lacks rotated boxes."""
+    tables = [before.replace_schema_metadata(), after.replace_schema_metadata()]
+    return pa.concat_tables(tables, promote_options="default").select(after.column_names)
+
+
 def _read_truths(job: LabelJob, shard: int) -> dict[str, Truth]:
     rows = job.tile_rows(shard, ("tile_id", "truth")).to_pylist()
     return {row["tile_id"]: Truth.from_row(row["truth"]) for row in rows}
 
 
 def _detect(
-    detector: Detector, images: list[np.ndarray], truths: list[Truth] | None, handed_over: Callable[[], None]
+    detector: Detector,
+    images: list[np.ndarray],
+    truths: list[Truth] | None,
+    handed_over: Callable[[], None],
 ) -> list[tuple[Detections, list[float] | None]]:
     try:
         if truths is None:
