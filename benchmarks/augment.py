@@ -52,11 +52,15 @@ def main() -> int:
     tiles = _test_tiles(arguments.images, arguments.truth, classes)
     teacher = Teacher(header.family, arguments.weights, {}, len(classes), header.imgsz, _NMS, "pytorch", "float32")
     detector = families.load(teacher, threads=None, batch_size=8)
-    found = {"machine": machine(), "tiles": len(tiles), "objects": sum(len(truth.boxes) for _, truth in tiles)}
-    found["views"] = {
-        name: _measured(AugmentedDetector(detector, views) if views else detector, tiles, classes)
-        for name, views in _VIEWS.items()
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "tiles": len(tiles),
+        "objects": sum(len(truth.boxes) for _, truth in tiles),
     }
+    found["views"] = {}
+    for name, views in _VIEWS.items():
+        looking = AugmentedDetector(detector, views) if views else detector
+        found["views"][name] = _measured(looking, tiles, classes)
     print(_table(found["views"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
@@ -68,11 +72,9 @@ def _test_tiles(images: Path, truth: Path, classes: tuple[str, ...]) -> list[tup
     names = {one["id"]: one["name"] for one in document["categories"]}
     tiles = []
     for image in document["images"]:
-        drawn = (
-            [one for one in document["annotations"] if one["image_id"] == image["id"]]
-            if image["split"] == "test"
-            else []
-        )
+        if image["split"] != "test":
+            continue
+        drawn = [one for one in document["annotations"] if one["image_id"] == image["id"]]
         if drawn and {names[one["category_id"]] for one in drawn} <= {*classes}:
             boxes = np.array([one["bbox"] for one in drawn], np.float32)
             boxes[:, 2:] += boxes[:, :2]
@@ -82,7 +84,7 @@ def _test_tiles(images: Path, truth: Path, classes: tuple[str, ...]) -> list[tup
     return tiles
 
 
-def _measured(detector: Any, tiles: list[tuple[np.ndarray, Truth]], classes: tuple[str, ...]) -> dict[str, float]:
+def _measured(detector: Any, tiles: list[tuple[np.ndarray, Truth]], classes: tuple[str, ...]) -> dict[str, Any]:
     images = [pixels for pixels, _ in tiles]
     detector.detect(images[:8])
     start = time.perf_counter()
@@ -90,14 +92,15 @@ def _measured(detector: Any, tiles: list[tuple[np.ndarray, Truth]], classes: tup
     seconds = time.perf_counter() - start
     results = [TileResult(truth, one, None) for (_, truth), one in zip(tiles, found, strict=True)]
     metrics = evaluate(results, classes)
-    at = {threshold: label_quality(results, classes, threshold)["all"] for threshold in (_THRESHOLD, metrics.f1_conf)}
+    rows = label_quality(results, classes, [_THRESHOLD, metrics.f1_conf])
+    at, best = (row for row in rows if row["class"] == "all")
     return {
         "map50": metrics.map50,
         "map50_95": metrics.map50_95,
         "f1": metrics.f1,
         "f1_conf": metrics.f1_conf,
-        **{f"{name}_at_0.3": at[_THRESHOLD][name] for name in ("precision", "recall")},
-        **{f"{name}_at_best_f1": at[metrics.f1_conf][name] for name in ("precision", "recall")},
+        **{f"{name}_at_0.3": at[name] for name in ("precision", "recall")},
+        **{f"{name}_at_best_f1": best[name] for name in ("precision", "recall")},
         "tiles_per_s": len(tiles) / seconds,
     }
 
