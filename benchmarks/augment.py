@@ -67,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def _test_tiles(images: Path, truth: Path, classes: tuple[str, ...]) -> list[tuple[np.ndarray, Truth]]:
+def _test_tiles(images: Path, truth: Path, classes: tuple[str, ...]) -> list[tuple[Any, Truth]]:
     document = json.loads(truth.read_text())
     names = {one["id"]: one["name"] for one in document["categories"]}
     tiles = []
@@ -80,11 +80,12 @@ def _test_tiles(images: Path, truth: Path, classes: tuple[str, ...]) -> list[tup
             boxes[:, 2:] += boxes[:, :2]
             ids = np.array([classes.index(names[one["category_id"]]) for one in drawn], np.int32)
             pixels = cv2.imread(str(images / Path(image["file_name"]).name), cv2.IMREAD_COLOR_RGB)
+            assert pixels is not None
             tiles.append((pixels, Truth(boxes, ids, np.zeros(len(ids), bool))))
     return tiles
 
 
-def _measured(detector: Any, tiles: list[tuple[np.ndarray, Truth]], classes: tuple[str, ...]) -> dict[str, Any]:
+def _measured(detector: Any, tiles: list[tuple[Any, Truth]], classes: tuple[str, ...]) -> dict[str, Any]:
     images = [pixels for pixels, _ in tiles]
     detector.detect(images[:8])
     start = time.perf_counter()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from softlabel.detectors.class_map import listed
 from softlabel.detectors.families import FAMILIES
-from softlabel.detectors.header import Header, is_checkpoint, read_safetensors_header
+from softlabel.detectors.header import Header, is_checkpoint, is_onnx, read_safetensors_header
 
 _TASKS = {
     "segment": "boxes; its masks are left out",
@@ -23,6 +23,10 @@ def read_header(path: Path | str) -> Header:
         from softlabel.detectors.weights import read_weights
 
         return read_weights(path)[0]
+    if is_onnx(path):
+        from softlabel.detectors.onnx_file import read_onnx_header
+
+        return read_onnx_header(path)
     return read_safetensors_header(path)
 
 
@@ -44,6 +48,16 @@ def _file(path: Path) -> dict[str, str]:
     from softlabel.detectors.weights import check_trainable, load_model
     from softlabel.errors import RecipeError
 
+    if is_onnx(path):
+        header = read_header(path)
+        return {
+            "file": f"{path}, ONNX",
+            "family": "onnx (run by onnxruntime)",
+            "finds": _TASKS.get(header.yaml["head"][-1][3][1], "boxes"),
+            "classes": f"{len(header.classes)}: {listed(header.classes)}",
+            "imgsz": f"{header.imgsz} px",
+            "use": f"labels as label.weights={path}",
+        }
     model, header = load_model(path)
     use = [f"labels as label.weights={path}"]
     try:

@@ -50,6 +50,7 @@ FAMILIES = {
     "rt_detr": _DETR,
     "rt_detr_v2": _DETR,
     "yolos": _DETR,
+    "onnx": Family("onnx", ("onnxruntime", "torch", "torchvision"), pytorch_alone=True, own_size=True),
     "owlvit": _OWL_VIT,
     "owlv2": _OWL_VIT,
 }

@@ -9,6 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from softlabel.errors import WeightsError
 
+_FAMILIES = {"RTDETRDecoder": "rtdetr_ultralytics", "ONNX": "onnx"}
+"""Heads that are no YOLO's."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -22,7 +25,7 @@ class Header:
     @property
     def family(self) -> str:
         """The name in softlabel.detectors.families of what runs it."""
-        return "rtdetr_ultralytics" if self.yaml["head"][-1][2] == "RTDETRDecoder" else "yolo"
+        return _FAMILIES.get(self.yaml["head"][-1][2], "yolo")
 
 
 def read_safetensors_header(path: Path | str) -> Header:
@@ -53,6 +56,11 @@ def tensors_alone(path: Path | str) -> str:
 def is_checkpoint(path: Path | str) -> bool:
     """Whether a file is a checkpoint of PyTorch's, by its name."""
     return Path(path).suffix == ".pt"
+
+
+def is_onnx(path: Path | str) -> bool:
+    """Whether a file is an exported graph, by its name."""
+    return Path(path).suffix == ".onnx"
 
 
 def open_weights(path: Path | str) -> safe_open:

@@ -44,6 +44,8 @@ def weights_teacher(
     settings, family = recipe.label, header.family
     engine, precision = _engine(recipe, family, with_losses=with_losses)
     default = default_iou(header.yaml) if family == "yolo" else FAMILIES[family].iou
+    if family == "onnx" and settings.imgsz not in (None, header.imgsz):
+        raise RecipeError(f"label.imgsz: {weights} was exported for {header.imgsz} px: remove it, or export it anew")
     imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default)
     fingerprint = weights_fingerprint(weights, imgsz, nms, engine, precision)
     if mapped is not None:
@@ -161,6 +163,8 @@ def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str
         if asked not in ("auto", "pytorch"):
             raise RecipeError(f"label.engine: {asked} does not run this model ({family}): set it to pytorch or auto")
         asked = "pytorch"
+    if family == "onnx":
+        return asked, "float32"  # that of the graph is its own
     return resolve(asked, recipe.label.precision, cuda=cuda, with_losses=with_losses)
 
 
@@ -183,7 +187,7 @@ def weights_fingerprint(
         "architecture": _architecture(header.yaml),
         "classes": list(header.classes),
         "imgsz": imgsz,
-        "engine": engine,
+        "engine": "onnxruntime" if header.family == "onnx" else engine,
         "precision": precision,
         "nms": asdict(nms),
         "versions": _versions([*FAMILIES[header.family].libraries, *extra]),

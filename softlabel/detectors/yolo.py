@@ -2,15 +2,12 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import OBB, Conv
@@ -19,10 +16,11 @@ from ultralytics.nn.tasks import DetectionModel
 from softlabel.detectors.detector import Detector, Geometry, Image
 from softlabel.detectors.engines import EngineOptions, Network, Outputs
 from softlabel.detectors.families import Teacher
+from softlabel.detectors.letterbox import Letterbox
 from softlabel.detectors.losses import TileLoss, targets_of
 from softlabel.detectors.weights import default_train_args, load_model
 from softlabel.detectors.yolov5 import AnchorDetect
-from softlabel.records import PAD_VALUE, Detections, Nms, Truth
+from softlabel.records import Detections, Nms, Truth
 
 
 class YoloDetector(Detector):
@@ -78,7 +76,7 @@ class YoloDetector(Detector):
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """Letterboxing."""
-        return _Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
+        return Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
         """Per tile the loss terms against its truth (softlabel.detectors.losses): sums, then normalisers."""
@@ -96,7 +94,7 @@ class YoloDetector(Detector):
             raise ValueError("losses need engine pytorch in float32")
 
         def both(outputs: Outputs, geometry: Geometry, indices: list[int]) -> list[tuple[Detections, list[float]]]:
-            letterbox, found = cast(_Letterbox, geometry), self._keep(outputs.decoded, geometry)
+            letterbox, found = cast(Letterbox, geometry), self._keep(outputs.decoded, geometry)
             with self._losing:
                 losses = [self._tile_loss(outputs.raw, i, letterbox, truths[index]) for i, index in enumerate(indices)]
             return list(zip(found, losses, strict=True))
@@ -112,7 +110,7 @@ class YoloDetector(Detector):
             self._loss = TileLoss(self._model)
         return self._loss
 
-    def _tile_loss(self, raw: dict, position: int, letterbox: "_Letterbox", truth: Truth) -> list[float]:
+    def _tile_loss(self, raw: dict, position: int, letterbox: "Letterbox", truth: Truth) -> list[float]:
         boxes, class_ids = targets_of(truth)
         in_input = boxes * letterbox.scale_4 + np.array(letterbox.pad_xy * 2, np.float32)
         return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
@@ -179,41 +177,3 @@ class _YoloNetwork(Network):
         head = self.model.model[-1]
         if not isinstance(head, AnchorDetect):
             head.dynamic, head.stride = True, head.stride.tolist()
-
-
-@dataclass(frozen=True)
-class _Letterbox:
-    """Tiles of one shape to the model's input, and boxes back."""
-
-    tile_hw: tuple[int, int]
-    scaled_hw: tuple[int, int]
-    size_hw: tuple[int, int]
-    pad_xy: tuple[int, int]
-
-    @classmethod
-    def of(cls, tile_hw: tuple[int, int], imgsz: int, stride: int) -> "_Letterbox":
-        height, width = tile_hw
-        gain = imgsz / max(height, width)
-        scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
-        size_h, size_w = (-(-side // stride) * stride for side in (scaled_h, scaled_w))
-        pad = (size_w - scaled_w) // 2, (size_h - scaled_h) // 2
-        return cls((height, width), (scaled_h, scaled_w), (size_h, size_w), pad)
-
-    def apply(self, image: Image) -> Image:
-        if self.scaled_hw != self.tile_hw:
-            image = cv2.resize(image, self.scaled_hw[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
-        if self.scaled_hw == self.size_hw:
-            return image
-        (x, y), (height, width) = self.pad_xy, self.scaled_hw
-        canvas = np.full((*self.size_hw, 3), PAD_VALUE, np.uint8)
-        canvas[y : y + height, x : x + width] = image
-        return canvas
-
-    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / self.scale_4
-
-    @property
-    def scale_4(self) -> NDArray[np.float32]:
-        """Of xyxy: each side by itself, since the scaled sides are rounded."""
-        (height, width), (scaled_h, scaled_w) = self.tile_hw, self.scaled_hw
-        return np.array([scaled_w / width, scaled_h / height] * 2, np.float32)

@@ -1,0 +1,63 @@
+"""Letterboxing, as ultralytics does it: a tile keeps its proportions, and grey fills what is left of the input."""
+
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.detectors.detector import Image
+from softlabel.records import PAD_VALUE
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Tiles of one shape to a YOLO's input, and boxes back.
+
+    Attributes:
+        tile_hw: Of the tiles, in pixels.
+        scaled_hw: What they are resized to.
+        size_hw: Of the input, padded with grey all around.
+        pad_xy: Padding at the left and above.
+    """
+
+    tile_hw: tuple[int, int]
+    scaled_hw: tuple[int, int]
+    size_hw: tuple[int, int]
+    pad_xy: tuple[int, int]
+
+    @classmethod
+    def of(cls, tile_hw: tuple[int, int], imgsz: int, stride: int) -> "Letterbox":
+        """With the longer side ``imgsz``, padded to multiples of the stride."""
+        height, width = tile_hw
+        gain = imgsz / max(height, width)
+        scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
+        size_h, size_w = (-(-side // stride) * stride for side in (scaled_h, scaled_w))
+        pad = (size_w - scaled_w) // 2, (size_h - scaled_h) // 2
+        return cls((height, width), (scaled_h, scaled_w), (size_h, size_w), pad)
+
+    def padded_to(self, size_hw: tuple[int, int]) -> "Letterbox":
+        """The same scale in an input of another size."""
+        pad = (size_hw[1] - self.scaled_hw[1]) // 2, (size_hw[0] - self.scaled_hw[0]) // 2
+        return replace(self, size_hw=size_hw, pad_xy=pad)
+
+    def apply(self, image: Image) -> Image:
+        """A tile as the network takes it."""
+        if self.scaled_hw != self.tile_hw:
+            image = cv2.resize(image, self.scaled_hw[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+        if self.scaled_hw == self.size_hw:
+            return image
+        (x, y), (height, width) = self.pad_xy, self.scaled_hw
+        canvas = np.full((*self.size_hw, 3), PAD_VALUE, np.uint8)
+        canvas[y : y + height, x : x + width] = image
+        return canvas
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes of the network, xyxy, in tile pixels."""
+        return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / self.scale_4
+
+    @property
+    def scale_4(self) -> NDArray[np.float32]:
+        """Of xyxy: each side by itself, since the scaled sides are rounded."""
+        (height, width), (scaled_h, scaled_w) = self.tile_hw, self.scaled_hw
+        return np.array([scaled_w / width, scaled_h / height] * 2, np.float32)
