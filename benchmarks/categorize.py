@@ -33,9 +33,9 @@ def main() -> int:
     parser.add_argument("--threshold", type=float, default=0.5, help="boxes scoring above it count (default: 0.5)")
     parser.add_argument("--run-dir", type=Path, required=True, help="where results go")
     arguments = parser.parse_args()
-    model = {"label": {"owlvit": {"model": str(arguments.model)}, "iou": _IOU}}
+    model = {"label": {"open_vocabulary": {"model": str(arguments.model)}, "iou": _IOU}}
     if arguments.config:
-        settings = [*arguments.set, f"label.owlvit.model={arguments.model}", f"label.iou={_IOU}"]
+        settings = [*arguments.set, f"label.open_vocabulary.model={arguments.model}", f"label.iou={_IOU}"]
         recipe = load_recipe(arguments.config, settings)
     else:  # overlapping: every object lies whole in some tile
         scenes = {"num_scenes": 40, "scene_size_px": SCENE, "difficulty": 0.1}

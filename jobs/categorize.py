@@ -1,7 +1,7 @@
 r"""Look for every class of a vocabulary, and report what is in the imagery.
 
 ray job submit --working-dir . -- python jobs/categorize.py --config demo \
-    --vocabulary words.txt --set label.owlvit.model=google/owlvit-base-patch32 --run-dir /shared/runs/demo
+    --vocabulary words.txt --set label.open_vocabulary.model=google/owlvit-base-patch32 --run-dir /shared/runs/demo
 """
 
 import sys

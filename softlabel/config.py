@@ -101,10 +101,10 @@ def default_iou(model: str | dict) -> float:
 View = Literal["fliplr", "flipud", "rot90"] | Annotated[float, Field(gt=0.1, lt=10)]
 
 
-class OwlVit(_Section):
+class OpenVocabulary(_Section):
     """An open-vocabulary teacher, and what it looks for: words or example images for each class."""
 
-    model: str = Field(description="a folder with an OWL-ViT or OWLv2 of transformers, or its name on the hub")
+    model: str = Field(description="a folder with an open-vocabulary model of transformers, or its name on the hub")
     prompts: dict[str, tuple[str, ...]] = Field({}, description="per class one phrasing or several")
     examples: dict[str, tuple[str, ...]] = Field({}, description="per class, instead: image files of one object each")
     combine: Literal["mean", "max"] = Field(
@@ -117,7 +117,7 @@ class Label(_Section):
     """A teacher over tiles. One low floor; thresholds are filters on what is kept."""
 
     weights: str | None = Field(None, description="the teacher's .safetensors or .pt; `experiment` trains its own")
-    owlvit: OwlVit | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
+    open_vocabulary: OpenVocabulary | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     classes: dict[str, str | None] = Field(
         {}, description="a class of `weights` to one of the recipe's, or null: left out; not named: the one of its name"
     )
@@ -140,6 +140,13 @@ class Label(_Section):
         "auto", description="of the convolutions; auto: float16 on CUDA, float32 on a CPU"
     )
     max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_of_0_1(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "owlvit" in data:
+            raise ValueError("label.owlvit is label.open_vocabulary now, since other models than OWL-ViT take prompts")
+        return data
 
     def nms(self, default_iou: float) -> Nms:
         """What is kept of a model's boxes."""

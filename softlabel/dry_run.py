@@ -69,7 +69,7 @@ def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list
 
 def _labelling(recipe: Recipe) -> str:
     execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
-    asked = recipe.label.engine if recipe.label.owlvit is None or recipe.label.engine != "auto" else "pytorch"
+    asked = recipe.label.engine if recipe.label.open_vocabulary is None or recipe.label.engine != "auto" else "pytorch"
     engine, precision = resolve(asked, recipe.label.precision, cuda=cuda, with_losses=False)
     resources = Resources(execution, (float(os.cpu_count() or 1),), 0)
     most = "" if resources.most_actors == resources.least_actors else f" to {resources.most_actors}"

@@ -84,7 +84,7 @@ def _folder(model: str) -> dict[str, str]:
     size = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
     common = {"folder": str(folder), "family": f"{kind} of transformers", "weights": f"{size / 1e6:,.1f} MB"}
     if FAMILIES[kind].open_vocabulary:
-        use = f"labels as label.owlvit.model={model}, with label.owlvit.prompts"
+        use = f"labels as label.open_vocabulary.model={model}, with label.open_vocabulary.prompts"
         return {**common, "finds": "boxes of whatever it is told", "use": use}
     names = class_names(folder)
     classes = f"{len(names)}: {listed(names)}"

@@ -23,7 +23,9 @@ from softlabel.records import Nms
 _WITH_NO_OBJECT = {"detr", "yolos"}
 """Whose last logit is of no object, all under one softmax; the others' are independent."""
 
-_SIDE = 1000.0  # boxes in shares of the tile would be too near each other for NMS, which moves classes apart
+SIDE = 1000.0
+"""Of the square that boxes are given in: shares of the tile would be too near each other for NMS, which moves classes
+apart."""
 
 
 class DetrDetector(Detector):
@@ -47,7 +49,7 @@ class DetrDetector(Detector):
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """The model's own processor brings tiles to its size."""
-        return _Shares(tile_hw)
+        return Shares(tile_hw)
 
 
 def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> DetrDetector:
@@ -69,7 +71,7 @@ class _DetrNetwork(Network):
         logits, boxes = found.logits.float(), found.pred_boxes.float()
         none = self.model.config.model_type in _WITH_NO_OBJECT
         scores = logits.softmax(-1)[..., :-1] if none else logits.sigmoid()
-        return torch.cat((boxes * _SIDE, scores), -1).transpose(1, 2), None
+        return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """By autocast; boxes and scores are decoded in float32."""
@@ -77,14 +79,17 @@ class _DetrNetwork(Network):
 
 
 @dataclass(frozen=True)
-class _Shares:
+class Shares:
     """Tiles as they are, and boxes back from a square of 1000 px."""
 
     tile_hw: tuple[int, int]
 
     def apply(self, image: Image) -> Image:
+        """As it is."""
         return image
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        """In tile pixels."""
+        """In tile pixels."""
         height, width = self.tile_hw
-        return boxes_N4 * np.array([width / _SIDE, height / _SIDE] * 2, np.float32)
+        return boxes_N4 * np.array([width / SIDE, height / SIDE] * 2, np.float32)

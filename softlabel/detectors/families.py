@@ -37,6 +37,9 @@ class Family:
 _ULTRALYTICS = ("torch", "torchvision", "ultralytics")
 _TRANSFORMERS = ("torch", "torchvision", "transformers")
 _DETR = Family("detr", _TRANSFORMERS, iou=1.0, pytorch_alone=True, own_size=True)
+_GROUNDING_DINO = Family(
+    "grounding_dino", _TRANSFORMERS, iou=0.7, open_vocabulary=True, pytorch_alone=True, own_size=True
+)
 _OWL_VIT = Family("owlvit", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True, own_size=True)
 
 FAMILIES = {
@@ -51,6 +54,8 @@ FAMILIES = {
     "rt_detr_v2": _DETR,
     "yolos": _DETR,
     "onnx": Family("onnx", ("onnxruntime", "torch", "torchvision"), pytorch_alone=True, own_size=True),
+    "grounding-dino": _GROUNDING_DINO,
+    "mm-grounding-dino": _GROUNDING_DINO,
     "owlvit": _OWL_VIT,
     "owlv2": _OWL_VIT,
 }

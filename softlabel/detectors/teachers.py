@@ -9,7 +9,7 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 
-from softlabel.config import OwlVit, Recipe, default_iou
+from softlabel.config import OpenVocabulary, Recipe, default_iou
 from softlabel.detectors.class_map import class_map
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.engine_choice import LIBRARIES, resolve
@@ -80,7 +80,7 @@ def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str |
     settings, folder = recipe.label, local_folder(model)
     family = model_type(folder)
     if FAMILIES[family].open_vocabulary:
-        raise RecipeError(f"label.weights: {model} finds what it is told: name it and prompts under label.owlvit")
+        raise RecipeError(f"label.weights: {model} finds what it is told: give it as label.open_vocabulary.model")
     if settings.imgsz is not None:
         raise RecipeError(f"label.imgsz: {model} sees every tile at the size of its own configuration: remove it")
     mapped = class_map(model, class_names(folder), recipe.classes, classes)
@@ -94,7 +94,7 @@ def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str |
 
 
 def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
-    """The open-vocabulary detector that ``label.owlvit`` describes.
+    """The open-vocabulary detector that ``label.open_vocabulary`` describes.
 
     Raises:
         WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
@@ -102,9 +102,9 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     """
     from softlabel.detectors.hub import local_folder, model_type  # reading tasks, which import this, do without
 
-    settings, found = recipe.label, recipe.label.owlvit
+    settings, found = recipe.label, recipe.label.open_vocabulary
     if found is None:
-        raise RecipeError("label.owlvit is not set: name a model and a prompt for each class")
+        raise RecipeError("label.open_vocabulary is not set: name a model and a prompt for each class")
     if settings.classes:
         raise RecipeError("label.classes is for label.weights: an open-vocabulary teacher has the recipe's classes")
     if settings.imgsz is not None:
@@ -112,7 +112,7 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     folder, queries = local_folder(found.model), _queries(recipe.classes, found)
     family = model_type(folder)
     if not FAMILIES[family].open_vocabulary:
-        raise RecipeError(f"label.owlvit.model: {found.model} has classes of its own: give it as label.weights")
+        raise RecipeError(f"{found.model} has classes of its own: give it as label.weights, not label.open_vocabulary")
     engine, precision = _engine(recipe, family, with_losses=False)
     nms = settings.nms(FAMILIES[family].iou)
     return Teacher(
@@ -144,9 +144,9 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
 
 def _named_teacher(recipe: Recipe) -> Teacher:
     settings = recipe.label
-    if (settings.weights is None) == (settings.owlvit is None):
+    if (settings.weights is None) == (settings.open_vocabulary is None):
         raise RecipeError(
-            "label.weights is not set, nor label.owlvit (or both are): --set label.weights=PATH, or give one"
+            "label.weights is not set, nor label.open_vocabulary (or both are): --set label.weights=PATH, or give one"
         )
     if settings.weights is None:
         return open_vocabulary_teacher(recipe)
@@ -234,13 +234,13 @@ def _versions(libraries: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(version(name).split(".")[:2]) for name in libraries}
 
 
-def _queries(classes: Sequence[str], found: OwlVit) -> Queries:
+def _queries(classes: Sequence[str], found: OpenVocabulary) -> Queries:
     unknown = sorted({*found.prompts, *found.examples} - set(classes))
     if unknown:
-        raise RecipeError(f"label.owlvit names {', '.join(unknown)}, which `classes` does not")
+        raise RecipeError(f"label.open_vocabulary names {', '.join(unknown)}, which `classes` does not")
     for name in classes:
         if bool(found.prompts.get(name)) == bool(found.examples.get(name)):
-            raise RecipeError(f"label.owlvit: give {name} prompts, or examples (one of the two)")
+            raise RecipeError(f"label.open_vocabulary: give {name} prompts, or examples (one of the two)")
     return Queries(
         tuple(found.prompts.get(name, ()) for name in classes),
         tuple(tuple(_crop(path) for path in found.examples.get(name, ())) for name in classes),
@@ -256,5 +256,7 @@ def _crop(path: str) -> Crop:
         data = np.zeros(0, np.uint8)
     pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
     if pixels is None:
-        raise RecipeError(f"label.owlvit.examples: cannot read {path} as an image: give a PNG or JPEG of one object")
+        raise RecipeError(
+            f"label.open_vocabulary.examples: cannot read {path} as an image: give a PNG or JPEG of one object"
+        )
     return pixels.astype(np.uint8, copy=False)

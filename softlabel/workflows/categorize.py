@@ -39,7 +39,8 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
     """Look for every class of a vocabulary; write categories.json and .html, scenes.parquet and classes.yaml.
 
     Args:
-        recipe: Its tiles, and ``label.owlvit.model``; ``classes`` only name the truth that may be there to compare.
+        recipe: Its tiles, and ``label.open_vocabulary.model``; ``classes`` only name the truth that may be there to
+            compare.
         run_dir: Where to.
         vocabulary: A text file (softlabel.workflows.vocabulary).
         threshold: Boxes scoring above it count.
@@ -47,8 +48,10 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
     Raises:
         RecipeError: The recipe names no OWL-ViT, or the vocabulary is none.
     """
-    if recipe.label.owlvit is None:
-        raise RecipeError("label.owlvit is not set: --set label.owlvit.model=NAME, a folder or a name on the hub")
+    if recipe.label.open_vocabulary is None:
+        raise RecipeError(
+            "label.open_vocabulary is not set: --set label.open_vocabulary.model=NAME, a folder or a name on the hub"
+        )
     asked = read_vocabulary(vocabulary)
     worded = _worded(recipe, asked)
     steps = Steps(run_dir, total=3)
@@ -67,9 +70,9 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
 
 
 def _worded(recipe: Recipe, asked: Mapping[str, tuple[str, ...]]) -> Recipe:
-    assert recipe.label.owlvit is not None
-    owlvit = recipe.label.owlvit.model_copy(update={"prompts": dict(asked), "examples": {}})
-    labelling = recipe.label.model_copy(update={"owlvit": owlvit, "weights": None})
+    assert recipe.label.open_vocabulary is not None
+    found = recipe.label.open_vocabulary.model_copy(update={"prompts": dict(asked), "examples": {}})
+    labelling = recipe.label.model_copy(update={"open_vocabulary": found, "weights": None})
     return recipe.model_copy(update={"classes": tuple(asked), "label": labelling})
 
 
@@ -91,7 +94,7 @@ def _results(recipe: Recipe, store: Store, census: Census, threshold: float) -> 
     shared = {name: counts for name, counts in truth.items() if name in census.classes and counts}
     return {
         "name": recipe.name,
-        "model": recipe.label.owlvit.model if recipe.label.owlvit else None,
+        "model": recipe.label.open_vocabulary.model if recipe.label.open_vocabulary else None,
         "threshold": threshold,
         "scenes": census.num_scenes,
         "tiles": summary(store.folder)["requested"],
@@ -149,10 +152,13 @@ def _write(run_dir: Path, worded: Recipe, store: Store, census: Census, results:
 
 def _draft(worded: Recipe, results: dict[str, Any]) -> str:
     """The classes that were found, most frequent first, as a recipe's beginning."""
-    assert worded.label.owlvit is not None
+    assert worded.label.open_vocabulary is not None
     names = [row["class"] for row in results["classes"] if row["objects"]]
-    prompts = {name: list(worded.label.owlvit.prompts[name]) for name in names}
-    body = {"classes": names, "label": {"owlvit": {"model": worded.label.owlvit.model, "prompts": prompts}}}
+    prompts = {name: list(worded.label.open_vocabulary.prompts[name]) for name in names}
+    body = {
+        "classes": names,
+        "label": {"open_vocabulary": {"model": worded.label.open_vocabulary.model, "prompts": prompts}},
+    }
     note = f"# Found above {results['threshold']:g} in {results['scenes']} scenes: strike out what is wrong.\n"
     return note + yaml.safe_dump(body, sort_keys=False)
 

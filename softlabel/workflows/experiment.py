@@ -139,7 +139,7 @@ def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> d
 
 def _has_open_vocabulary(recipe: Recipe) -> bool:
     """Whether students learn from an open-vocabulary teacher's labels, alone and fused with the trained teachers'."""
-    return recipe.label.owlvit is not None
+    return recipe.label.open_vocabulary is not None
 
 
 def _label(recipe: Recipe, run_dir: Path, tiles: Path, teachers: dict[int, _Student]) -> dict[str, dict[int, Path]]:

@@ -33,7 +33,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
 
     Args:
         recipe: Its ``search`` section says what is tried; ``train.split`` is labelled and learned from. Without
-            ``label.weights`` or ``label.owlvit`` a teacher is trained on the other training set's truth first.
+            ``label.weights`` or ``label.open_vocabulary`` a teacher is trained on the other training set's truth first.
         run_dir: Where the results go.
         budget_s: Seconds for the search; what comes before it is not counted.
         resume: Go on with an earlier search.
@@ -85,12 +85,12 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
 def _teacher(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
     """What makes the recipe's label section name a teacher: nothing if it does, else the weights of one that learned
     from the truth of the other training set."""
-    if recipe.label.owlvit is not None or recipe.label.weights is not None:
+    if recipe.label.open_vocabulary is not None or recipe.label.weights is not None:
         return {}
     other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
     if other not in summary(tiles)["splits"]:
         raise RecipeError(
-            "nobody can teach: set label.weights or label.owlvit, or label train_1 or train_2 "
+            "nobody can teach: set label.weights or label.open_vocabulary, or label train_1 or train_2 "
             f"(train.split is {recipe.train.split})"
         )
     val_split = validation_split(tiles, str(other), "truth")

@@ -40,7 +40,7 @@ def model():
 
 
 def worded(model, **owlvit):
-    return tiny_recipe(label={"owlvit": {"model": str(model), "prompts": PROMPTS, **owlvit}, "floor": 0.3})
+    return tiny_recipe(label={"open_vocabulary": {"model": str(model), "prompts": PROMPTS, **owlvit}, "floor": 0.3})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def categorized(model, tmp_path_factory):
     scenes = {"num_scenes": 12, "scene_size_px": 224, "difficulty": 0.1}
     # With an overlap every object lies whole in some tile: without, what a seam cuts counts as two.
     tiles = {"synthetic": scenes, "size_px": SIDE, "overlap_px": 64}
-    recipe = tiny_recipe(seed=1, label={"owlvit": {"model": str(model)}, "iou": 0.3}, tiles=tiles)
+    recipe = tiny_recipe(seed=1, label={"open_vocabulary": {"model": str(model)}, "iou": 0.3}, tiles=tiles)
     return categorize(recipe, run_dir, vocabulary, 0.5), run_dir, recipe, vocabulary
 
 
@@ -84,7 +84,7 @@ def test_other_words_are_another_teacher(model, tiles, tmp_path):
         ({"prompts": {**PROMPTS, "tank": ["a tank"]}}, {}, "names tank, which `classes` does not"),
         ({"prompts": {**PROMPTS, "car": []}, "examples": {"car": ["no.png"]}}, {}, r"cannot read no\.png as an image"),
         ({"examples": {"car": ["no.png"]}}, {}, r"give car prompts, or examples \(one of the two\)"),
-        ({}, {"weights": "yolo.safetensors"}, r"label\.weights is not set, nor label\.owlvit \(or both are\)"),
+        ({}, {"weights": "yolo.safetensors"}, r"label\.weights is not set, nor label\.open_vocabulary \(or both are\)"),
         ({}, {"imgsz": 320}, "an OWL-ViT sees every tile at the size of its own configuration"),
         ({}, {"engine": "openvino"}, "openvino does not run OWL-ViT: set it to pytorch or auto"),
     ],
@@ -126,7 +126,7 @@ def test_categorize_writes_a_page_and_a_draft(categorized):
     found = [row["class"] for row in results["classes"] if row["objects"]]
     assert page.count("data:image/jpeg;base64,") == len(found) > 0
     draft = yaml.safe_load((run_dir / "classes.yaml").read_text())
-    assert draft["classes"] == found and set(draft["label"]["owlvit"]["prompts"]) == set(found)
+    assert draft["classes"] == found and set(draft["label"]["open_vocabulary"]["prompts"]) == set(found)
 
 
 @pytest.mark.long
@@ -140,7 +140,7 @@ def test_words_teach_a_student(model, tmp_path):
     recipe = tiny_recipe(
         seed=1,
         tiles={"synthetic": {"num_scenes": 60, "scene_size_px": 384, "difficulty": 0.1}, "size_px": SIDE},
-        label={"owlvit": {"model": str(model), "prompts": PROMPTS}},
+        label={"open_vocabulary": {"model": str(model), "prompts": PROMPTS}},
         train={"teacher": student, "student": student, "thresholds": [0.25]},
         execution={"cpus_per_worker": 2},
     )
@@ -159,5 +159,5 @@ def test_categorizing_again_labels_nothing_again(categorized, monkeypatch):
     results, run_dir, recipe, vocabulary = categorized
     monkeypatch.setattr(labelling, "_results", None)
     assert categorize(recipe, run_dir, vocabulary, 0.5)["classes"] == results["classes"]
-    with pytest.raises(RecipeError, match=r"label\.owlvit is not set"):
+    with pytest.raises(RecipeError, match=r"label\.open_vocabulary is not set"):
         categorize(tiny_recipe(), run_dir, vocabulary, 0.5)

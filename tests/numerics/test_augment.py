@@ -87,9 +87,9 @@ def test_views_are_part_of_what_a_store_says_of_its_teacher(weights, images):
 
 def test_a_model_of_one_size_takes_no_other(tmp_path):
     words = {"model": "tests/assets/tiny-owlvit", "prompts": {name: [name] for name in ("car", "plane", "ship")}}
-    assert teacher_of(None, ["fliplr"], owlvit=words).augment == ("fliplr",)
+    assert teacher_of(None, ["fliplr"], open_vocabulary=words).augment == ("fliplr",)
     with pytest.raises(RecipeError, match=r"label\.augment: owlvit sees every tile at one size: remove 0\.83"):
-        teacher_of(None, ["fliplr", 0.83], owlvit=words)
+        teacher_of(None, ["fliplr", 0.83], open_vocabulary=words)
 
 
 @pytest.mark.parametrize("view", ["mirror", 0.0, 11])

@@ -141,7 +141,7 @@ def test_it_is_a_teacher_by_its_folder(tiny, images):
     with pytest.raises(RecipeError, match=r"knows the classes plane, ship, car, the recipe has plane, ship"):
         recipe_teacher(recipe_of(folder, {}))
     with pytest.raises(RecipeError, match=r"has classes of its own: give it as label\.weights"):
-        label = {"owlvit": {"model": str(folder), "prompts": {"plane": ["a"], "ship": ["b"]}}}
+        label = {"open_vocabulary": {"model": str(folder), "prompts": {"plane": ["a"], "ship": ["b"]}}}
         recipe_teacher(recipe_of(None, {}, **label))
 
 

@@ -124,3 +124,8 @@ def test_every_key_is_documented():
                     yield from keys(part)
 
     assert [key for key in keys(Recipe) if f"`{key}`" not in documented] == []
+
+
+def test_the_key_of_earlier_recipes_names_the_new_one():
+    with pytest.raises(RecipeError, match=r"label\.owlvit is label\.open_vocabulary now"):
+        load_recipe("demo", ["label.owlvit.model=google/owlvit-base-patch32"])

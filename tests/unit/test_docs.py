@@ -60,7 +60,7 @@ def is_the_map(block):
 
 def is_a_recipe(block):
     data = yaml.safe_load(block)
-    named = data.get("label", {}).get("owlvit", {})
+    named = data.get("label", {}).get("open_vocabulary", {})
     classes = [*named.get("prompts", {}), *named.get("examples", {})] or MINIMAL["classes"]
     return Recipe.model_validate({**MINIMAL, "classes": classes, **data})
 

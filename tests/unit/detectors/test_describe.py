@@ -39,7 +39,7 @@ def test_weights_of_this_project_are_described(weights, capsys):
 def test_so_is_a_folder_of_transformers(capsys):
     assert main(["describe", "tests/assets/tiny-owlvit"]) == 0
     said = capsys.readouterr().out
-    assert "owlvit of transformers" in said and "label.owlvit.model=tests/assets/tiny-owlvit" in said
+    assert "owlvit of transformers" in said and "label.open_vocabulary.model=tests/assets/tiny-owlvit" in said
 
 
 def test_what_is_of_no_use_is_said_in_one_line(tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_every_family_has_a_file_that_loads(name):
 
 def open_vocabulary(**label):
     prompts = {name: [name] for name in CLASSES}
-    return tiny_recipe(label={"owlvit": {"model": str(TINY_OWLVIT), "prompts": prompts}, **label})
+    return tiny_recipe(label={"open_vocabulary": {"model": str(TINY_OWLVIT), "prompts": prompts}, **label})
 
 
 def test_an_open_vocabulary_teacher_is_what_its_folder_says():

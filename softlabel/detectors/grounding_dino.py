@@ -1,0 +1,147 @@
+"""Grounding DINO and MM-Grounding-DINO as teachers that keep the class vector of every box.
+
+Liu et al., "Grounding DINO" (arXiv:2303.05499), and Zhao et al., "An Open and Comprehensive Pipeline for Unified Object
+Grounding and Detection" (arXiv:2401.02361), through transformers. All phrasings are one caption. Text and image are
+fused layer by layer: only the text's own encoding is done once, and what the image makes of it is computed for every
+tile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Unpack
+
+import torch
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from softlabel.detectors.detector import Detector, Geometry
+from softlabel.detectors.detr import SIDE, Shares
+from softlabel.detectors.engines import EngineOptions, Network
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.queries import Queries
+from softlabel.errors import RecipeError
+from softlabel.records import Nms
+
+
+class GroundingDinoDetector(Detector):
+    """A Grounding DINO over tiles of any shape.
+
+    The score of a phrasing is the best of its tokens', as in transformers' own post-processing; of several phrasings of
+    a class the mean or the best counts (``combine``).
+
+    Args:
+        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        queries: What it looks for: prompts, not examples.
+        nms: What is kept of a forward pass.
+        device: As for Detector.
+        options: As for Detector; the engine is pytorch.
+
+    Raises:
+        WeightsError: The model cannot be loaded.
+        RecipeError: A class has examples and no prompt, or all prompts together are longer than the model reads.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        queries: Queries,
+        nms: Nms,
+        device: torch.device | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        model, processor = from_folder(folder, AutoModelForZeroShotObjectDetection, AutoProcessor)
+        super().__init__(_GroundingDinoNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
+
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
+        """The model's own processor brings tiles to its size."""
+        return Shares(tile_hw)
+
+
+def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> GroundingDinoDetector:
+    """The detector of a folder, or of a name on the hub."""
+    assert teacher.queries is not None
+    return GroundingDinoDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """All phrasings as one text, and where the tokens of each are."""
+
+    inputs: dict[str, torch.Tensor]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+class _GroundingDinoNetwork(Network):
+    def __init__(self, model: Any, processor: Any, queries: Queries) -> None:
+        super().__init__()
+        if not all(queries.prompts):
+            raise RecipeError("label.open_vocabulary.examples: Grounding DINO takes prompts: give each class some")
+        self.model, self._processor, self._dtype = model, processor.image_processor, torch.float32
+        self._queries = queries
+        phrasings = [*(phrasing for of_class in queries.prompts for phrasing in of_class), *queries.background]
+        caption = _caption(processor.tokenizer, phrasings, model.config.max_text_len)
+        self._tokens = caption.tokens
+        self._names = tuple(caption.inputs)
+        for name, value in caption.inputs.items():
+            self.register_buffer(name, value, persistent=False)
+        model.model.text_backbone = _EncodedOnce(model.model.text_backbone)
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        pixels = self._processor(
+            images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
+        ).to(tiles.device)
+        text = {name: self.get_buffer(name).expand(len(tiles), -1) for name in self._names}
+        with torch.autocast(tiles.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            found = self.model(**pixels, **text)
+        logits, boxes = found.logits.float(), found.pred_boxes.float()
+        scores = self._scores(logits.sigmoid())
+        return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
+
+    def _scores(self, of_token: torch.Tensor) -> torch.Tensor:
+        """(B, A, K) of the scores of tokens (B, A, T)."""
+        phrasings = torch.stack([of_token[..., list(places)].amax(-1) for places in self._tokens], -1)
+        sizes = [len(of_class) for of_class in self._queries.prompts]
+        *classes, background = phrasings.split([*sizes, phrasings.shape[-1] - sum(sizes)], dim=-1)
+        mean = self._queries.combine == "mean"
+        scores = torch.stack([one.mean(-1) if mean else one.amax(-1) for one in classes], -1)
+        if background.shape[-1]:
+            scores = scores * (scores.amax(-1, keepdim=True) >= background.amax(-1, keepdim=True))
+        return scores
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """By autocast; boxes and scores are decoded in float32."""
+        self._dtype = dtype
+
+
+class _EncodedOnce(torch.nn.Module):
+    """A text encoder whose input is always the same."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._encoded: torch.Tensor | None = None
+
+    def forward(self, input_ids: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+        if self._encoded is None:
+            self._encoded = self.encoder(input_ids, *inputs, **options).last_hidden_state[:1]
+        return SimpleNamespace(last_hidden_state=self._encoded.expand(len(input_ids), -1, -1))
+
+
+def _caption(tokenizer: Any, phrasings: Sequence[str], most: int) -> _Caption:
+    starts, caption = [], ""
+    for phrasing in (" ".join(phrasing.lower().split()).strip(". ") for phrasing in phrasings):
+        starts.append((len(caption), len(caption) + len(phrasing)))
+        caption += f"{phrasing}. "
+    inputs = tokenizer(caption.strip(), return_tensors="pt", return_offsets_mapping=True)
+    places = inputs.pop("offset_mapping")[0].tolist()
+    if len(places) > most:
+        raise RecipeError(f"the prompts have {len(places)} tokens together, the model reads {most}: give fewer")
+    tokens = [
+        tuple(i for i, (first, last) in enumerate(places) if start <= first < last <= stop) for start, stop in starts
+    ]
+    if empty := [phrasing for phrasing, found in zip(phrasings, tokens, strict=True) if not found]:
+        raise RecipeError(f"the prompt {empty[0]!r} has no word: give one")
+    return _Caption(dict(inputs), tuple(tokens))
