@@ -1,6 +1,7 @@
 """What several tests need: the shared data, a Ray, a tiny tile set, a teacher that answers."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ def shared() -> Path:
     if not folder:
         pytest.skip("set SOFTLABEL_SHARED to the folder with data/, weights/ and schemas/ to run this")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """ultralytics' predict and export set how many PyTorch uses, and so how the next test's sums are rounded."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if torch:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -29,14 +29,6 @@ OTHERS = [
 TRAINED = ["yolov8n", "yolo11n"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    """ultralytics' predict sets how many PyTorch uses."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def images(shared):
     """Real tiles: the whole, a wide and a tall part."""

@@ -25,7 +25,7 @@ from softlabel.records import TILES, soft_labels_schema
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
-SHORT = {"truth": 1_000, "rasters": 600, "stores": 350, "bombs": 50, "weights": 600}
+SHORT = {"truth": 1_000, "rasters": 600, "stores": 350, "bombs": 50, "weights": 300}
 LONG = {"truth": 50_000, "rasters": 30_000, "stores": 19_900, "bombs": 100, "weights": 100_000}
 
 
