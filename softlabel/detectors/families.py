@@ -56,6 +56,9 @@ FAMILIES = {
     "onnx": Family("onnx", ("onnxruntime", "torch", "torchvision"), pytorch_alone=True, own_size=True),
     "grounding-dino": _GROUNDING_DINO,
     "mm-grounding-dino": _GROUNDING_DINO,
+    "omdet-turbo": Family(
+        "omdet_turbo", _TRANSFORMERS, iou=0.5, open_vocabulary=True, pytorch_alone=True, own_size=True
+    ),
     "owlvit": _OWL_VIT,
     "owlv2": _OWL_VIT,
 }

@@ -53,30 +53,30 @@ def plain(config, model, processor, width=16, stages=("stage4",), side=SIDE):
 def hybrid(config, model):
     backbone = t.RTDetrResNetConfig(**RESNET, out_features=STAGES)
     found = config(backbone_config=backbone, encoder_in_channels=[8, 16, 16], num_labels=3, **HYBRID)
-    return model(found), t.RTDetrImageProcessorFast(size={"height": SIDE, "width": SIDE})
+    return model(found), t.RTDetrImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 def d_fine():
     backbone = t.HGNetV2Config(**HGNET, out_features=STAGES)
     found = t.DFineConfig(backbone_config=backbone, encoder_in_channels=[16] * 3, num_labels=3, **HYBRID)
-    return t.DFineForObjectDetection(found), t.RTDetrImageProcessorFast(size={"height": SIDE, "width": SIDE})
+    return t.DFineForObjectDetection(found), t.RTDetrImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 def yolos():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     found = t.YolosConfig(image_size=[SIDE, SIDE], patch_size=8, num_detection_tokens=20, num_labels=3, **sizes)
-    return t.YolosForObjectDetection(found), t.YolosImageProcessorFast(size={"height": SIDE, "width": SIDE})
+    return t.YolosForObjectDetection(found), t.YolosImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 MAKERS = {
-    "detr": lambda: plain(t.DetrConfig, t.DetrForObjectDetection, t.DetrImageProcessorFast),
+    "detr": lambda: plain(t.DetrConfig, t.DetrForObjectDetection, t.DetrImageProcessor),
     "conditional_detr": lambda: plain(
-        t.ConditionalDetrConfig, t.ConditionalDetrForObjectDetection, t.ConditionalDetrImageProcessorFast
+        t.ConditionalDetrConfig, t.ConditionalDetrForObjectDetection, t.ConditionalDetrImageProcessor
     ),
     "deformable_detr": lambda: plain(
         t.DeformableDetrConfig,
         t.DeformableDetrForObjectDetection,
-        t.DeformableDetrImageProcessorFast,
+        t.DeformableDetrImageProcessor,
         width=32,
         stages=STAGES,
         side=2 * SIDE,

@@ -30,9 +30,7 @@ def tiny(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     vocabulary = [SPECIAL.get(i, f"[unused{i}]") for i in range(1100)]
     vocabulary[200 : 200 + len(WORDS)] = WORDS
-    tokenizer = t.BertTokenizerFast(
-        vocab_file=str(folder / "vocab.txt"), vocab={w: i for i, w in enumerate(vocabulary)}
-    )
+    tokenizer = t.BertTokenizer(vocab_file=str(folder / "vocab.txt"), vocab={w: i for i, w in enumerate(vocabulary)})
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32}
     backbone = t.SwinConfig(
         image_size=128, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_indices=[2, 3, 4]
@@ -55,7 +53,7 @@ def tiny(request, tmp_path_factory):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    image_processor = t.GroundingDinoImageProcessorFast(size={"height": 128, "width": 128})
+    image_processor = t.GroundingDinoImageProcessor(size={"height": 128, "width": 128})
     processor = t.GroundingDinoProcessor(image_processor, tokenizer)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -44,7 +44,13 @@ RAY = {
 }
 TRAINING_LOOPS = {"training/trainer.py", "training/validation.py", "search/worker_groups.py"}
 """What runs in the workers of Ray Train: they read tiles and judge what they train."""
-TRANSFORMERS = {"detectors/detr.py", "detectors/grounding_dino.py", "detectors/owlvit.py", "detectors/pretrained.py"}
+TRANSFORMERS = {
+    "detectors/detr.py",
+    "detectors/grounding_dino.py",
+    "detectors/omdet_turbo.py",
+    "detectors/owlvit.py",
+    "detectors/pretrained.py",
+}
 ULTRALYTICS = {
     "detectors/rotated_nms.py",
     "detectors/rtdetr.py",

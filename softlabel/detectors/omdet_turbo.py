@@ -1,0 +1,117 @@
+"""OmDet-Turbo as a teacher that keeps the class vector of every box.
+
+Zhao et al., "Real-time Transformer-based Open-Vocabulary Detection with Efficient Fusion Head" (arXiv:2403.06892),
+through transformers. Classes and task are encoded once; what is left per tile is the image, and the decoder in which
+they meet.
+"""
+
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from softlabel.detectors.detector import Detector, Geometry
+from softlabel.detectors.detr import SIDE, Shares
+from softlabel.detectors.engines import EngineOptions, Network
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.queries import Queries
+from softlabel.errors import RecipeError
+from softlabel.records import Nms
+
+
+class OmDetTurboDetector(Detector):
+    """An OmDet-Turbo over tiles of any shape.
+
+    Args:
+        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        queries: What it looks for: prompts, not examples.
+        nms: What is kept of a forward pass.
+        device: As for Detector.
+        options: As for Detector; the engine is pytorch.
+
+    Raises:
+        WeightsError: The model cannot be loaded.
+        RecipeError: A class has examples and no prompt.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        queries: Queries,
+        nms: Nms,
+        device: torch.device | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        if not all(queries.prompts):
+            raise RecipeError("label.open_vocabulary.examples: OmDet-Turbo takes prompts: give each class some")
+        model, processor = from_folder(folder, AutoModelForZeroShotObjectDetection, AutoProcessor)
+        super().__init__(_OmDetTurboNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
+
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
+        """The model's own processor brings tiles to its size."""
+        return Shares(tile_hw)
+
+
+def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> OmDetTurboDetector:
+    """The detector of a folder, or of a name on the hub."""
+    assert teacher.queries is not None
+    return OmDetTurboDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
+
+
+class _OmDetTurboNetwork(Network):
+    def __init__(self, model: Any, processor: Any, queries: Queries) -> None:
+        super().__init__()
+        self.model, self._processor, self._dtype = model, processor.image_processor, torch.float32
+        phrasings = [*(phrasing for of_class in queries.prompts for phrasing in of_class), *queries.background]
+        classes, task, mask = _encode(model, processor.tokenizer, phrasings)
+        self._sizes = [len(of_class) for of_class in queries.prompts]
+        if queries.combine == "mean":
+            parts = classes.split([*self._sizes, len(queries.background)])
+            means = [part.mean(0, keepdim=True) for part in parts[:-1]]
+            classes, self._sizes = torch.cat([*means, parts[-1]]), [1] * queries.num_classes
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("task", task, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        pixels = self._processor(
+            images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
+        )["pixel_values"].to(tiles.device)
+        batch = len(tiles)
+        with torch.autocast(tiles.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            seen = self.model.encoder(self.model.vision_backbone(pixels), return_dict=True).extracted_states
+            found = self.model.decoder(
+                seen,
+                self.get_buffer("classes").expand(-1, batch, -1),
+                self.get_buffer("task").expand(-1, batch, -1),
+                self.get_buffer("mask").expand(batch, -1),
+                return_dict=True,
+            )
+        boxes, logits = found.decoder_coords[-1].float(), found.decoder_classes[-1].float()
+        *classes, background = logits.sigmoid().split([*self._sizes, logits.shape[-1] - sum(self._sizes)], dim=-1)
+        scores = torch.stack([one.amax(-1) for one in classes], -1)
+        if background.shape[-1]:
+            scores = scores * (scores.amax(-1, keepdim=True) >= background.amax(-1, keepdim=True))
+        return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """By autocast; boxes and scores are decoded in float32."""
+        self._dtype = dtype
+
+
+def _encode(model: Any, tokenizer: Any, phrasings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a batch of one: class embeddings (P, 1, D), the task's tokens (T, 1, D) and their mask (1, T)."""
+    options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    classes = tokenizer(phrasings, **options)
+    task = tokenizer([f"Detect {', '.join(phrasings)}."], **options)
+    with torch.no_grad():
+        return model.get_language_embedding(
+            classes["input_ids"],
+            classes["attention_mask"],
+            task["input_ids"],
+            task["attention_mask"],
+            torch.tensor([len(phrasings)]),
+        )
