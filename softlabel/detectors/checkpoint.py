@@ -18,7 +18,10 @@ _DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
 _BOXES_ALONE = {"Segment": "Detect", "Segment26": "Detect", "Pose": "Detect", "Pose26": "Detect"}
 """Heads that find boxes as ``Detect`` does, with masks or keypoints beside them."""
 
-_HEADS = {"Detect", "v10Detect", "OBB", "OBB26", "RTDETRDecoder", *_BOXES_ALONE}
+_HEADS = {"Detect", "v10Detect", "OBB", "OBB26", "RTDETRDecoder", "WorldDetect", *_BOXES_ALONE}
+
+WORLD_TEXT = "txt_feats"
+"""The tensor with YOLO-World's text embeddings, (1, classes, 512)."""
 
 _STATE_DICTS = ("ema", "model", "state_dict", "model_state_dict")
 
@@ -53,6 +56,8 @@ def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
             return _yolov5_header(model, head, content), tensors
         if kind in _BOXES_ALONE:
             tensors = {k: v for k, v in tensors.items() if not k.startswith(f"model.{place}.") or _finds_boxes(k)}
+        if kind == "WorldDetect":
+            return _world_header(model, head, content), {**tensors, WORLD_TEXT: _as_float32(model.txt_feats)}
         header = _ultralytics_header(model, kind, content)
         header.yaml.update(_class_width(tensors, f"model.{place}.", len(header.classes)))
         return header, tensors
@@ -98,6 +103,12 @@ def _ultralytics_header(model: Any, kind: str, content: Any) -> Header:
     yaml = _yaml_of(model, kind)
     args = _train_args(model, content)
     return Header(yaml, _class_names(model, yaml["nc"]), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
+
+
+def _world_header(model: Any, head: Any, content: Any) -> Header:
+    """Of YOLO-World, whose classes are those that its text embeddings were made of last."""
+    yaml, args = _yaml_of(model, "WorldDetect"), _train_args(model, content)
+    return Header(yaml, _class_names(model, head.nc), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
 
 
 def _class_width(tensors: dict[str, torch.Tensor], head: str, num_classes: int) -> dict[str, int]:

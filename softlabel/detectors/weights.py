@@ -16,17 +16,30 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from ultralytics.nn import modules
-from ultralytics.nn.tasks import DetectionModel, OBBModel, RTDETRDetectionModel, parse_model, yaml_model_load
+from ultralytics.nn.tasks import (
+    DetectionModel,
+    OBBModel,
+    RTDETRDetectionModel,
+    WorldModel,
+    parse_model,
+    yaml_model_load,
+)
 
 from softlabel.config import is_anchor_based
-from softlabel.detectors.checkpoint import read_checkpoint, read_state_dict
+from softlabel.detectors.checkpoint import WORLD_TEXT, read_checkpoint, read_state_dict
 from softlabel.detectors.header import Header, is_checkpoint, open_weights, read_safetensors_header
 from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, AnchorDetect, YoloV5, anchor_yaml
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import commit
 
 _TRAINED = {"Detect": DetectionModel, "v10Detect": DetectionModel}
-_MODELS = {**_TRAINED, "OBB": OBBModel, "OBB26": OBBModel, "RTDETRDecoder": RTDETRDetectionModel}
+_MODELS = {
+    **_TRAINED,
+    "OBB": OBBModel,
+    "OBB26": OBBModel,
+    "RTDETRDecoder": RTDETRDetectionModel,
+    "WorldDetect": WorldModel,
+}
 """The head that a yaml ends in to the class that runs it, and for some trains it."""
 
 _OTHER_TASKS = {
@@ -40,6 +53,7 @@ _OTHER_TASKS = {
 """What the heads of other tasks find; some have a number at their end."""
 
 _LAYERS = {*modules.__all__} - {"TorchVision"}  # which downloads weights
+_WORLD_EMBEDDING = 512
 _MOST_REPEATS = 100
 _LARGEST_OUTPUT = 1 << 25
 """Numbers that a layer makes of 256 x 256 pixels; those of YOLOv3, the largest of all, are 2 million."""
@@ -103,6 +117,10 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
     if is_anchor_based(yaml):
         return YoloV5(yaml, num_classes)
     kind = _class_for(model, yaml, _MODELS)
+    if kind is WorldModel:  # built for as many classes as once, and asked for others since
+        found = kind(yaml, verbose=False)
+        found.model[-1].nc = num_classes
+        return found
     found = kind(yaml, nc=num_classes, verbose=False)
     if "class_width" in yaml:
         _widen(found.model[-1], kind(copy.deepcopy(yaml), nc=yaml["class_width"], verbose=False).model[-1])
@@ -164,6 +182,8 @@ def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
     header, tensors = read_weights(path)
     try:
         model = build_model(header.yaml, len(header.classes))
+        if isinstance(model, WorldModel):
+            model.txt_feats = tensors.pop(WORLD_TEXT)
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise WeightsError(f"{path} does not fit its own model: {_one_line(error)}") from None
@@ -231,6 +251,10 @@ def _shapes(header: Header) -> dict[str, list[int]]:
         if not 0 < repeats * max(1.0, *_depths(yaml)) <= _MOST_REPEATS:
             raise ValueError(f"{name} is repeated {repeats} times")
     with torch.device("meta"):
+        if head == "WorldDetect":  # its layers take the text besides
+            layers, _ = parse_model(yaml, ch=3, verbose=False)
+            own = {f"model.{key}": list(value.shape) for key, value in layers.state_dict().items()}
+            return {**own, WORLD_TEXT: [1, len(header.classes), _WORLD_EMBEDDING]}
         layers, passed_on = parse_model({**copy.deepcopy(yaml), "nc": len(header.classes)}, ch=3, verbose=False)
         if "class_width" in yaml:
             _widen(layers[-1], parse_model({**yaml, "nc": yaml["class_width"]}, ch=3, verbose=False)[0][-1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules import Detect
-from ultralytics.nn.tasks import DetectionModel, OBBModel
+from ultralytics.nn.tasks import DetectionModel, OBBModel, WorldModel
 
 from softlabel import rotated
 from softlabel.detectors import families as detectors
@@ -191,6 +191,33 @@ def test_a_trained_model_of_rotated_boxes_is_read(images, tmp_path):
     np.testing.assert_allclose(
         found.best[0], boxes.conf.numpy()[hulls_in(images[0], boxes.xywhr.numpy())][0], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["yolov8s-worldv2", pytest.param("yolov8s-world", marks=pytest.mark.long)])
+def test_a_yolo_world_looks_for_the_classes_it_was_last_given(name, images, tmp_path):
+    """As set_classes and save leave it: the text is in the checkpoint, and its encoder is not needed."""
+    torch.manual_seed(0)
+    model = WorldModel(f"{name}.yaml", verbose=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.txt_feats, model.model[-1].nc = torch.nn.functional.normalize(torch.randn(1, 3, 512), dim=-1), 3
+    batch = np.stack([cv2.resize(image, (IMGSZ, IMGSZ)) for image in images])
+    with torch.no_grad():
+        model.train()(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
+    model.names = ["a plane", "a ship", "a car"]
+    torch.save({"model": model.eval(), "train_args": {"imgsz": IMGSZ, "task": "detect"}}, tmp_path / "best.pt")
+    import_weights(tmp_path / "best.pt", tmp_path / "best.safetensors")
+    for path in (tmp_path / "best.pt", tmp_path / "best.safetensors"):
+        read, header = load_model(path)
+        assert header.classes == ("a plane", "a ship", "a car")
+        pixels = torch.from_numpy(batch[:1]).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            ours, theirs = (one.eval()(pixels)[0] for one in (read, model))
+        torch.testing.assert_close(ours, theirs)
+        assert ours.shape[1] == 7 and ours[0, 4:].std() > 0.1 * ours[0, 4:].mean()
+    found = YoloDetector.from_weights(path, Nms(1e-5, IOU, MAX_DET)).detect(images)
+    assert all(one.scores.shape == (len(one.boxes), 3) for one in found) and sum(len(one.boxes) for one in found) > 5
 
 
 TRAIN = """
