@@ -116,7 +116,10 @@ class OpenVocabulary(_Section):
 class Label(_Section):
     """A teacher over tiles. One low floor; thresholds are filters on what is kept."""
 
-    weights: str | None = Field(None, description="the teacher's .safetensors or .pt; `experiment` trains its own")
+    weights: str | None = Field(
+        None,
+        description="the teacher: .pt, .safetensors, .onnx, or one of transformers; `experiment` trains its own",
+    )
     open_vocabulary: OpenVocabulary | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     classes: dict[str, str | None] = Field(
         {}, description="a class of `weights` to one of the recipe's, or null: left out; not named: the one of its name"
@@ -130,7 +133,7 @@ class Label(_Section):
     iou: Fraction | None = Field(
         None,
         description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45, "
-        "OWL-ViT 0.5",
+        "OWL-ViT and OmDet-Turbo 0.5, DETR and RT-DETR 1 (none goes)",
     )
     max_det: Annotated[int, Field(gt=0)] = 1000
     engine: Literal["auto", "pytorch", "pytorch_compile", "openvino", "tensorrt"] = Field(

@@ -20,7 +20,7 @@ from softlabel.detectors.detr import SIDE, Shares
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.pretrained import class_scores, from_folder
 from softlabel.detectors.queries import Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
@@ -104,12 +104,7 @@ class _GroundingDinoNetwork(Network):
         """(B, A, K) of the scores of tokens (B, A, T)."""
         phrasings = torch.stack([of_token[..., list(places)].amax(-1) for places in self._tokens], -1)
         sizes = [len(of_class) for of_class in self._queries.prompts]
-        *classes, background = phrasings.split([*sizes, phrasings.shape[-1] - sum(sizes)], dim=-1)
-        mean = self._queries.combine == "mean"
-        scores = torch.stack([one.mean(-1) if mean else one.amax(-1) for one in classes], -1)
-        if background.shape[-1]:
-            scores = scores * (scores.amax(-1, keepdim=True) >= background.amax(-1, keepdim=True))
-        return scores
+        return class_scores(phrasings, sizes, mean=self._queries.combine == "mean")
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """By autocast; boxes and scores are decoded in float32."""

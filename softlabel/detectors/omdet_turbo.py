@@ -16,7 +16,7 @@ from softlabel.detectors.detr import SIDE, Shares
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.pretrained import class_scores, from_folder
 from softlabel.detectors.queries import Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
@@ -91,10 +91,7 @@ class _OmDetTurboNetwork(Network):
                 return_dict=True,
             )
         boxes, logits = found.decoder_coords[-1].float(), found.decoder_classes[-1].float()
-        *classes, background = logits.sigmoid().split([*self._sizes, logits.shape[-1] - sum(self._sizes)], dim=-1)
-        scores = torch.stack([one.amax(-1) for one in classes], -1)
-        if background.shape[-1]:
-            scores = scores * (scores.amax(-1, keepdim=True) >= background.amax(-1, keepdim=True))
+        scores = class_scores(logits.sigmoid(), self._sizes)
         return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:

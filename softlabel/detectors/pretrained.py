@@ -1,5 +1,6 @@
 """Models of transformers from a folder, without code from it and without the network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,21 @@ from transformers.utils import logging
 from softlabel.errors import WeightsError
 
 logging.disable_progress_bar()
+
+
+def class_scores(phrasings: torch.Tensor, sizes: Sequence[int], *, mean: bool = False) -> torch.Tensor:
+    """Scores of classes (..., K) from those of phrasings (..., P).
+
+    Args:
+        phrasings: Class by class, those of background last; in [0, 1].
+        sizes: How many phrasings each class has.
+        mean: Whether several count as their mean, else as their best. A box that suits background best scores 0.
+    """
+    *classes, background = phrasings.split([*sizes, phrasings.shape[-1] - sum(sizes)], dim=-1)
+    scores = torch.stack([one.mean(-1) if mean else one.amax(-1) for one in classes], -1)
+    if background.shape[-1]:
+        scores = scores * (scores.amax(-1, keepdim=True) >= background.amax(-1, keepdim=True))
+    return scores
 
 
 def from_folder(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:

@@ -129,12 +129,21 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
 
 
 def recipe_teacher(recipe: Recipe) -> Teacher:
-    """The teacher that a recipe's own ``label`` section names.
+    """The teacher that a recipe's own ``label`` section names, in the views that it asks for.
 
     Raises:
         RecipeError: It names none, or two, or views that the model cannot take.
     """
-    teacher, views = _named_teacher(recipe), recipe.label.augment
+    return in_views(recipe, _named_teacher(recipe))
+
+
+def in_views(recipe: Recipe, teacher: Teacher) -> Teacher:
+    """A teacher that looks at tiles as ``label.augment`` says; a student that is to be judged sees them as they are.
+
+    Raises:
+        RecipeError: The model cannot take them.
+    """
+    views = recipe.label.augment
     if not views:
         return teacher
     if FAMILIES[teacher.family].own_size and (scales := [view for view in views if not isinstance(view, str)]):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from softlabel.config import Recipe
 from softlabel.detectors.families import Teacher
-from softlabel.detectors.teachers import open_vocabulary_teacher, recipe_teacher, weights_teacher
+from softlabel.detectors.teachers import in_views, open_vocabulary_teacher, recipe_teacher, weights_teacher
 from softlabel.store import num_tile_shards, read_tile_shard, step_dir
 
 
@@ -56,20 +56,24 @@ def label_job(
     splits: Sequence[str] | None,
     *,
     with_losses: bool = False,
+    teaches: bool = False,
 ) -> LabelJob:
-    """The job of a trained teacher under a recipe's settings.
+    """The job of a trained detector under a recipe's settings: one that is judged, or that ``teaches`` and so looks at
+    tiles in the views of ``label.augment`` too.
 
     Raises:
         WeightsError: The weights cannot be read.
         RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
     """
     teacher = weights_teacher(recipe, weights, with_losses=with_losses)
+    if teaches:
+        teacher = in_views(recipe, teacher)
     return LabelJob(name, teacher, tiles, _split_names(splits), with_losses)
 
 
 def open_vocabulary_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence[str] | None) -> LabelJob:
     """The job of the open-vocabulary teacher that the recipe describes; raises as ``open_vocabulary_teacher`` does."""
-    return LabelJob(name, open_vocabulary_teacher(recipe), tiles, _split_names(splits))
+    return LabelJob(name, in_views(recipe, open_vocabulary_teacher(recipe)), tiles, _split_names(splits))
 
 
 def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:

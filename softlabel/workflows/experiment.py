@@ -132,7 +132,9 @@ def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, di
 def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> dict[int, LabelJob]:
     """Per training set: the other set's teacher over it."""
     return {
-        number: label_job(recipe, teachers[other].job.name, teachers[other].weights, tiles, [f"train_{number}"])
+        number: label_job(
+            recipe, teachers[other].job.name, teachers[other].weights, tiles, [f"train_{number}"], teaches=True
+        )
         for number, other in _OTHER.items()
     }
 

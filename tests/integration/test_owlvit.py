@@ -86,7 +86,7 @@ def test_other_words_are_another_teacher(model, tiles, tmp_path):
         ({"examples": {"car": ["no.png"]}}, {}, r"give car prompts, or examples \(one of the two\)"),
         ({}, {"weights": "yolo.safetensors"}, r"label\.weights is not set, nor label\.open_vocabulary \(or both are\)"),
         ({}, {"imgsz": 320}, "an OWL-ViT sees every tile at the size of its own configuration"),
-        ({}, {"engine": "openvino"}, "openvino does not run OWL-ViT: set it to pytorch or auto"),
+        ({}, {"engine": "openvino"}, "openvino does not run this model \\(owlvit\\): set it to pytorch or auto"),
     ],
 )
 def test_what_cannot_label_is_refused_in_one_line(model, tiles, owlvit, label, message):

@@ -12,6 +12,7 @@ from softlabel.detectors.teachers import recipe_teacher
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
 from softlabel.fusion import fuse_tile
+from softlabel.labelling.job import label_job
 from softlabel.records import Detections, Nms
 
 NMS = Nms(0.05, 0.5, 60)
@@ -96,3 +97,12 @@ def test_a_model_of_one_size_takes_no_other(tmp_path):
 def test_a_view_that_is_none_is_refused(weights, view):
     with pytest.raises(ValueError, match=r"label\.augment\.0"):
         teacher_of(weights, [view])
+
+
+def test_who_teaches_looks_in_views_and_who_is_judged_does_not(weights, tmp_path):
+    tiles = {"synthetic": {}}
+    label = {"engine": "pytorch", "augment": ["fliplr"]}
+    recipe = Recipe.model_validate({"name": "x", "classes": ["car", "plane", "ship"], "tiles": tiles, "label": label})
+    taught, judged = (label_job(recipe, "x", weights, tmp_path, None, teaches=teaches) for teaches in (True, False))
+    assert (taught.teacher.augment, judged.teacher.augment) == (("fliplr",), ())
+    assert taught.identity() != judged.identity()

@@ -26,7 +26,7 @@ OTHERS = [
     *("yolov3u", "yolov5n-p6", "yolov6n", "yolov8n-p2", "yolov8n-p6", "yolov8n-ghost", "yolov8m", "yolov9t", "yolov9c"),
     *("yolov9e", "yolov10b", "yolo11m", "yolo12n", "yolo26m", "yolo26n-p6", "yolo11n-pose", "yolo26n-seg"),
 ]
-TRAINED = ["yolov8n", "yolo11n"]
+TRAINED = ["yolov8n", "yolo11n", "yolo26n"]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,8 @@ def test_a_model_that_began_as_one_of_other_classes_is_as_wide_as_that(name, ima
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["yolo26n", *(pytest.param(name, marks=pytest.mark.long) for name in TRAINED)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
     """One epoch on eight tiles: best.pt as it is stripped at the end, and a checkpoint from amid it, with optimizer."""
     folder = trained(name, images, tmp_path)
