@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 
-from softlabel.config import Execution, Recipe
+from softlabel.config import Execution, Label, Recipe
 from softlabel.detectors.engine_choice import CPU_BATCH, resolve
 from softlabel.errors import SceneError
 from softlabel.imagery.listing import list_scenes
@@ -67,10 +67,17 @@ def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list
     return sizes, problems
 
 
+def _engine(label: Label) -> str:
+    """What was asked for, or where nothing was and the teacher is no YOLO, what runs it."""
+    is_yolo = label.open_vocabulary is None and (
+        label.weights is None or label.weights.endswith((".pt", ".safetensors"))
+    )
+    return label.engine if is_yolo or label.engine != "auto" else "pytorch"
+
+
 def _labelling(recipe: Recipe) -> str:
     execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
-    asked = recipe.label.engine if recipe.label.open_vocabulary is None or recipe.label.engine != "auto" else "pytorch"
-    engine, precision = resolve(asked, recipe.label.precision, cuda=cuda, with_losses=False)
+    engine, precision = resolve(_engine(recipe.label), recipe.label.precision, cuda=cuda, with_losses=False)
     resources = Resources(execution, (float(os.cpu_count() or 1),), 0)
     most = "" if resources.most_actors == resources.least_actors else f" to {resources.most_actors}"
     actors = "1 actor" if resources.most_actors == 1 else f"{resources.least_actors}{most} actors"

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from softlabel import rotated
 from softlabel.records import Detections, Truth
 
 Pixels = NDArray[np.uint8]
@@ -87,7 +88,7 @@ def draw_soft_labels(image: Pixels, found: Detections, classes: Sequence[str], s
     best_first = np.argsort(-found.best, kind="stable").tolist()
     boxes, rgbs = found.boxes * factor, [class_rgb(class_id) for class_id in found.class_ids.tolist()]
     for i in reversed(best_first):
-        _rectangle(draw, boxes[i], rgbs[i], offsets=(0, 1) if found.best[i] > 0.5 else (0,))
+        _outline(draw, found, i, factor, rgbs[i], thick=found.best[i] > 0.5)
     if not scores:
         return np.asarray(photo)
     texts = [f"{score:.2f}" for score in found.best]
@@ -236,13 +237,24 @@ def _with_boxes(photo: Image.Image, overlay: Overlay, factor: float) -> Image.Im
     for box, ignore in zip(truth.boxes * factor, truth.ignore, strict=True):
         _rectangle(draw, box, TRUTH_RGB, offsets=(0,) if ignore else (-2, -1, 0))
     found = overlay.detections
-    for box in found.boxes * factor:
-        _rectangle(draw, box, SOFT_RGB, offsets=(0, 1))
+    for i in range(len(found.boxes)):
+        _outline(draw, found, i, factor, SOFT_RGB, thick=True)
     named = len(overlay.classes) > 1 and len(found.boxes) < _THIN_FROM
     for box, class_id, score in zip(found.boxes * factor, found.class_ids, found.best, strict=True):
         name = f"{overlay.classes[class_id]} " if named else ""
         _tag(draw, box, f"{name}{score:.2f}", photo.size)
     return photo
+
+
+def _outline(
+    draw: ImageDraw.ImageDraw, found: Detections, i: int, factor: float, rgb: tuple[int, int, int], *, thick: bool
+) -> None:
+    """Of a detection: the rotated box where it is one."""
+    if found.xywhr is None:
+        _rectangle(draw, found.boxes[i] * factor, rgb, offsets=(0, 1) if thick else (0,))
+        return
+    corners = rotated.corners(found.xywhr[i : i + 1].astype(np.float64))[0] * factor
+    draw.polygon([(float(x), float(y)) for x, y in corners], outline=rgb, width=2 if thick else 1)
 
 
 def _rectangle(draw: ImageDraw.ImageDraw, box: NDArray, rgb: tuple[int, int, int], offsets: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from conftest import tiny_recipe
 from softlabel.cli import _VERBS, main
 from softlabel.dry_run import plan
 from softlabel.errors import RecipeError, SceneError
-from softlabel.recipe_file import RECIPES
+from softlabel.recipe_file import RECIPES, load_recipe
 
 
 @pytest.fixture
@@ -97,3 +97,12 @@ def test_a_bad_scene_does_not_end_it(images):
         image.write_bytes(b"no image")
     with pytest.raises(SceneError, match=r"none of 4 scenes sampled can be read; the first: .*0\.png"):
         lines(tiles={"scenes": str(images)})
+
+
+@pytest.mark.parametrize(
+    ("weights", "engine"), [("best.pt", "openvino"), ("best.onnx", "pytorch"), ("PekingU/rtdetr_r18vd", "pytorch")]
+)
+def test_the_engine_is_that_of_the_teacher(weights, engine):
+    recipe = load_recipe("demo", [f"label.weights={weights}"])
+    (line,) = (line for line in plan(recipe, trains=False) if line.startswith("labelling"))
+    assert f"{engine} in float32" in line

@@ -9,8 +9,10 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
+import shapely
 from PIL import Image
 
+from softlabel import rotated
 from softlabel.cli import main
 from softlabel.config import TruthSource
 from softlabel.errors import StoreError
@@ -441,3 +443,14 @@ def test_what_cannot_be_shown_is_said_in_one_line(rows, tmp_path, capsys):
     (tmp_path / "tiles-0123456789" / "tiles.parquet").unlink()
     assert "needs its tiles beside it" in refusal(capsys, store)
     assert not (store / "show").exists()
+
+
+def test_a_rotated_box_is_drawn_turned():
+    image = np.full((400, 400, 3), 128, np.uint8)
+    xywhr = np.float32([[200, 200, 200, 100, np.pi / 4]])
+    found = Detections(rotated.hulls(xywhr), np.float32([[0.9, 0, 0]]), xywhr=xywhr)
+    drawn = has_colour(figures.draw_soft_labels(image, found, CLASSES, 400, scores=False), figures.class_rgb(0))
+    rows, columns = np.nonzero(drawn)
+    on_edge = np.abs(shapely.distance(shapely.points(columns, rows), rotated.polygons(xywhr)[0].exterior))
+    assert on_edge.max() < 3 and len(rows) > 600
+    assert not drawn[95:105, 95:105].any(), "a corner of the hull"
