@@ -15,8 +15,11 @@ from softlabel.errors import WeightsError
 _DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
 """What releases were trained at, where their files do not say."""
 
-_BOXES_ALONE = {"Segment": "Detect", "Segment26": "Detect", "Pose": "Detect", "Pose26": "Detect"}
-"""Heads that find boxes as ``Detect`` does, with masks or keypoints beside them."""
+_WITH_TEXT = ("YOLOEDetect", "YOLOESegment", "YOLOESegment26")
+"""Heads whose last layer is a text's embedding, which becomes part of the layer before."""
+
+_BOXES_ALONE = dict.fromkeys(("Segment", "Segment26", "Pose", "Pose26", *_WITH_TEXT), "Detect")
+"""Heads that find boxes as ``Detect`` does, with masks or keypoints beside them, or of classes that are told."""
 
 _HEADS = {"Detect", "v10Detect", "OBB", "OBB26", "RTDETRDecoder", "WorldDetect", *_BOXES_ALONE}
 
@@ -54,11 +57,13 @@ def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
         tensors = {f"model.{key}": _as_float32(value) for key, value in _tensors(layers)}
         if "anchors" in head._buffers:
             return _yolov5_header(model, head, content), tensors
+        if kind in _WITH_TEXT:
+            tensors |= _with_text(model, head, tensors, f"model.{place}.")
         if kind in _BOXES_ALONE:
             tensors = {k: v for k, v in tensors.items() if not k.startswith(f"model.{place}.") or _finds_boxes(k)}
         if kind == "WorldDetect":
             return _world_header(model, head, content), {**tensors, WORLD_TEXT: _as_float32(model.txt_feats)}
-        header = _ultralytics_header(model, kind, content)
+        header = _ultralytics_header(model, kind, content, head.nc if kind in _WITH_TEXT else None)
         header.yaml.update(_class_width(tensors, f"model.{place}.", len(header.classes)))
         return header, tensors
     # What a damaged pickle holds may be anything.
@@ -99,10 +104,38 @@ def _state_dict_in(content: Any) -> dict[str, torch.Tensor] | None:
     return None
 
 
-def _ultralytics_header(model: Any, kind: str, content: Any) -> Header:
-    yaml = _yaml_of(model, kind)
-    args = _train_args(model, content)
+def _ultralytics_header(model: Any, kind: str, content: Any, num_classes: int | None = None) -> Header:
+    yaml, args = _yaml_of(model, kind), _train_args(model, content)
+    if num_classes is not None:  # of classes that it was told, not those it was built for
+        yaml["nc"] = num_classes
     return Header(yaml, _class_names(model, yaml["nc"]), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
+
+
+def _with_text(model: Any, head: Any, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The last convolutions of YOLOE's class branches, for the classes that its text embeddings were made of last.
+
+    A class scores as its embedding's product with the branch's normalised output. That is linear, as the convolution
+    before it is, so both are one convolution (as in ultralytics' YOLOEDetect.fuse).
+    """
+    text = getattr(model, "pe", None)
+    if text is None or hasattr(head, "lrpc") or "lrpc" in head._modules:
+        raise ValueError("it is a YOLOE without classes: save it after model.set_classes([...], ...)")
+    text_KD = torch.nn.functional.normalize(_as_float32(text)[0], dim=-1)
+    made = {}
+    for branch, contrast in (("cv3", "cv4"), ("one2one_cv3", "one2one_cv4")):
+        modules = head._modules.get(contrast)
+        for i, module in enumerate(modules._modules.values() if modules is not None else ()):
+            last, norm = f"{prefix}{branch}.{i}.2.", f"{prefix}{contrast}.{i}.norm."
+            if f"{norm}weight" not in tensors:  # fused already
+                continue
+            variance = tensors[f"{norm}running_var"] + module._modules["norm"].eps
+            scale_D = tensors[f"{norm}weight"] / variance.sqrt()
+            shift_D = (tensors[f"{last}bias"] - tensors[f"{norm}running_mean"]) * scale_D + tensors[f"{norm}bias"]
+            scaled_KD = text_KD * tensors[f"{prefix}{contrast}.{i}.logit_scale"].exp()
+            weight_DC = tensors[f"{last}weight"][:, :, 0, 0] * scale_D[:, None]
+            made[f"{last}weight"] = (scaled_KD @ weight_DC)[:, :, None, None]
+            made[f"{last}bias"] = scaled_KD @ shift_D + tensors[f"{prefix}{contrast}.{i}.bias"]
+    return made
 
 
 def _world_header(model: Any, head: Any, content: Any) -> Header:

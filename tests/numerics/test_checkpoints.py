@@ -10,13 +10,14 @@ import pytest
 import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules import Detect
-from ultralytics.nn.tasks import DetectionModel, OBBModel, WorldModel
+from ultralytics.nn.tasks import DetectionModel, OBBModel, WorldModel, YOLOEModel, YOLOESegModel
 
 from softlabel import rotated
 from softlabel.detectors import families as detectors
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.weights import import_weights, load_model
 from softlabel.detectors.yolo import YoloDetector
+from softlabel.errors import WeightsError
 from softlabel.records import Nms
 
 IMGSZ = 192
@@ -219,6 +220,38 @@ def test_a_yolo_world_looks_for_the_classes_it_was_last_given(name, images, tmp_
         assert ours.shape[1] == 7 and ours[0, 4:].std() > 0.1 * ours[0, 4:].mean()
     found = YoloDetector.from_weights(path, Nms(1e-5, IOU, MAX_DET)).detect(images)
     assert all(one.scores.shape == (len(one.boxes), 3) for one in found) and sum(len(one.boxes) for one in found) > 5
+
+
+@pytest.mark.parametrize(
+    "name", ["yoloe-11s", *(pytest.param(one, marks=pytest.mark.long) for one in ("yoloe-v8s-seg", "yoloe-26s-seg"))]
+)
+def test_a_yoloe_looks_for_the_classes_it_was_last_given(name, images, tmp_path):
+    """As set_classes and save leave it. It becomes a plain detection model, of these classes."""
+    torch.manual_seed(0)
+    model = (YOLOESegModel if "seg" in name else YOLOEModel)(f"{name}.yaml", verbose=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    model.set_classes(["a plane", "a ship", "a car"], torch.nn.functional.normalize(torch.randn(1, 3, 512), dim=-1))
+    batch = np.stack([cv2.resize(image, (IMGSZ, IMGSZ)) for image in images])
+    with torch.no_grad():
+        model.train()(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
+    torch.save({"model": model.eval(), "train_args": {"imgsz": IMGSZ, "task": "detect"}}, tmp_path / "best.pt")
+    read, header = load_model(tmp_path / "best.pt")
+    assert header.classes == ("a plane", "a ship", "a car") and header.yaml["head"][-1][2] == "Detect"
+    pixels = torch.from_numpy(batch[:1]).permute(0, 3, 1, 2).float() / 255
+    for one in (read, model):
+        one.end2end = False
+    with torch.no_grad():
+        ours, theirs = read.eval()(pixels)[0], model.eval()(pixels)[0]
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    torch.testing.assert_close(ours, theirs[:, :7], atol=1e-4, rtol=1e-4)
+    assert ours[0, 4:].std() > 0.05 * ours[0, 4:].mean()
+    del model.pe
+    torch.save({"model": model}, tmp_path / "best.pt")
+    with pytest.raises(WeightsError, match=r"it is a YOLOE without classes: save it after model\.set_classes"):
+        load_model(tmp_path / "best.pt")
 
 
 TRAIN = """
