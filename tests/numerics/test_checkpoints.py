@@ -132,7 +132,7 @@ def test_a_model_that_began_as_one_of_other_classes_is_as_wide_as_that(name, ima
         assert (header.yaml["class_width"], header.classes) == (80, ("plane", "ship"))
         with torch.no_grad():
             ours, theirs = (one.eval()(torch.ones(1, 3, 64, 64))[0] for one in (model, fine_tuned))
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.long
@@ -216,7 +216,7 @@ def test_a_yolo_world_looks_for_the_classes_it_was_last_given(name, images, tmp_
         pixels = torch.from_numpy(batch[:1]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             ours, theirs = (one.eval()(pixels)[0] for one in (read, model))
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
         assert ours.shape[1] == 7 and ours[0, 4:].std() > 0.1 * ours[0, 4:].mean()
     found = YoloDetector.from_weights(path, Nms(1e-5, IOU, MAX_DET)).detect(images)
     assert all(one.scores.shape == (len(one.boxes), 3) for one in found) and sum(len(one.boxes) for one in found) > 5
