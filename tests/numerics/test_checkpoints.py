@@ -246,7 +246,7 @@ def test_a_yoloe_looks_for_the_classes_it_was_last_given(name, images, tmp_path)
     with torch.no_grad():
         ours, theirs = read.eval()(pixels)[0], model.eval()(pixels)[0]
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-    torch.testing.assert_close(ours, theirs[:, :7], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs[:, :7], atol=1e-3, rtol=1e-4)
     assert ours[0, 4:].std() > 0.05 * ours[0, 4:].mean()
     del model.pe
     torch.save({"model": model}, tmp_path / "best.pt")
