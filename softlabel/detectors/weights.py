@@ -284,7 +284,7 @@ def _depths(yaml: dict) -> list[float]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300].encode("utf-8", "replace").decode()
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], header: Header) -> None:
