@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
         if kind == "WorldDetect":
             return _world_header(model, head, content), {**tensors, WORLD_TEXT: _as_float32(model.txt_feats)}
         header = _ultralytics_header(model, kind, content, head.nc if kind in _WITH_TEXT else None)
-        header.yaml.update(_class_width(tensors, f"model.{place}.", len(header.classes)))
-        return header, tensors
+        width = _class_width(tensors, f"model.{place}.", len(header.classes))
+        return replace(header, yaml={**header.yaml, **width}), tensors
     # What a damaged pickle holds may be anything.
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise WeightsError(
@@ -73,16 +74,17 @@ def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
         ) from None
 
 
-def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
-    """The tensors of a .pt file that holds nothing else, as ``torch.save(model.state_dict())`` makes it.
+def read_state_dict(path: Path | str) -> dict[str, torch.Tensor] | None:
+    """The tensors of a .pt file that holds nothing else, as ``torch.save(model.state_dict())`` makes it, as float32.
+
+    Returns:
+        None where it holds something else, as a whole model.
 
     Raises:
-        WeightsError: It cannot be read safely, or holds something else.
+        WeightsError: It cannot be read safely.
     """
     found = _state_dict_in(read_pickle(path))
-    if found is None:
-        raise WeightsError(f"{path} does not hold tensors alone: give it without --model if it holds a whole model")
-    return {key: _as_float32(value) for key, value in found.items()}
+    return None if found is None else {str(key): _as_float32(value) for key, value in found.items()}
 
 
 def _model_of(content: Any, path: Path | str) -> Any:

@@ -1,10 +1,11 @@
 """What a weights file says of its model, whatever wrote it."""
 
+import math
 from pathlib import Path
 
 from softlabel.detectors.class_map import listed
 from softlabel.detectors.families import FAMILIES
-from softlabel.detectors.header import Header, is_checkpoint, is_onnx, read_safetensors_header
+from softlabel.detectors.header import Header, is_checkpoint, is_onnx, open_weights, read_safetensors_header
 
 _TASKS = {
     "segment": "boxes; its masks are left out",
@@ -81,8 +82,13 @@ def _folder(model: str) -> dict[str, str]:
 
     folder = local_folder(model)
     kind = model_type(folder)
-    size = sum(path.stat().st_size for path in model_files(folder) if path.suffix == ".safetensors")
-    common = {"folder": str(folder), "family": f"{kind} of transformers", "weights": f"{size / 1e6:,.1f} MB"}
+    tensors = [open_weights(path) for path in model_files(folder) if path.suffix == ".safetensors"]
+    shapes = (file.get_slice(key).get_shape() for file in tensors for key in file.keys())  # noqa: SIM118
+    common = {
+        "folder": str(folder),
+        "family": f"{kind} of transformers",
+        "parameters": f"{sum(map(math.prod, shapes)):,}",
+    }
     if FAMILIES[kind].open_vocabulary:
         use = f"labels as label.open_vocabulary.model={model}, with label.open_vocabulary.prompts"
         return {**common, "finds": "boxes of whatever it is told", "use": use}

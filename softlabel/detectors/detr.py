@@ -4,28 +4,21 @@ Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872
 queries answers, no two for one object: NMS at IoU 1 leaves them as they are.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.detector import Detector, Geometry
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.pretrained import SIDE, Shares, from_folder
 from softlabel.records import Nms
 
 _WITH_NO_OBJECT = {"detr", "yolos"}
 """Whose last logit is of no object, all under one softmax; the others' are independent."""
-
-SIDE = 1000.0
-"""Of the square that boxes are given in: shares of the tile would be too near each other for NMS, which moves classes
-apart."""
 
 
 class DetrDetector(Detector):
@@ -76,20 +69,3 @@ class _DetrNetwork(Network):
     def lower_precision(self, dtype: torch.dtype) -> None:
         """By autocast; boxes and scores are decoded in float32."""
         self._dtype = dtype
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Tiles as they are, and boxes back from a square of 1000 px."""
-
-    tile_hw: tuple[int, int]
-
-    def apply(self, image: Image) -> Image:
-        """As it is."""
-        return image
-
-    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        """In tile pixels."""
-        """In tile pixels."""
-        height, width = self.tile_hw
-        return boxes_N4 * np.array([width / SIDE, height / SIDE] * 2, np.float32)

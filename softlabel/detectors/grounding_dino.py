@@ -8,62 +8,15 @@ tile.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from softlabel.detectors.detector import Detector, Geometry
-from softlabel.detectors.detr import SIDE, Shares
-from softlabel.detectors.engines import EngineOptions, Network
-from softlabel.detectors.families import Teacher
-from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import class_scores, from_folder
+from softlabel.detectors.engines import Network
+from softlabel.detectors.pretrained import SIDE, PromptedDetector, class_scores
 from softlabel.detectors.queries import Queries
 from softlabel.errors import RecipeError
-from softlabel.records import Nms
-
-
-class GroundingDinoDetector(Detector):
-    """A Grounding DINO over tiles of any shape.
-
-    The score of a phrasing is the best of its tokens', as in transformers' own post-processing; of several phrasings of
-    a class the mean or the best counts (``combine``).
-
-    Args:
-        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
-        queries: What it looks for: prompts, not examples.
-        nms: What is kept of a forward pass.
-        device: As for Detector.
-        options: As for Detector; the engine is pytorch.
-
-    Raises:
-        WeightsError: The model cannot be loaded.
-        RecipeError: A class has examples and no prompt, or all prompts together are longer than the model reads.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        queries: Queries,
-        nms: Nms,
-        device: torch.device | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        model, processor = from_folder(folder, AutoModelForZeroShotObjectDetection, AutoProcessor)
-        super().__init__(_GroundingDinoNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
-
-    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """The model's own processor brings tiles to its size."""
-        return Shares(tile_hw)
-
-
-def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> GroundingDinoDetector:
-    """The detector of a folder, or of a name on the hub."""
-    assert teacher.queries is not None
-    return GroundingDinoDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
 
 
 @dataclass(frozen=True)
@@ -77,8 +30,6 @@ class _Caption:
 class _GroundingDinoNetwork(Network):
     def __init__(self, model: Any, processor: Any, queries: Queries) -> None:
         super().__init__()
-        if not all(queries.prompts):
-            raise RecipeError("label.open_vocabulary.examples: Grounding DINO takes prompts: give each class some")
         self.model, self._processor, self._dtype = model, processor.image_processor, torch.float32
         self._queries = queries
         phrasings = [*(phrasing for of_class in queries.prompts for phrasing in of_class), *queries.background]
@@ -140,3 +91,17 @@ def _caption(tokenizer: Any, phrasings: Sequence[str], most: int) -> _Caption:
     if empty := [phrasing for phrasing, found in zip(phrasings, tokens, strict=True) if not found]:
         raise RecipeError(f"the prompt {empty[0]!r} has no word: give one")
     return _Caption(dict(inputs), tuple(tokens))
+
+
+class GroundingDinoDetector(PromptedDetector):
+    """A Grounding DINO over tiles of any shape.
+
+    The score of a phrasing is the best of its tokens', as in transformers' own post-processing; of several phrasings of
+    a class the mean or the best counts (``combine``).
+    """
+
+    name = "Grounding DINO"
+    network = _GroundingDinoNetwork
+
+
+load = GroundingDinoDetector.of

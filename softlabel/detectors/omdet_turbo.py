@@ -5,60 +5,13 @@ through transformers. Classes and task are encoded once; what is left per tile i
 they meet.
 """
 
-from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from softlabel.detectors.detector import Detector, Geometry
-from softlabel.detectors.detr import SIDE, Shares
-from softlabel.detectors.engines import EngineOptions, Network
-from softlabel.detectors.families import Teacher
-from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import class_scores, from_folder
+from softlabel.detectors.engines import Network
+from softlabel.detectors.pretrained import SIDE, PromptedDetector, class_scores
 from softlabel.detectors.queries import Queries
-from softlabel.errors import RecipeError
-from softlabel.records import Nms
-
-
-class OmDetTurboDetector(Detector):
-    """An OmDet-Turbo over tiles of any shape.
-
-    Args:
-        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
-        queries: What it looks for: prompts, not examples.
-        nms: What is kept of a forward pass.
-        device: As for Detector.
-        options: As for Detector; the engine is pytorch.
-
-    Raises:
-        WeightsError: The model cannot be loaded.
-        RecipeError: A class has examples and no prompt.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        queries: Queries,
-        nms: Nms,
-        device: torch.device | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        if not all(queries.prompts):
-            raise RecipeError("label.open_vocabulary.examples: OmDet-Turbo takes prompts: give each class some")
-        model, processor = from_folder(folder, AutoModelForZeroShotObjectDetection, AutoProcessor)
-        super().__init__(_OmDetTurboNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
-
-    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """The model's own processor brings tiles to its size."""
-        return Shares(tile_hw)
-
-
-def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> OmDetTurboDetector:
-    """The detector of a folder, or of a name on the hub."""
-    assert teacher.queries is not None
-    return OmDetTurboDetector(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
 
 
 class _OmDetTurboNetwork(Network):
@@ -112,3 +65,13 @@ def _encode(model: Any, tokenizer: Any, phrasings: list[str]) -> tuple[torch.Ten
             task["attention_mask"],
             torch.tensor([len(phrasings)]),
         )
+
+
+class OmDetTurboDetector(PromptedDetector):
+    """An OmDet-Turbo over tiles of any shape."""
+
+    name = "OmDet-Turbo"
+    network = _OmDetTurboNetwork
+
+
+load = OmDetTurboDetector.of

@@ -1,16 +1,94 @@
-"""Models of transformers from a folder, without code from it and without the network."""
+"""What detectors of transformers have in common: where they come from, and how they see tiles and name boxes.
+
+Models come from a folder, without code from it and without the network.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from transformers.utils import logging
 
-from softlabel.errors import WeightsError
+from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.engines import EngineOptions
+from softlabel.detectors.families import Teacher
+from softlabel.detectors.hub import local_folder
+from softlabel.detectors.queries import Queries
+from softlabel.errors import RecipeError, WeightsError
+from softlabel.records import Nms
+
+SIDE = 1000.0
+"""Of the square that boxes are given in: shares of the tile would be too near each other for NMS, which moves classes
+apart."""
 
 logging.disable_progress_bar()
+
+
+class PromptedDetector(Detector):
+    """An open-vocabulary detector that takes prompts and no example crops, over tiles of any shape.
+
+    Args:
+        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        queries: What it looks for.
+        nms: What is kept of a forward pass.
+        device: As for Detector.
+        options: As for Detector; the engine is pytorch.
+
+    Raises:
+        WeightsError: The model cannot be loaded.
+        RecipeError: A class has examples and no prompt, or the model cannot read the prompts.
+    """
+
+    name: ClassVar[str]
+    network: ClassVar[type[Any]]
+    """A Network, made of a model, its processor and what it looks for; boxes are in a square of ``SIDE``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        queries: Queries,
+        nms: Nms,
+        device: torch.device | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        if not all(queries.prompts):
+            raise RecipeError(f"label.open_vocabulary.examples: {self.name} takes prompts: give each class some")
+        model, processor = from_folder(folder, AutoModelForZeroShotObjectDetection, AutoProcessor)
+        network = self.network(model, processor, queries)
+        super().__init__(network, queries.num_classes, nms, device, **options)
+
+    @classmethod
+    def of(cls, teacher: Teacher, **options: Unpack[EngineOptions]) -> "PromptedDetector":
+        """The detector of a folder, or of a name on the hub."""
+        assert teacher.queries is not None
+        return cls(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
+
+    def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
+        """The model's own processor brings tiles to its size."""
+        return Shares(tile_hw)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Tiles as they are, and boxes back from a square of 1000 px."""
+
+    tile_hw: tuple[int, int]
+
+    def apply(self, image: Image) -> Image:
+        """As it is."""
+        return image
+
+    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
+        """In tile pixels."""
+        """In tile pixels."""
+        height, width = self.tile_hw
+        return boxes_N4 * np.array([width / SIDE, height / SIDE] * 2, np.float32)
 
 
 def class_scores(phrasings: torch.Tensor, sizes: Sequence[int], *, mean: bool = False) -> torch.Tensor:

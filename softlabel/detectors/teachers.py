@@ -14,6 +14,7 @@ from softlabel.detectors.class_map import class_map
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.engine_choice import LIBRARIES, resolve
 from softlabel.detectors.families import FAMILIES, Teacher
+from softlabel.detectors.header import Header
 from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
@@ -47,7 +48,7 @@ def weights_teacher(
     if family == "onnx" and settings.imgsz not in (None, header.imgsz):
         raise RecipeError(f"label.imgsz: {weights} was exported for {header.imgsz} px: remove it, or export it anew")
     imgsz, nms = settings.imgsz or header.imgsz, settings.nms(default)
-    fingerprint = weights_fingerprint(weights, imgsz, nms, engine, precision)
+    fingerprint = weights_fingerprint(weights, header, imgsz, nms, engine, precision)
     if mapped is not None:
         fingerprint |= {"classes": list(mapped.classes), "class_map": mapped.identity()}
     return Teacher(
@@ -178,18 +179,18 @@ def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str
 
 
 def weights_fingerprint(
-    weights: Path | str, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32"
+    weights: Path | str, header: Header, imgsz: int, nms: Nms, engine: str = "pytorch", precision: str = "float32"
 ) -> dict:
     """All that decides which boxes a teacher finds in given pixels.
 
     Args:
         weights: The weights file.
+        header: What it says of itself.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
         engine: As softlabel.detectors.engine_choice.resolve gives it, and so is ``precision``.
         precision: Of the convolutions.
     """
-    header = read_header(weights)
     extra = [LIBRARIES[engine]] if engine in LIBRARIES else []
     return {
         "weights": file_digest(weights),

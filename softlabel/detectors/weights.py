@@ -95,11 +95,18 @@ def import_tensors(source: Path, target: Path, model: str, classes: Sequence[str
     """
     _check_absent(target)
     found = read_state_dict(source) if is_checkpoint(source) else _read_tensors(source)
-    tensors = {_WRAPPERS.sub("model.", key): value for key, value in found.items()}
+    if found is None:
+        raise WeightsError(f"{source} does not hold tensors alone: give it without --model if it holds a whole model")
+    tensors = _named_alike(found)
     header = Header(build_model(model, len(classes)).yaml, tuple(classes), imgsz, default_train_args(model))
     _check_fits(header, tensors, source)
     _save(target, tensors, header)
     return header
+
+
+def _named_alike(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names that a DetectionModel has for them."""
+    return {_WRAPPERS.sub("model.", key): value for key, value in tensors.items()}
 
 
 def _check_absent(target: Path) -> None:
@@ -201,7 +208,8 @@ def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
         WeightsError: The file cannot be read, or nothing fits.
     """
     own = model.state_dict()
-    tensors = read_weights(path)[1] if is_checkpoint(path) else _read_tensors(path)
+    alone = read_state_dict(path) if is_checkpoint(path) else _read_tensors(path)
+    tensors = read_weights(path)[1] if alone is None else _named_alike(alone)
     fitting = {k: v.float() for k, v in tensors.items() if k in own and v.shape == own[k].shape}
     if not fitting:
         raise WeightsError(f"no tensor of {path} fits this model by name and shape: is it for another architecture?")

@@ -15,6 +15,7 @@ import torch
 from torchvision.ops import box_iou
 
 from softlabel.detectors import engine_choice, engines
+from softlabel.detectors.describe import read_header
 from softlabel.detectors.engine_choice import resolve
 from softlabel.detectors.engines import Outputs
 from softlabel.detectors.losses import TileLoss
@@ -419,9 +420,10 @@ def test_what_cannot_run_is_refused_in_one_line(installed, asked, cuda, names, m
 
 def test_engine_and_precision_are_part_of_the_fingerprint(weights):
     need_openvino()
-    plain = weights_fingerprint(weights, 96, Nms())
-    assert plain == weights_fingerprint(weights, 96, Nms(), "pytorch", "float32")
-    other = weights_fingerprint(weights, 96, Nms(), "openvino", "bfloat16")
+    header = read_header(weights)
+    plain = weights_fingerprint(weights, header, 96, Nms())
+    assert plain == weights_fingerprint(weights, header, 96, Nms(), "pytorch", "float32")
+    other = weights_fingerprint(weights, header, 96, Nms(), "openvino", "bfloat16")
     assert {key for key in plain if plain[key] != other[key]} == {"engine", "precision", "versions"}
     assert set(other["versions"]) - set(plain["versions"]) == {"openvino"}
 

@@ -19,7 +19,15 @@ from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 from softlabel.cli import main
 from softlabel.detectors.checkpoint import read_checkpoint
 from softlabel.detectors.describe import read_header
-from softlabel.detectors.weights import build_model, default_train_args, import_weights, load_model, read_weights
+from softlabel.detectors.weights import (
+    build_model,
+    default_train_args,
+    import_tensors,
+    import_weights,
+    load_matching,
+    load_model,
+    read_weights,
+)
 from softlabel.detectors.yolov5 import anchor_yaml
 from softlabel.errors import WeightsError
 
@@ -359,6 +367,22 @@ def test_tensors_alone_become_weights_of_a_named_model(tmp_path, yolo, capsys, w
     assert "does not fit its own model: tensor model." in one_line(capsys)
     assert main([*words, "--model", "yolo11n.yaml", "--classes", "left,right", "--imgsz", "320"]) == 0
     assert_read(target, yolo)
+
+
+@pytest.mark.parametrize("kind", [".pt", ".safetensors"])
+def test_training_starts_from_tensors_alone(tmp_path, yolo, kind):
+    """Beside `model: yolo11n.yaml` they need no import; what does not fit is left."""
+    path = tmp_path / f"mine{kind}"
+    tensors = {f"module.{key}": value for key, value in yolo.state_dict().items()}
+    torch.save(tensors, path) if kind == ".pt" else save_file(tensors, path)
+    student = build_model("yolo11n.yaml", 5)
+    fitting, total = load_matching(student, path)
+    assert total > fitting > 0.95 * total
+    torch.testing.assert_close(student.state_dict()["model.0.conv.weight"], yolo.state_dict()["model.0.conv.weight"])
+    whole = save(tmp_path / "whole.pt", {"model": yolo})
+    assert load_matching(build_model("yolo11n.yaml", 5), whole) == (fitting, total)
+    with pytest.raises(WeightsError, match="does not hold tensors alone: give it without --model"):
+        import_tensors(whole, tmp_path / "x.safetensors", "yolo11n.yaml", ["a", "b"], 640)
 
 
 def one_line(capsys):

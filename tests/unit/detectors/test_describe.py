@@ -39,6 +39,7 @@ def test_weights_of_this_project_are_described(weights, capsys):
 def test_so_is_a_folder_of_transformers(capsys):
     assert main(["describe", "tests/assets/tiny-owlvit"]) == 0
     said = capsys.readouterr().out
+    assert int(said.split("parameters: ")[1].split("\n")[0].replace(",", "")) > 10_000
     assert "owlvit of transformers" in said and "label.open_vocabulary.model=tests/assets/tiny-owlvit" in said
 
 
