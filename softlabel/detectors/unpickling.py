@@ -14,7 +14,7 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,8 +29,6 @@ from softlabel.errors import WeightsError
 
 class StandIn:
     """Holds what a pickled object consists of, as its attributes, and does nothing."""
-
-    dump_patches = False  # torch.load asks every class of a file of the form before PyTorch 1.6
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -191,15 +189,6 @@ class _Unpickler(pickle.Unpickler):
         if not _is_known(module, name):
             raise _UnknownNameError(ascii(full[:200])[1:-1])
         return type(name, (StandIn,), {})  # anew: what a file does to a class ends with it
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # torch.load compares classes with the sources that a file from before PyTorch 1.6 has of them, and may write
-        # patches: not of these.
-        super().__setattr__(name, partial(_without_sources, value) if name == "persistent_load" else value)
-
-
-def _without_sources(load: Callable[[tuple], Any], saved: tuple) -> Any:
-    return saved[1] if saved[0] == "module" else load(saved)
 
 
 # torch.load takes a module with the parts of `pickle` that it uses.

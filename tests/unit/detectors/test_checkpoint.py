@@ -472,6 +472,28 @@ def test_a_file_of_before_pytorch_1_6_cannot_have_a_patch_written(tmp_path, yolo
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
+def test_nor_can_one_that_calls_itself_a_class(tmp_path, monkeypatch):
+    """With the source of a class that is real, and a name that says where the patch would go."""
+    monkeypatch.chdir(tmp_path)
+    state = (
+        b"(S'__wrapped__'\nccollections\nOrderedDict\nS'dump_patches'\nI01\nS'__name__'\nS'written'\nS'_modules'\n}u"
+    )
+    container = b"ctorch.nn.modules.conv\nConv2d\n)\x81}" + state + b"b"
+    head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
+    body = b"\x80\x02(S'module'\n" + container + b"S'a.py'\nS'class OrderedDict: pass'\ntQ."
+    Path("best.pt").write_bytes(b"".join(pickle.dumps(one, 2) for one in head) + body + pickle.dumps([], 2))
+    with pytest.raises(WeightsError, match="holds no detection model"):
+        read_weights("best.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_a_memo_cannot_ask_for_all_memory(tmp_path):
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(WeightsError, match="a memo of 2147483647 objects"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
