@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, and folders named by what determines them."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
@@ -27,6 +29,11 @@ def test_a_digest_ignores_key_order_and_nothing_else():
 def test_a_step_s_folder_changes_with_its_inputs_only(tmp_path):
     assert step_dir(tmp_path, "tiles", {"size": 3}) == step_dir(tmp_path, "tiles", {"size": 3})
     assert step_dir(tmp_path, "tiles", {"size": 3}) != step_dir(tmp_path, "tiles", {"size": 4})
+
+
+def test_a_step_s_folder_keeps_its_name_from_release_to_release():
+    # Runs of earlier releases go on where they were: change this only with _HASHED_VERSION, and say so in CHANGELOG.
+    assert step_dir(Path("r"), "label", {"a": 1}) == Path("r/label-d70c65b3dd")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):

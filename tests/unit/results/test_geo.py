@@ -1,6 +1,7 @@
 """Scenes as layers: coordinates, columns, and files that other programs read."""
 
 import json
+from dataclasses import replace
 
 import geopandas as gpd
 import numpy as np
@@ -54,6 +55,18 @@ def test_corners_go_through_the_scene_s_affine(transform, corners):
     found = frame(transform=transform)
     assert set(found.geometry[0].exterior.coords) == corners
     assert found.crs == "EPSG:32631"
+
+
+def test_a_rotated_box_keeps_its_corners_and_its_angle():
+    # 10 by 5 px, turned so that its long side runs 4 px along x for 3 px along y.
+    xywhr = np.array([[20, 40, 10, 5, np.arctan2(3, 4)]])
+    upright = scene(boxes=((14.5, 35, 25.5, 45),))
+    found = to_frame(replace(upright, xywhr=xywhr), CLASSES, "0123 obb")
+    pixels = [(17.5, 35), (25.5, 41), (22.5, 45), (14.5, 39)]
+    expected = shapely.Polygon([(400_000 + x / 2, 5_400_000 - y / 2) for x, y in pixels])
+    assert found.geometry[0].symmetric_difference(expected).area < 1e-6
+    assert found["angle"].tolist() == [np.arctan2(3, 4)]
+    assert found[["xmin", "ymin", "xmax", "ymax"]].iloc[0].tolist() == [14.5, 35, 25.5, 45]
 
 
 def test_without_a_crs_geometry_is_pixels():
