@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel import rotated
+
 BOX = pa.list_(pa.float32(), 4)
 """xyxy in pixels of the tile, max edges exclusive."""
 
@@ -141,21 +143,42 @@ class Detections:
 
 @dataclass(frozen=True)
 class Truth:
-    """The truth of one tile: boxes (N, 4) float32, class_ids (N,) int32, ignore (N,) bool."""
+    """The truth of one tile: boxes (N, 4) float32, class_ids (N,) int32, ignore (N,) bool.
+
+    ``xywhr`` (N, 5) float32 are the boxes as they were drawn, those that were drawn upright with angle 0, and ``boxes``
+    their hulls, clipped to the tile; None where none was drawn rotated.
+    """
 
     boxes: NDArray[np.float32]
     class_ids: NDArray[np.int32]
     ignore: NDArray[np.bool_]
+    xywhr: NDArray[np.float32] | None = None
 
     @classmethod
     def from_row(cls, truth: list[dict] | None) -> "Truth":
         """From the ``truth`` column of a tile row; null reads as no boxes."""
         rows = truth or []
+        boxes = np.array([row["box"] for row in rows], np.float32).reshape(-1, 4)
         return cls(
-            np.array([row["box"] for row in rows], np.float32).reshape(-1, 4),
+            boxes,
             np.array([row["class_id"] for row in rows], np.int32),
             np.array([row["ignore"] for row in rows], bool),
+            _drawn(boxes, [row.get("xywhr") for row in rows]),  # tiles of format 4 or before have none
         )
+
+    def at(self, index: NDArray[np.bool_] | NDArray[np.int64]) -> "Truth":
+        """Some of it, by a mask or in another order."""
+        xywhr = None if self.xywhr is None else self.xywhr[index]
+        return Truth(self.boxes[index], self.class_ids[index], self.ignore[index], xywhr)
+
+
+def _drawn(boxes_N4: NDArray[np.float32], xywhr: Sequence[list[float] | None]) -> NDArray[np.float32] | None:
+    if not any(xywhr):
+        return None
+    drawn_N5 = rotated.upright(boxes_N4)
+    for i, box in enumerate(xywhr):
+        drawn_N5[i] = drawn_N5[i] if box is None else box
+    return drawn_N5
 
 
 def soft_labels_table(

@@ -72,3 +72,9 @@ def aligned(xywhr_N5: Floats, angles_N: Floats) -> Floats:
 def overlaps(one_N5: Floats, other_N5: Floats) -> Floats:
     """Areas (N,) that pairs of boxes share, in square pixels."""
     return shapely.area(shapely.intersection(polygons(one_N5), polygons(other_N5)))
+
+
+def ious(one_N5: Floats, other_N5: Floats) -> Floats:
+    """IoU (N,) of pairs of boxes."""
+    shared_N = overlaps(one_N5, other_N5)
+    return shared_N / (one_N5[:, 2:4].prod(axis=1) + other_N5[:, 2:4].prod(axis=1) - shared_N)

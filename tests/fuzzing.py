@@ -676,7 +676,7 @@ def _weights_case(path: Path, mutations: Sequence[Mutation]) -> Case:
 def _least_model() -> DetectionModel:
     yaml = {
         "nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0,
-        "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "C3", [8]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]]],
+        "backbone": [[-1, 1, "Conv", [8, 3, 8]], [-1, 1, "nn.Upsample", [None, 2, "nearest"]]],
         "head": [[[1], 1, "Detect", ["nc"]]],
     }  # fmt: skip
     model = DetectionModel(yaml, verbose=False)

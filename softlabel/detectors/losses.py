@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from softlabel.detectors.yolov5_loss import AnchorLoss
-from softlabel.records import Truth
 
 
 class TileLoss:
@@ -27,33 +26,45 @@ class TileLoss:
         return self._terms.names
 
     def __call__(
-        self, raw: dict, index: int, boxes_N4: np.ndarray, class_ids: np.ndarray, size_hw: tuple[int, int]
+        self,
+        raw: dict,
+        index: int,
+        boxes_N4: np.ndarray,
+        class_ids: np.ndarray,
+        size_hw: tuple[int, int],
+        angles: np.ndarray | None = None,
     ) -> list[float]:
         """Loss terms of one tile of a forward pass.
 
         Args:
             raw: The head's raw outputs of a batch.
             index: Which tile of the batch.
-            boxes_N4: Its targets, xyxy in pixels of the model's input.
+            boxes_N4: Its targets, xyxy in pixels of the model's input; of a model that finds rotated boxes before they
+                are turned.
             class_ids: (N,) their classes.
             size_hw: Height and width of the model's input.
+            angles: (N,) by which they are turned, as softlabel.rotated has it, for a model that finds rotated boxes.
 
         Returns:
             One sum per term, then one normaliser per term.
         """
         boxes = torch.as_tensor(boxes_N4, dtype=torch.float32).reshape(-1, 4)
         scale = torch.tensor([size_hw[1], size_hw[0]], dtype=torch.float32)
+        parts = [(boxes[:, :2] + boxes[:, 2:]) / 2 / scale, (boxes[:, 2:] - boxes[:, :2]) / scale]
+        if angles is not None:
+            parts.append(torch.as_tensor(angles, dtype=torch.float32).reshape(-1, 1))
         targets = {
             "batch_idx": torch.zeros(len(boxes)),
             "cls": torch.as_tensor(class_ids, dtype=torch.float32).reshape(-1, 1),
-            "bboxes": torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2 / scale, (boxes[:, 2:] - boxes[:, :2]) / scale], 1),
+            "bboxes": torch.cat(parts, 1),
         }
         sums, normalisers = self._terms.of(raw, slice(index, index + 1), targets)
         return [*sums, *normalisers]
 
 
 class _AssignerTerms:
-    """ultralytics' anchor-free losses: three terms, all divided by the sum of the assigned target scores."""
+    """ultralytics' anchor-free losses: three terms, or four of rotated boxes, all divided by the sum of the assigned
+    target scores."""
 
     def __init__(self, criterion: Any) -> None:
         # End-to-end models (v10, 26) wrap two criteria; detections come from the one-to-many head here.
@@ -67,11 +78,8 @@ class _AssignerTerms:
 
     def of(self, raw: dict, tile: slice, targets: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
         raw = raw.get("one2many", raw)
-        one = {
-            "boxes": raw["boxes"][tile],
-            "scores": raw["scores"][tile],
-            "feats": [feature[tile] for feature in raw["feats"]],
-        }
+        one = {key: raw[key][tile] for key in ("boxes", "scores", "angle") if key in raw}
+        one["feats"] = [feature[tile] for feature in raw["feats"]]
         self._normaliser = 0.0
         _, items = self._criterion.loss(one, targets)
         return [float(item) * max(self._normaliser, 1.0) for item in items.values()], [self._normaliser] * len(items)
@@ -98,8 +106,3 @@ def mean_losses(names: Sequence[str], tile_losses: Sequence[Sequence[float]]) ->
     for name, term in zip(names, sums / np.maximum(normalisers, 1.0), strict=True):
         losses[name] += float(term)
     return losses
-
-
-def targets_of(truth: Truth) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes and classes that a loss may use: what evaluation ignores, training leaves out."""
-    return truth.boxes[~truth.ignore], truth.class_ids[~truth.ignore]

@@ -32,11 +32,9 @@ from softlabel.detectors.yolov5 import TRAIN_DEFAULTS, AnchorDetect, YoloV5, anc
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import commit
 
-_TRAINED = {"Detect": DetectionModel, "v10Detect": DetectionModel}
+_TRAINED = {"Detect": DetectionModel, "v10Detect": DetectionModel, "OBB": OBBModel, "OBB26": OBBModel}
 _MODELS = {
     **_TRAINED,
-    "OBB": OBBModel,
-    "OBB26": OBBModel,
     "RTDETRDecoder": RTDETRDetectionModel,
     "WorldDetect": WorldModel,
 }
@@ -48,7 +46,6 @@ _OTHER_TASKS = {
     "Classify": "classes of whole images",
     "SemanticSegment": "classes of pixels",
     "Depth": "depths",
-    "OBB": "rotated boxes",
 }
 """What the heads of other tasks find; some have a number at their end."""
 
@@ -154,6 +151,11 @@ def check_trainable(model: str | dict) -> None:
         RecipeError: There is no such model, or it is for another task.
     """
     _class_for(model, _model_yaml(model), _TRAINED)
+
+
+def finds_rotated(model: str | dict) -> bool:
+    """Whether a model, by its name or yaml, finds rotated boxes; raises RecipeError where there is no such model."""
+    return _model_yaml(model)["head"][-1][2].startswith("OBB")
 
 
 def _class_for(model: str | dict, yaml: dict, known: dict[str, type[DetectionModel]]) -> type[DetectionModel]:

@@ -13,11 +13,12 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules import OBB, Conv
 from ultralytics.nn.tasks import DetectionModel
 
+from softlabel import rotated
 from softlabel.detectors.detector import Detector, Geometry, Image
 from softlabel.detectors.engines import EngineOptions, Network, Outputs
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.letterbox import Letterbox
-from softlabel.detectors.losses import TileLoss, targets_of
+from softlabel.detectors.losses import TileLoss
 from softlabel.detectors.weights import default_train_args, load_model
 from softlabel.detectors.yolov5 import AnchorDetect
 from softlabel.records import Detections, Nms, Truth
@@ -52,8 +53,7 @@ class YoloDetector(Detector):
         self._loss: TileLoss | None = None
         self._losing = threading.Lock()  # a criterion notes the normaliser of the tile that it is at
         head = model.model[-1]
-        rotated = isinstance(head, OBB)
-        super().__init__(_YoloNetwork(self._model), int(head.nc), nms, device, rotated=rotated, **options)
+        super().__init__(_YoloNetwork(self._model), int(head.nc), nms, device, rotated=isinstance(head, OBB), **options)
 
     @classmethod
     def from_weights(
@@ -70,7 +70,7 @@ class YoloDetector(Detector):
         """
         model, header = load_model(weights)
         imgsz = imgsz or header.imgsz
-        gains = {k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl")}
+        gains = {k: v for k, v in header.train_args.items() if k in ("box", "cls", "dfl", "angle")}
         model.args = get_cfg(overrides={**default_train_args(header.yaml), **gains, "imgsz": imgsz})
         return cls(model, imgsz, nms, **options)
 
@@ -111,9 +111,13 @@ class YoloDetector(Detector):
         return self._loss
 
     def _tile_loss(self, raw: dict, position: int, letterbox: "Letterbox", truth: Truth) -> list[float]:
-        boxes, class_ids = targets_of(truth)
+        known = truth.at(~truth.ignore)  # as in training
+        boxes, angles = known.boxes, None
+        if self._rotated:
+            xywhr = rotated.upright(known.boxes) if known.xywhr is None else known.xywhr
+            boxes, angles = rotated.unturned(xywhr), xywhr[:, 4]
         in_input = boxes * letterbox.scale_4 + np.array(letterbox.pad_xy * 2, np.float32)
-        return self._tile_loss_of_model()(raw, position, in_input, class_ids, letterbox.size_hw)
+        return self._tile_loss_of_model()(raw, position, in_input, known.class_ids, letterbox.size_hw, angles)
 
 
 def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> YoloDetector:

@@ -4,6 +4,9 @@ The best class per box; per tile and class by descending score, at most 1,000; e
 of highest IoU. Ignored truth goes in as ``iscrowd=1``: what lies in it neither rewards nor punishes. A class that a
 tile was not labelled for does not exist there, neither its truth nor its detections.
 
+Where truth was drawn rotated and the detector finds rotated boxes, IoU is that of the polygons (as the DOTA benchmark
+has it); where only one of them is rotated, that of the upright hulls.
+
 Shape suffixes: T tiles, N detections, M truth boxes, K classes.
 """
 
@@ -16,6 +19,7 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 from numpy.typing import NDArray
 
+from softlabel import rotated
 from softlabel.records import UNKNOWN_CLASS, Detections, Truth
 
 MAX_DETECTIONS = 1000
@@ -40,7 +44,7 @@ class Columns:
         tile: (N,) index of each detection's tile.
         class_ids: (N,) its best class.
         scores: (N,) float32, the score of that class.
-        boxes: (N, 4) float64 xyxy.
+        boxes: (N, 4) float64 xyxy; or (N, 5) float64 xywhr (softlabel.rotated), where truth is rotated too.
         truth_tile: (M,), and so on for truth.
     """
 
@@ -54,6 +58,11 @@ class Columns:
     truth_class_ids: NDArray[np.int64]
     truth_boxes: NDArray[np.float64]
     truth_ignore: NDArray[np.bool_]
+
+    @property
+    def rotated(self) -> bool:
+        """Whether boxes are, and IoU is that of polygons."""
+        return self.boxes.shape[1] == 5
 
     def truth_counts(self) -> NDArray[np.int64]:
         """(K,) truth boxes per class, ignored ones left out."""
@@ -89,16 +98,17 @@ def to_columns(tiles: Sequence[TileResult], num_classes: int) -> Columns:
     labelled = [_is_labelled(t.labelled_classes, num_classes) for t in tiles]
     labelled_TK = np.array(labelled, bool).reshape(-1, num_classes)
     keep, keep_truth = labelled_TK[tile, class_ids], labelled_TK[truth_tile, truth_class_ids]
+    boxes, truth_boxes, empty = _boxes(tiles)
     return Columns(
         len(tiles),
         num_classes,
         tile[keep],
         class_ids[keep],
         _concatenate([t.detections.best for t in tiles], np.float32)[keep],
-        _concatenate([t.detections.boxes for t in tiles], np.float64, (0, 4))[keep],
+        _concatenate(boxes, np.float64, empty)[keep],
         truth_tile[keep_truth],
         truth_class_ids[keep_truth],
-        _concatenate([t.truth.boxes for t in tiles], np.float64, (0, 4))[keep_truth],
+        _concatenate(truth_boxes, np.float64, empty)[keep_truth],
         _concatenate([t.truth.ignore for t in tiles], np.bool_)[keep_truth],
     )
 
@@ -129,19 +139,65 @@ def match_at(evaluator: COCOeval, iou: float, num_detections: int) -> Matches:
 
 def evaluator_of(columns: Columns) -> COCOeval:
     """The columns as hotcoco takes them, not yet matched. COCO ids count from 1 in the order of the columns."""
+    evaluator = _evaluator_of_rotated(columns) if columns.rotated else _evaluator_of_upright(columns)
+    evaluator.params.max_dets = [MAX_DETECTIONS]
+    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [_EVERYWHERE], ["all"]
+    return evaluator
+
+
+def _images_and_categories(columns: Columns) -> tuple[list[dict], list[dict]]:
+    images = [{"id": index + 1} for index in range(columns.num_tiles)]
+    return images, [{"id": index + 1, "name": str(index)} for index in range(columns.num_classes)]
+
+
+def _evaluator_of_upright(columns: Columns) -> COCOeval:
     truth = COCO.from_arrays(
-        [{"id": index + 1} for index in range(columns.num_tiles)],
-        [{"id": index + 1, "name": str(index)} for index in range(columns.num_classes)],
+        *_images_and_categories(columns),
         columns.truth_tile + 1,
         columns.truth_class_ids + 1,
         _xywh(columns.truth_boxes),
         iscrowd=columns.truth_ignore,
     )
     results = np.column_stack([columns.tile + 1, _xywh(columns.boxes), columns.scores, columns.class_ids + 1])
-    evaluator = COCOeval(truth, truth.load_res(results), "bbox")
-    evaluator.params.max_dets = [MAX_DETECTIONS]
-    evaluator.params.area_rng, evaluator.params.area_rng_lbl = [_EVERYWHERE], ["all"]
-    return evaluator
+    return COCOeval(truth, truth.load_res(results), "bbox")
+
+
+def _evaluator_of_rotated(columns: Columns) -> COCOeval:
+    """hotcoco takes rotated boxes one by one only."""
+    images, categories = _images_and_categories(columns)
+    annotations = _rows(
+        id=np.arange(1, len(columns.truth_tile) + 1),
+        image_id=columns.truth_tile + 1,
+        category_id=columns.truth_class_ids + 1,
+        obb=columns.truth_boxes,
+        area=columns.truth_boxes[:, 2] * columns.truth_boxes[:, 3],
+        iscrowd=columns.truth_ignore.astype(int),
+    )
+    truth = COCO({"images": images, "categories": categories, "annotations": annotations})
+    results = _rows(
+        image_id=columns.tile + 1, category_id=columns.class_ids + 1, obb=columns.boxes, score=columns.scores
+    )
+    return COCOeval(truth, truth.load_res(results), "obb")
+
+
+def _rows(**columns: NDArray[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]
+
+
+def _boxes(tiles: Sequence[TileResult]) -> tuple[list[Any], list[Any], tuple[int, int]]:
+    """Those of detections and of truth, tile by tile, and the shape of none."""
+    found, truth = [t.detections for t in tiles], [t.truth for t in tiles]
+    if not (_has_rotated(found) and _has_rotated(truth)):
+        return [one.boxes for one in found], [one.boxes for one in truth], (0, 4)
+    return [_as_rotated(one) for one in found], [_as_rotated(one) for one in truth], (0, 5)
+
+
+def _has_rotated(of_tiles: Sequence[Detections] | Sequence[Truth]) -> bool:
+    return any(one.xywhr is not None for one in of_tiles)
+
+
+def _as_rotated(one: Detections | Truth) -> NDArray[np.float32]:
+    return rotated.upright(one.boxes) if one.xywhr is None else one.xywhr
 
 
 def _of_every_class(truth: Truth, num_classes: int) -> Truth:
@@ -150,9 +206,9 @@ def _of_every_class(truth: Truth, num_classes: int) -> Truth:
     if not unknown.any():
         return truth
     times = np.where(unknown, num_classes, 1)
-    class_ids = np.repeat(truth.class_ids, times)
-    class_ids[np.repeat(unknown, times)] = np.tile(np.arange(num_classes), int(unknown.sum()))
-    return Truth(np.repeat(truth.boxes, times, axis=0), class_ids, np.repeat(truth.ignore, times))
+    repeated = truth.at(np.repeat(np.arange(len(times)), times))
+    repeated.class_ids[np.repeat(unknown, times)] = np.tile(np.arange(num_classes), int(unknown.sum()))
+    return repeated
 
 
 def _is_labelled(labelled_classes: tuple[int, ...] | None, num_classes: int) -> NDArray[np.bool_]:

@@ -35,6 +35,7 @@ class Metrics:
         f1_conf: Where it is reached, a float32 just below the lowest score kept; 0 where nothing matches.
         per_class: By class name, in the order of the classes: ap50, ap50_95, precision, recall, f1 (all NaN without
             truth; a class with truth of which nothing is kept has precision 0), truth and detections (counts).
+        rotated: Whether IoU is that of rotated boxes (softlabel.evaluation.matching).
         curves: By class name, for the classes with truth: ``recall`` and ``precision`` (101, COCO's interpolation at
             IoU 0.5); ``confidence`` (C), shared, and at it ``f1``, ``precision_at`` (NaN where nothing is kept) and
             ``recall_at``. ``all`` has the macro means of the last three.
@@ -47,6 +48,7 @@ class Metrics:
     f1: float
     f1_conf: float
     per_class: dict[str, dict[str, float]]
+    rotated: bool
     curves: dict[str, dict[str, list[float]]] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def evaluate(tiles: Sequence[TileResult], classes: tuple[str, ...]) -> Metrics:
         f1=_mean(rates[2]),
         f1_conf=f1_conf,
         per_class=_per_class(classes, np.stack([ap50, ap50_95, *rates]), columns),
+        rotated=columns.rotated,
         curves=_curves(classes, scores, precision[0]),
     )
 

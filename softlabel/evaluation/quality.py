@@ -13,6 +13,7 @@ from math import isnan, nan
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel import rotated
 from softlabel.boxes import area
 from softlabel.evaluation.matching import Columns, Matches, TileResult, match, to_columns
 from softlabel.evaluation.metrics import IOU_THRESHOLDS
@@ -126,9 +127,13 @@ def _pair_ious(columns: Columns, matches: Matches) -> NDArray[np.float64]:
     """(N,) IoU of each detection with the truth it found, 0 for the others."""
     ious = np.zeros(len(columns.tile))
     boxes, truth = columns.boxes[matches.found], columns.truth_boxes[matches.truth[matches.found]]
-    overlap = np.concatenate([np.maximum(boxes[:, :2], truth[:, :2]), np.minimum(boxes[:, 2:], truth[:, 2:])], axis=1)
-    ious[matches.found] = area(overlap) / (area(boxes) + area(truth) - area(overlap))
+    ious[matches.found] = rotated.ious(boxes, truth) if columns.rotated else _ious(boxes, truth)
     return ious
+
+
+def _ious(boxes: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
+    overlap = np.concatenate([np.maximum(boxes[:, :2], truth[:, :2]), np.minimum(boxes[:, 2:], truth[:, 2:])], axis=1)
+    return area(overlap) / (area(boxes) + area(truth) - area(overlap))
 
 
 def _count_above(

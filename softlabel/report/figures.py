@@ -88,7 +88,7 @@ def draw_soft_labels(image: Pixels, found: Detections, classes: Sequence[str], s
     best_first = np.argsort(-found.best, kind="stable").tolist()
     boxes, rgbs = found.boxes * factor, [class_rgb(class_id) for class_id in found.class_ids.tolist()]
     for i in reversed(best_first):
-        _outline(draw, found, i, factor, rgbs[i], thick=found.best[i] > 0.5)
+        _outline(draw, found, i, factor, rgbs[i], offsets=(0, 1) if found.best[i] > 0.5 else (0,))
     if not scores:
         return np.asarray(photo)
     texts = [f"{score:.2f}" for score in found.best]
@@ -234,11 +234,11 @@ def _with_boxes(photo: Image.Image, overlay: Overlay, factor: float) -> Image.Im
     draw = ImageDraw.Draw(photo)
     draw.fontmode = "1"
     truth = overlay.truth
-    for box, ignore in zip(truth.boxes * factor, truth.ignore, strict=True):
-        _rectangle(draw, box, TRUTH_RGB, offsets=(0,) if ignore else (-2, -1, 0))
+    for i, ignore in enumerate(truth.ignore):
+        _outline(draw, truth, i, factor, TRUTH_RGB, offsets=(0,) if ignore else (-2, -1, 0))
     found = overlay.detections
     for i in range(len(found.boxes)):
-        _outline(draw, found, i, factor, SOFT_RGB, thick=True)
+        _outline(draw, found, i, factor, SOFT_RGB, offsets=(0, 1))
     named = len(overlay.classes) > 1 and len(found.boxes) < _THIN_FROM
     for box, class_id, score in zip(found.boxes * factor, found.class_ids, found.best, strict=True):
         name = f"{overlay.classes[class_id]} " if named else ""
@@ -247,14 +247,19 @@ def _with_boxes(photo: Image.Image, overlay: Overlay, factor: float) -> Image.Im
 
 
 def _outline(
-    draw: ImageDraw.ImageDraw, found: Detections, i: int, factor: float, rgb: tuple[int, int, int], *, thick: bool
+    draw: ImageDraw.ImageDraw,
+    of: Detections | Truth,
+    i: int,
+    factor: float,
+    rgb: tuple[int, int, int],
+    offsets: tuple[int, ...],
 ) -> None:
-    """Of a detection: the rotated box where it is one."""
-    if found.xywhr is None:
-        _rectangle(draw, found.boxes[i] * factor, rgb, offsets=(0, 1) if thick else (0,))
+    """One-pixel frames of a box, or as thick a polygon where it is rotated."""
+    if of.xywhr is None:
+        _rectangle(draw, of.boxes[i] * factor, rgb, offsets)
         return
-    corners = rotated.corners(found.xywhr[i : i + 1].astype(np.float64))[0] * factor
-    draw.polygon([(float(x), float(y)) for x, y in corners], outline=rgb, width=2 if thick else 1)
+    corners = rotated.corners(of.xywhr[i : i + 1].astype(np.float64))[0] * factor
+    draw.polygon([(float(x), float(y)) for x, y in corners], outline=rgb, width=len(offsets))
 
 
 def _rectangle(draw: ImageDraw.ImageDraw, box: NDArray, rgb: tuple[int, int, int], offsets: tuple[int, ...]) -> None:

@@ -85,6 +85,7 @@ def _view(results: dict, curves: dict[str, dict], overlays: list[Overlay]) -> di
         "paper_answers": wording.paper_answers(results),
         "has_open_vocabulary": any(wording.source_of(model) == wording.OWLVIT for model in models),
         "rows": [_row(model, styles[model["name"]], wording.paper_of(models)) for model in models],
+        "rotated_note": wording.rotated_note(models),
         "metrics": wording.METRICS,
         "losses": wording.loss_names(models),
         "drops": _drop_view(results, styles),

@@ -54,8 +54,20 @@ def format_table(results: dict) -> str:
     notes = [
         "change: against the model trained on truth on the same train set; negative: soft labels did worse",
         f"{_CHANCE.strip()}: not distinguishable from chance on this test split",
+        *rotated_note(results["models"]),
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+
+
+def rotated_note(models: Sequence[dict]) -> list[str]:
+    """Which models are judged by rotated boxes, and that others do not compare with them; nothing where none is."""
+    turned = [model["name"] for model in models if model.get("rotated")]
+    if not turned:
+        return []
+    if len(turned) == len(models):
+        return ["mAP: by IoU of rotated boxes"]
+    others = "that of the others is by IoU of upright boxes, which is easier to reach"
+    return [f"mAP of {', '.join(turned)}: by IoU of rotated boxes; {others}"]
 
 
 def format_calibration(rows: Sequence[dict]) -> str:

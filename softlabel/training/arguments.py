@@ -10,7 +10,7 @@ from typing import Any
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 
 from softlabel.config import Train, is_anchor_based
-from softlabel.detectors.weights import check_trainable
+from softlabel.detectors.weights import check_trainable, finds_rotated
 from softlabel.errors import RecipeError
 
 SET_BY_SOFTLABEL = {
@@ -29,7 +29,7 @@ SET_BY_SOFTLABEL = {
 OBEYED = frozenset(
     {"epochs", "patience", "batch", "imgsz", "cache", "workers", "optimizer", "deterministic", "cos_lr", "close_mosaic"}
     | {"amp", "freeze", "multi_scale", "channels_last", "lr0", "lrf", "momentum", "weight_decay", "nbs"}
-    | {"warmup_epochs", "warmup_momentum", "warmup_bias_lr", "box", "cls", "cls_pw", "dfl"}
+    | {"warmup_epochs", "warmup_momentum", "warmup_bias_lr", "box", "cls", "cls_pw", "dfl", "angle"}
     | {"hsv_h", "hsv_s", "hsv_v", "degrees", "translate", "scale", "shear", "perspective", "flipud", "fliplr", "bgr"}
     | {"mosaic", "mixup", "cutmix"}
 )
@@ -52,7 +52,7 @@ _NOT_HERE = {
     "dis": "students learn from stored labels, no teacher runs beside them",
 }
 _OTHER_TASKS = (
-    *("overlap_mask", "mask_ratio", "retina_masks", "dropout", "pose", "kobj", "rle", "angle", "dlog", "dgrad", "dlam"),
+    *("overlap_mask", "mask_ratio", "retina_masks", "dropout", "pose", "kobj", "rle", "dlog", "dgrad", "dlam"),
     *("auto_augment", "erasing"),
 )
 _OTHER_MODES = (
@@ -119,6 +119,8 @@ def _problem(name: str, args: dict[str, Any], model: str) -> str | None:
         return f"has no effect ({WITHOUT_EFFECT[name]})"
     if name in _NOT_WITH_ANCHORS and is_anchor_based(model):
         return f"is of no loss that {model} has (they are box, obj and cls)"
+    if name == "angle" and not finds_rotated(model):
+        return f"is of no loss that {model} has: it finds upright boxes"
     optimizer = str(args.get("optimizer", "auto")).lower()
     if name in _FIXED_BY_AUTO and optimizer == "auto":
         return "has no effect under optimizer: auto, which chooses it (or name an optimizer)"

@@ -8,27 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 from ultralytics.data.dataset import YOLODataset
 
+from softlabel import rotated
 from softlabel.training.targets import Target
 
 
 class TileDataset(YOLODataset):
     """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files.
 
-    ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB.
+    ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB. Under ultralytics' task ``obb`` boxes are rotated.
     """
 
     def __init__(self, targets: Sequence[Target], read: Callable[[dict], NDArray[np.uint8]], **kwargs: object) -> None:
         self._targets = list(targets)
         self._read = read
-        super().__init__(img_path="", task="detect", **kwargs)
+        super().__init__(img_path="", **kwargs)
 
     def get_img_files(self, img_path: str) -> list[str]:
         """Tile ids, where ultralytics would list files; ``fraction`` has no meaning here."""
         return [target.tile["tile_id"] for target in self._targets]
 
     def get_labels(self) -> list[dict]:
-        """Labels as ultralytics holds them: normalised xywh, classes as a float column."""
-        return [_label(target) for target in self._targets]
+        """Labels as ultralytics holds them: normalised xywh, classes as a float column; corners of rotated boxes."""
+        return [_label(target, rotated_boxes=self.use_obb) for target in self._targets]
 
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False
@@ -66,7 +67,7 @@ class TileDataset(YOLODataset):
         return False
 
 
-def _label(target: Target) -> dict:
+def _label(target: Target, *, rotated_boxes: bool) -> dict:
     _, _, width, height = target.tile["window"]
     boxes = target.boxes.astype(np.float32)
     xywh = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -75,8 +76,13 @@ def _label(target: Target) -> dict:
         "shape": (height, width),
         "cls": target.class_ids.astype(np.float32).reshape(-1, 1),
         "bboxes": xywh / np.array([width, height, width, height], np.float32),
-        "segments": [],
+        "segments": list(_corners(target) / np.array([width, height], np.float32)) if rotated_boxes else [],
         "keypoints": None,
         "normalized": True,
         "bbox_format": "xywh",
     }
+
+
+def _corners(target: Target) -> NDArray[np.float32]:
+    """(N, 4, 2) in tile pixels."""
+    return rotated.corners(rotated.upright(target.boxes) if target.xywhr is None else target.xywhr).astype(np.float32)

@@ -25,13 +25,15 @@ STATE = "state.pt"
 class Target:
     """One training tile: its row (where its pixels are), boxes (N, 4) float32 xyxy tile pixels, class_ids (N,).
 
-    ``unknown`` (H, 4) are boxes of objects whose class nobody knows.
+    ``unknown`` (H, 4) are boxes of objects whose class nobody knows. ``xywhr`` (N, 5) are rotated boxes, of which
+    ``boxes`` are the hulls; None where boxes are upright.
     """
 
     tile: dict
     boxes: NDArray[np.float32]
     class_ids: NDArray[np.int64]
     unknown: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    xywhr: NDArray[np.float32] | None = None
 
     def hide_unknown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The tile's pixels (rows, columns, bands), those of unknown objects in the grey of the padding.
@@ -77,12 +79,19 @@ class TrainJob:
         """The training set.
 
         Raises:
-            TrainingError: It has no box.
+            TrainingError: It has no box, or none is rotated and the model finds rotated ones.
         """
+        from softlabel.detectors.weights import finds_rotated  # imports PyTorch and ultralytics
+
         if self.soft_labels is None:
             targets = truth_targets(self.tiles, self.split)
         else:
             targets = soft_targets(self.tiles, self.split, self.soft_labels, self._thresholds(), self.calibration)
+        if finds_rotated(self.model) and all(target.xywhr is None for target in targets):
+            raise TrainingError(
+                f"{self.name}: {self.model} learns rotated boxes, and those of {self.soft_labels or self.tiles} are "
+                "upright: train a model as yolo11n.yaml, or give truth in DOTA's form or labels of an -obb model"
+            )
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
 
     def _thresholds(self) -> float | NDArray[np.float32]:
@@ -101,9 +110,8 @@ def truth_targets(tiles: Path, split: str) -> list[Target]:
     for row in read_tiles(tiles, [split]):
         if row["truth"] is not None:
             truth = Truth.from_row(row["truth"])
-            known, unknown = ~truth.ignore, truth.class_ids == UNKNOWN_CLASS
-            class_ids = truth.class_ids[known].astype(np.int64)
-            targets.append(Target(row, truth.boxes[known], class_ids, truth.boxes[unknown]))
+            known, unknown = truth.at(~truth.ignore), truth.boxes[truth.class_ids == UNKNOWN_CLASS]
+            targets.append(Target(row, known.boxes, known.class_ids.astype(np.int64), unknown, known.xywhr))
     return _checked(targets, f"split {split} of {tiles} has no truth")
 
 
@@ -128,7 +136,7 @@ def soft_targets(
         if label["tile_id"] in rows and label["status"] == LABELLED:
             found = detections_from_row(label)
             kept = (calibration.apply(found) if calibration else found).above(threshold)
-            targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids))
+            targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids, xywhr=kept.xywhr))
     return _checked(targets, f"no soft label of {store} is above {threshold}")
 
 

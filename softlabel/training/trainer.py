@@ -28,7 +28,7 @@ from ultralytics.utils import callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
 from softlabel.detectors.header import Header
-from softlabel.detectors.weights import build_model, default_train_args, load_matching, save_weights
+from softlabel.detectors.weights import build_model, default_train_args, finds_rotated, load_matching, save_weights
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.detectors.yolov5 import YoloV5
 from softlabel.errors import TrainingError
@@ -143,6 +143,7 @@ class SoftLabelTrainer(DetectionTrainer):
             **default_train_args(job.model),
             **job.args,
             "model": job.model,
+            "task": "obb" if finds_rotated(job.model) else "detect",
             "device": "cpu" if device.type == "cpu" else str(device.index),
             "save_dir": str(scratch),
             "seed": job.seed,
@@ -170,6 +171,7 @@ class SoftLabelTrainer(DetectionTrainer):
             batch_size=batch,
             augment=mode == "train",
             hyp=self.args,
+            task=self.args.task,
             cache=(self.args.cache or None) if mode == "train" else None,
             stride=self.stride,
             data=self.data,

@@ -65,7 +65,7 @@ def training_losses(job: TrainJob, targets: list[Target]) -> dict[str, float]:
     reader, mine, sums = TileReader(), targets[rank() :: world_size()], []
     for start in range(0, len(mine), _BATCH):
         chunk = mine[start : start + _BATCH]
-        truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0) for t in chunk]
+        truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0, t.xywhr) for t in chunk]
         sums += detector.losses([target.hide_unknown(reader.read(target.tile)) for target in chunk], truths)
     reader.close()
     return mean_losses(detector.loss_names(), [row for part in gather(sums) for row in part])

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 import softlabel
-from softlabel.config import Recipe
+from softlabel.config import Recipe, Train
 from softlabel.detectors.engine_choice import resolve
+from softlabel.errors import RecipeError
 from softlabel.evaluation.quality import drop, loss_difference_percent
 from softlabel.evaluation.run import QUALITY_THRESHOLDS, curves, difference, evaluate_store, numbers, quality
 from softlabel.imagery.run import tile
@@ -61,7 +62,7 @@ class _Student:
 
 def experiment(recipe: Recipe, run_dir: Path) -> dict:
     """Run all that is not done, write results.json and report.html into ``run_dir``, and return the results."""
-    check_models(recipe.train)  # before hours go into what they would not be trained on
+    _check_models(recipe.train)  # before hours go into what they would not be trained on
     cuda = recipe.execution.gpus_per_actor > 0
     resolve(recipe.label.engine, recipe.label.precision, cuda=cuda, with_losses=False)
     steps = Steps(run_dir, total=7)
@@ -91,6 +92,17 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
     files = f"results: {run_dir / 'results.json'}\nreport:  {run_dir / 'report.html'}"
     say(f"\n{wording.format_table(results)}\n\n{files}")
     return results
+
+
+def _check_models(train: Train) -> None:
+    from softlabel.detectors.weights import finds_rotated  # imports PyTorch and ultralytics
+
+    check_models(train)
+    if finds_rotated(train.student.model) and not finds_rotated(train.teacher.model):
+        raise RecipeError(
+            f"train.student.model {train.student.model} learns rotated boxes, and train.teacher.model "
+            f"{train.teacher.model} finds upright ones: name an -obb model for both"
+        )
 
 
 def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, _Student], dict[int, _Student]]:
@@ -224,6 +236,7 @@ def _model_row(recipe: Recipe, model: _Student, test: dict) -> dict[str, Any]:
         **{key: test[key] for key in ("map50", "map50_95", "precision", "recall", "f1", "f1_conf")},
         "losses": losses,
         "per_class": test["per_class"],
+        "rotated": test.get("rotated", False),  # a run of an earlier release goes on
         "drop": None,
         **{key: trained[key] for key in (*keys, "train_tiles", "train_boxes", "val_map50", "seconds")},
     }

@@ -10,16 +10,18 @@ import psutil
 import pytest
 import rasterio
 from conftest import CLASSES, tiny_recipe
+from made_stores import write_store
 from rasterio.windows import Window
 from safetensors.numpy import load_file
 
+from softlabel import rotated
 from softlabel.detectors.describe import read_header
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
 from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
-from softlabel.records import EMPTY
+from softlabel.records import EMPTY, Detections, Truth
 from softlabel.store import read_soft_labels, read_tiles, summary
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
@@ -38,8 +40,8 @@ def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", model="yolov
 
 @pytest.fixture(scope="module")
 def trained(weights, tmp_path_factory):
-    """Two models in one launch of two workers, with the test scenes gone: one of ultralytics' on truth, and an
-    anchor-based one on soft labels."""
+    """Three models in one launch of two workers, with the test scenes gone: one of ultralytics' on truth, an
+    anchor-based one on soft labels, and one of rotated boxes on rotated labels."""
     run_dir = tmp_path_factory.mktemp("train")
     recipe = tiny_recipe(execution=TWO_WORKERS)
     tiles = tile(recipe, run_dir)
@@ -49,9 +51,21 @@ def trained(weights, tmp_path_factory):
     jobs = [
         job_of(recipe, run_dir, tiles),
         job_of(recipe, run_dir, tiles, "soft_2", "train_2", "yolov5n-anchor.yaml", soft_labels=store, threshold=0.05),
+        job_of(recipe, run_dir, tiles, "turned_2", "train_2", "yolo11n-obb.yaml", soft_labels=_turned(run_dir, tiles)),
     ]
     train(recipe, jobs, run_dir)
     return recipe, run_dir, tiles, jobs
+
+
+def _turned(run_dir, tiles):
+    """A store of rotated boxes: those that lie in the truth's, with their corners in the middle of its sides."""
+    made = []
+    for row in read_tiles(tiles, ["train_2"]):
+        truth = Truth.from_row(row["truth"])
+        xywhr = rotated.upright(truth.boxes) * np.array([1, 1, 0.7, 0.7, 1], np.float32) + np.array([0, 0, 0, 0, 0.7])
+        found = Detections(truth.boxes, np.eye(3, dtype=np.float32)[truth.class_ids], xywhr=xywhr.astype(np.float32))
+        made.append((row, found, None, False))
+    return write_store(run_dir, made, tiles=tiles.name, weights="turned", splits=["train_2"])
 
 
 def test_training_never_needs_the_test_split(trained):
@@ -73,7 +87,8 @@ def test_two_ranks_end_with_equal_parameters(trained):
 
 def test_each_model_says_how_it_was_trained(trained):
     _, _, tiles, jobs = trained
-    for job, losses in zip(jobs, ({"box", "cls", "dfl"}, {"box", "obj", "cls"}), strict=True):
+    terms = ({"box", "cls", "dfl"}, {"box", "obj", "cls"}, {"box", "cls", "dfl", "angle"})
+    for job, losses in zip(jobs, terms, strict=True):
         said = summary(job.folder)
         assert [row["epoch"] for row in said["history"]] == [1, 2, 3]
         assert (said["epochs"], said["epochs_with_mosaic"], said["optimizer"]) == (3, 2, "SGD")
@@ -82,7 +97,7 @@ def test_each_model_says_how_it_was_trained(trained):
         assert set(said["losses"]) == losses and all(value > 0 for value in said["losses"].values())
         assert all(set(row["losses"]) == losses for row in said["history"])
         assert read_header(job.folder / WEIGHTS).classes == CLASSES
-    truth, soft = (summary(job.folder)["train_boxes"] for job in jobs)
+    truth, soft, _ = (summary(job.folder)["train_boxes"] for job in jobs)
     assert truth == sum(len(target.boxes) for target in truth_targets(tiles, "train_1"))
     assert soft == sum(len(target.boxes) for target in soft_targets(tiles, "train_2", jobs[1].soft_labels, 0.05))
 

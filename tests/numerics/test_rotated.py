@@ -1,5 +1,6 @@
 """Rotated boxes: their geometry against shapely, their NMS against ultralytics', merging against brute force."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import shapely
 import shapely.affinity
 import torch
+from ultralytics.cfg import get_cfg
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel import rotated
+from softlabel.detectors.losses import mean_losses
 from softlabel.detectors.rotated_nms import suppressed_rotated
+from softlabel.detectors.weights import build_model
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.fusion import fuse_tile
-from softlabel.records import Detections, Nms, detections_from_row, soft_labels_table
+from softlabel.records import Detections, Nms, Truth, detections_from_row, soft_labels_table
 from softlabel.results.merge import merge
 
 
@@ -140,3 +145,52 @@ def test_a_row_of_a_store_keeps_them():
         read = detections_from_row(row)
         np.testing.assert_array_equal(read.xywhr, one.xywhr)
         np.testing.assert_array_equal(read.above(0.5).xywhr, one.xywhr)
+
+
+def test_truth_drawn_rotated_comes_with_the_upright_boxes_among_it():
+    box = {"class_id": 1, "visible": 1.0, "ignore": False}
+    turned = [5, 5, 4, 2, 0.5]
+    truth = Truth.from_row([{**box, "box": [3, 3, 7, 7], "xywhr": turned}, {**box, "box": [0, 2, 4, 8], "xywhr": None}])
+    np.testing.assert_allclose(truth.xywhr, [turned, [2, 5, 4, 6, 0]])
+    assert truth.xywhr.dtype == np.float32
+    np.testing.assert_allclose(truth.at(np.array([1])).xywhr, [[2, 5, 4, 6, 0]])
+    upright = [{**box, "box": [0, 2, 4, 8], "xywhr": None}, {**box, "box": [0, 2, 4, 8]}]  # format 4 has no such field
+    assert Truth.from_row(upright).xywhr is Truth.from_row(None).xywhr is None
+
+
+@pytest.mark.parametrize("name", ["yolo11n-obb", "yolo26n-obb"])
+def test_losses_of_tiles_add_up_to_the_loss_of_the_batch(name):
+    torch.manual_seed(0)
+    model = build_model(f"{name}.yaml", 3)
+    model.args = get_cfg(overrides={"imgsz": 96, "angle": 2.0})
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (96, 96, 3), np.uint8) for _ in range(2)]
+    boxes = np.array([[40, 40, 50, 20, 0.6], [60, 30, 24, 30, 1.2], [30, 70, 40, 12, 0.1]], np.float32)
+    class_ids, ignored = np.array([1, 0, 2], np.int32), np.array([[48, 48, 30, 30, 0.3]], np.float32)
+    drawn = [(boxes[:1], class_ids[:1]), (boxes[1:], class_ids[1:])]
+    truths = [
+        Truth(
+            rotated.hulls(np.concatenate([b, ignored])),
+            np.append(k, [1]).astype(np.int32),
+            np.append(np.zeros(len(b), bool), [True]),
+            np.concatenate([b, ignored]),
+        )
+        for b, k in drawn
+    ]
+    reference = copy.deepcopy(model).eval().fuse(verbose=False)
+    detector = YoloDetector(model, 96, Nms(), torch.device("cpu"))
+    assert detector.loss_names() == ["box", "cls", "l1" if name == "yolo26n-obb" else "dfl", "angle"]
+    ours = mean_losses(detector.loss_names(), detector.losses(images, truths))
+    scaled = boxes / np.array([96, 96, 96, 96, 1], np.float32)
+    batch = {
+        "img": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255,
+        "batch_idx": torch.tensor([0.0, 1, 1]),
+        "cls": torch.tensor([[1.0], [0], [2]]),
+        "bboxes": torch.from_numpy(scaled),
+    }
+    with torch.inference_mode():
+        raw = reference(batch["img"])[1]
+        criterion = reference.init_criterion()
+        _, items = getattr(criterion, "one2many", criterion).loss(raw.get("one2many", raw), batch)
+    theirs = {key.removesuffix("_loss"): float(value) for key, value in items.items()}
+    assert ours == pytest.approx(theirs, rel=1e-4) and all(value > 0 for value in ours.values())

@@ -12,6 +12,7 @@ from softlabel.cli import main
         ("yolo11n.yaml", ["family:     yolo (yolo11n.yaml)", "finds:      boxes\n", "starts training"]),
         ("yolov8n-seg.yaml", ["yolov8n-seg.yaml", "boxes; its masks are left out", "starts training"]),
         ("yolo26n-pose.yaml", ["boxes; its keypoints are left out"]),
+        ("yolo11n-obb.yaml", ["finds:      rotated boxes\n", "starts training"]),
         ("yolov8n-rtdetr.yaml", ["rtdetr_ultralytics (yolov8n-rtdetr.yaml)"]),
     ],
 )

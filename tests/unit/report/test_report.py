@@ -1,12 +1,14 @@
 """The report says what the numbers say, whatever numbers are missing, and needs nothing beside itself."""
 
 import copy
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from softlabel import rotated
 from softlabel.records import Detections, Truth
 from softlabel.report import figures, page, wording
 from softlabel.report.figures import SOFT_RGB, TRUTH_RGB, Overlay
@@ -314,6 +316,27 @@ def test_the_table_for_the_terminal_aligns():
     assert len(head) <= 124 and "not distinguishable" in chance
     assert all(row[head.index("train set") :].startswith("train_") for row in rows)
     assert "negative: soft labels did worse" in note
+
+
+def test_models_judged_by_rotated_boxes_are_named(tmp_path, overlay):
+    results = six()
+    for turned, note in ((1, "mAP of {}: by IoU of rotated boxes; that of the others"), (6, "mAP: by IoU of rotated")):
+        for one in results["models"][:turned]:
+            one["rotated"] = True
+        note = note.format(results["models"][0]["name"])
+        assert note in wording.format_table(results) and note in written(tmp_path, results, overlays=[overlay])
+    assert "rotated" not in wording.format_table(six()) + written(tmp_path, six(), overlays=[overlay])
+
+
+def test_rotated_truth_is_drawn_as_it_lies():
+    image, box = np.full((640, 640, 3), 90, np.uint8), np.array([[320, 320, 200, 200, math.pi / 4]], np.float32)
+    truth = Truth(rotated.hulls(box), np.array([0], np.int32), np.array([False]), box)
+    nothing = Detections(box[:0, :4], np.zeros((0, 1), np.float32))
+    drawn = (figures.draw_overlay(Overlay("t", image, truth, nothing, ("car",))) == TRUTH_RGB).all(axis=2)
+    for x, y in rotated.corners(box)[0].round().astype(int):
+        assert drawn[y - 2 : y + 3, x - 2 : x + 3].any()
+    x0, y0, *_ = rotated.hulls(box)[0].round().astype(int)
+    assert not drawn[y0 : y0 + 20, x0 : x0 + 20].any()
 
 
 def test_truth_is_green_and_soft_labels_red(overlay):

@@ -10,7 +10,7 @@ import torch
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data import augment, dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.loss import v8DetectionLoss, v8OBBLoss
 
 from softlabel.config import Model, Train
 from softlabel.errors import RecipeError
@@ -62,7 +62,7 @@ def test_rect_is_refused():
 
 def sources():
     """The code that reads arguments when a model trains: the trainer with our overrides, its data set and losses."""
-    parts = (augment.v8_transforms, dataset.YOLODataset, v8DetectionLoss)
+    parts = (augment.v8_transforms, dataset.YOLODataset, v8DetectionLoss, v8OBBLoss)
     return "\n".join([*map(inspect.getsource, parts), *(method_source(name) for name in dir(SoftLabelTrainer))])
 
 
@@ -153,6 +153,7 @@ def test_tiles_are_kept_in_memory_where_the_recipe_says():
         ({"lr0": 0.5}, "yolov5n.yaml", "lr0 has no effect under optimizer: auto"),
         ({"momentum": 0.5, "optimizer": "Auto"}, "yolov5n.yaml", "momentum has no effect under optimizer: auto"),
         ({"warmup_momentum": 0.5, "optimizer": "AdamW"}, "yolov5n.yaml", "warmup_momentum has no effect with AdamW"),
+        ({"angle": 0.5}, "yolo11n.yaml", r"args: angle is of no loss that yolo11n\.yaml has: it finds upright boxes"),
         ({"dfl": 1.0}, "yolov5n-anchor.yaml", r"args: dfl is of no loss that yolov5n-anchor\.yaml has"),
         ({"cls_pw": 0.5}, "yolov5n-anchor.yaml", r"args: cls_pw is of no loss that yolov5n-anchor\.yaml has"),
         ({"rect": True, "plots": True}, "yolov5n.yaml", r"rect has no effect .*; plots is not for .*: remove them"),
@@ -212,6 +213,11 @@ def test_the_recipes_that_come_along_pass(path):
 def test_a_model_of_another_task_is_refused_before_anything_is_done(name, finds, role):
     with pytest.raises(RecipeError, match=f"{name} is a model for {finds}, which is not trained here: give one"):
         check_models(Train(**{role: Model(model=name)}))
+
+
+@pytest.mark.parametrize("name", ["yolov8n-obb.yaml", "yolo26n-obb.yaml"])
+def test_models_of_rotated_boxes_are_trained_with_a_loss_of_their_angles(name):
+    check_models(Train(student=Model(model=name, args={"angle": 0.5})))
 
 
 def test_a_model_that_is_not_there_is_named():

@@ -1,5 +1,6 @@
 """What a student learns from: thresholds per class, and subsets of tiles."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,17 @@ def test_each_class_has_its_own_threshold(job):
         assert target.class_ids.tolist() == [0, 2]
     with pytest.raises(TrainingError, match="no soft label of"):
         job(dict.fromkeys(CLASSES, 0.4)).targets()  # strictly above
+
+
+def test_a_model_of_rotated_boxes_wants_some(job, tmp_path):
+    upright = replace(job(0.3), model="yolo11n-obb.yaml")
+    with pytest.raises(TrainingError, match=r"yolo11n-obb\.yaml learns rotated boxes, and those of .* are upright"):
+        upright.targets()
+    xywhr = [16, 16, 10, 6, 0.5]
+    truth = [{"box": (10, 11, 22, 21), "class_id": 1, "visible": 1.0, "ignore": False, "xywhr": xywhr}]
+    tiles = write_tiles(tmp_path, [made_tile("a", (0, 0, 64, 64), truth=truth, split="train_2")], name="tiles-turned")
+    (target,) = replace(upright, tiles=tiles, soft_labels=None).targets()
+    assert target.xywhr.tolist() == [xywhr]
 
 
 def test_an_object_of_unknown_class_is_hidden_but_where_a_known_one_is(tmp_path):
