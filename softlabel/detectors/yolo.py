@@ -18,7 +18,7 @@ from softlabel.detectors.detector import Detector, Geometry, Image
 from softlabel.detectors.engines import EngineOptions, Network, Outputs
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.letterbox import Letterbox
-from softlabel.detectors.losses import TileLoss
+from softlabel.detectors.tile_loss import TileLoss
 from softlabel.detectors.weights import default_train_args, load_model
 from softlabel.detectors.yolov5 import AnchorDetect
 from softlabel.records import Detections, Nms, Truth
@@ -79,7 +79,7 @@ class YoloDetector(Detector):
         return Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
-        """Per tile the loss terms against its truth (softlabel.detectors.losses): sums, then normalisers."""
+        """Per tile the loss terms against its truth (softlabel.detectors.tile_loss): sums, then normalisers."""
         return [losses for _, losses in self.detect_with_losses(images, truths)]
 
     def detect_with_losses(

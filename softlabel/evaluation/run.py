@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from softlabel.calibration import calibration_of
 from softlabel.config import Recipe
-from softlabel.detectors.losses import mean_losses
+from softlabel.detectors.tile_loss import mean_losses
 from softlabel.errors import StoreError
 from softlabel.evaluation.calibrate import calibrate
 from softlabel.evaluation.matching import TileResult

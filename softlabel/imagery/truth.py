@@ -1,7 +1,7 @@
 """Boxes that people drew, read from xView GeoJSON, COCO JSON, YOLO txt or DOTA txt.
 
-formats.py and yolo.py have a reader per format. Boxes are xyxy (N, 4), x right, y down, max edges exclusive, in scene
-pixels (YOLO gives shares of the image: `SceneTruth.fitted`).
+truth_formats.py and truth_yolo.py have a reader per format. Boxes are xyxy (N, 4), x right, y down, max edges
+exclusive, in scene pixels (YOLO gives shares of the image: `SceneTruth.fitted`).
 """
 
 import os
@@ -19,10 +19,10 @@ from softlabel import boxes as box_math
 from softlabel import rotated, store
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.collector import Image
-from softlabel.imagery.fields import IMAGE_SUFFIXES, load_yaml, one_line
-from softlabel.imagery.formats import dota_files, read_coco, read_dota, read_xview
-from softlabel.imagery.yolo import read_yolo, yolo_images
+from softlabel.imagery.truth_collector import Image
+from softlabel.imagery.truth_fields import IMAGE_SUFFIXES, load_yaml, one_line
+from softlabel.imagery.truth_formats import dota_files, read_coco, read_dota, read_xview
+from softlabel.imagery.truth_yolo import read_yolo, yolo_images
 from softlabel.records import UNKNOWN_CLASS
 
 _MIN_SIDE_PX = 0.01  # thinner is a slip of the mouse, and would lose its area in float32 tile pixels

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softlabel.detectors.losses import mean_losses
+from softlabel.detectors.tile_loss import mean_losses
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.evaluation.matching import TileResult

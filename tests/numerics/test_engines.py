@@ -18,8 +18,8 @@ from softlabel.detectors import engine_choice, engines
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.engine_choice import resolve
 from softlabel.detectors.engines import Outputs
-from softlabel.detectors.losses import TileLoss
 from softlabel.detectors.teachers import weights_fingerprint
+from softlabel.detectors.tile_loss import TileLoss
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
 from softlabel.records import Nms, Truth

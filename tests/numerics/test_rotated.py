@@ -12,8 +12,8 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel import rotated
-from softlabel.detectors.losses import mean_losses
 from softlabel.detectors.rotated_nms import suppressed_rotated
+from softlabel.detectors.tile_loss import mean_losses
 from softlabel.detectors.weights import build_model
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.fusion import fuse_tile

@@ -9,8 +9,8 @@ from ultralytics.utils.nms import non_max_suppression
 
 from softlabel.boxes import iou_matrix
 from softlabel.detectors.header import Header
-from softlabel.detectors.losses import mean_losses
 from softlabel.detectors.nms import suppressed
+from softlabel.detectors.tile_loss import mean_losses
 from softlabel.detectors.weights import build_model, load_matching, load_model, save_weights
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import WeightsError

@@ -170,7 +170,7 @@ def test_dota_comes_back(tmp_path):
     ],
 )
 def test_splits_become_what_yolo_wants(tmp_path, splits, roles):
-    from softlabel.imagery.fields import load_yaml
+    from softlabel.imagery.truth_fields import load_yaml
 
     datasets.write_yolo_config(tmp_path, ["car"], splits)
     found = load_yaml(tmp_path / "data.yaml")

@@ -12,8 +12,8 @@ from pycocotools.mask import encode
 from softlabel import rotated
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.formats import XVIEW_CLASSES
 from softlabel.imagery.truth import read_truth, truth_digest
+from softlabel.imagery.truth_formats import XVIEW_CLASSES
 
 XVIEW_MAPPING = {18: "car", "11": "plane", "Bus": "car"}
 

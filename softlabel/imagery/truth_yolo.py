@@ -8,8 +8,9 @@ from typing import Any
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.collector import Collector, Row, listed_collector, read_lines
-from softlabel.imagery.fields import (
+from softlabel.imagery.listing import walk_files
+from softlabel.imagery.truth_collector import Collector, Row, listed_collector, read_lines
+from softlabel.imagery.truth_fields import (
     IMAGE_SUFFIXES,
     BadRow,
     Box,
@@ -23,7 +24,6 @@ from softlabel.imagery.fields import (
     load_yaml,
     show,
 )
-from softlabel.imagery.listing import walk_files
 
 
 def read_yolo(source: TruthSource, classes: tuple[str, ...]) -> Collector:

@@ -1,7 +1,7 @@
 """Rows of a truth file sorted into images, rejected ones and ones left out on purpose, their classes named.
 
-A row is one box in a truth file. A reader (formats.py) turns each into a `Row`, or raises `BadRow`; truth.py makes the
-public types of what was collected.
+A row is one box in a truth file. A reader (truth_formats.py) turns each into a `Row`, or raises `BadRow`; truth.py
+makes the public types of what was collected.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.fields import BadRow, Box, attempt, one_line, show
+from softlabel.imagery.truth_fields import BadRow, Box, attempt, one_line, show
 from softlabel.records import UNKNOWN_CLASS
 
 Rejected = tuple[str, int | None, str]

@@ -1,4 +1,4 @@
-"""Formats of truth: xView GeoJSON, COCO JSON and DOTA txt, one reader each; YOLO's is in yolo.py.
+"""Formats of truth: xView GeoJSON, COCO JSON and DOTA txt, one reader each; YOLO's is in truth_yolo.py.
 
 A reader takes the recipe's truth source and classes and returns a `Collector` with all that the source says, bad rows
 rejected by themselves. Boxes are xyxy in scene pixels.
@@ -15,8 +15,17 @@ from hotcoco.mask import fr_py_objects, to_bbox
 
 from softlabel.config import TruthSource
 from softlabel.errors import TruthError
-from softlabel.imagery.collector import Collector, Rejected, Row, listed_collector, read_lines, require_all, targets_of
-from softlabel.imagery.fields import (
+from softlabel.imagery.listing import walk_files
+from softlabel.imagery.truth_collector import (
+    Collector,
+    Rejected,
+    Row,
+    listed_collector,
+    read_lines,
+    require_all,
+    targets_of,
+)
+from softlabel.imagery.truth_fields import (
     BadRow,
     Box,
     as_box,
@@ -34,7 +43,6 @@ from softlabel.imagery.fields import (
     one_line,
     show,
 )
-from softlabel.imagery.listing import walk_files
 
 # fmt: off
 XVIEW_CLASSES = {
