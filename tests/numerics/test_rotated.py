@@ -12,9 +12,10 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils.nms import non_max_suppression
 
 from softlabel import rotated
+from softlabel.detectors.header import Header
 from softlabel.detectors.rotated_nms import suppressed_rotated
 from softlabel.detectors.tile_loss import mean_losses
-from softlabel.detectors.weights import build_model
+from softlabel.detectors.weights import build_model, save_weights
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.fusion import fuse_tile
 from softlabel.records import Detections, Nms, Truth, detections_from_row, soft_labels_table
@@ -194,3 +195,17 @@ def test_losses_of_tiles_add_up_to_the_loss_of_the_batch(name):
         _, items = getattr(criterion, "one2many", criterion).loss(raw.get("one2many", raw), batch)
     theirs = {key.removesuffix("_loss"): float(value) for key, value in items.items()}
     assert ours == pytest.approx(theirs, rel=1e-4) and all(value > 0 for value in ours.values())
+
+
+def test_the_loss_of_angles_has_the_gain_it_was_trained_with(tmp_path):
+    torch.manual_seed(0)
+    model = build_model("yolo11n-obb.yaml", 3)
+    image, box = np.full((96, 96, 3), 100, np.uint8), np.array([[40, 40, 50, 20, 0.6]], np.float32)
+    truth = Truth(rotated.hulls(box), np.array([1], np.int32), np.array([False]), box)
+    found = {}
+    for gain in (1.0, 3.0):
+        save_weights(tmp_path / f"{gain}.safetensors", model, Header(model.yaml, tuple("abc"), 96, {"angle": gain}))
+        detector = YoloDetector.from_weights(tmp_path / f"{gain}.safetensors", Nms())
+        found[gain] = mean_losses(detector.loss_names(), detector.losses([image], [truth]))
+    assert found[3.0]["angle"] == pytest.approx(3 * found[1.0]["angle"]) and found[1.0]["angle"] > 0
+    assert found[3.0]["box"] == pytest.approx(found[1.0]["box"])
