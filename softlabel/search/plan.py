@@ -1,5 +1,4 @@
-"""Which student next: first what people would try, then what Optuna asks for, then the leaders with other seeds. And
-how far each is trained: to a rung, where it waits until it is among the best there.
+"""Which student next: first what people would try, then what Optuna asks for, then the leaders with other seeds.
 
 Pure: no clock, no disk and no Ray of its own, so that whole searches can be simulated.
 """
@@ -17,15 +16,14 @@ from softlabel.config import Recipe, Search
 from softlabel.errors import NO_LABELS
 from softlabel.recipe_file import with_values
 from softlabel.search.curve import Curve
+from softlabel.search.early_stopping import EarlyStopping
 from softlabel.search.space import THRESHOLD, Values, distinct, distributions, first_points, grid, rounded, to_unit
-from softlabel.search.trials import Role, Trial, covariance, evidence
+from softlabel.search.trials import Role, Trial, covariance, evidence, explored
 
 _NUM_RANDOM = 4  # values before which a sampler asks at random; the first points are among them
 _MAX_FAILED = 5  # and nothing else
 _MAX_FAILED_IN_A_ROW = 10  # whatever there was before them
 _HURRY = 1.1  # a student is not begun if the time left is shorter than so many of those before
-_LEARNED = 0.1  # of what a finished student reached: where the best has less, it is as good as the worst
-_USUAL_MAP50 = 0.5  # until one has finished
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -33,12 +31,6 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 class Plan:
     """The students of a search so far, and which comes next.
-
-    Students are stopped early by ASHA (Li et al., arXiv:1810.05934, algorithm 2): each waits after ``grace_epochs``,
-    and after ``reduction_factor`` times as many, until it is in the best one in ``reduction_factor`` of those that came
-    so far, and then goes on from where it was. (Ray's scheduler of that name never takes one up again, so it has to
-    train whoever leads at the moment to the end.) Where none of an age has found anything yet, as after a few epochs
-    from scratch, nobody waits at that age: who is ahead there by a thousandth is chance.
 
     Args:
         recipe: Its ``search`` section and seed are used.
@@ -56,7 +48,8 @@ class Plan:
         self.references = first_points(recipe, f1_confidence)
         self._budget_s = budget_s
         self._distributions = distributions(recipe.search.space)
-        self._until = {trial.number: self._next_rung(trial, trial.epoch) for trial in self._unfinished}
+        self.stopping = EarlyStopping(recipe.search, self.trials, recipe.seed)
+        self._until = {trial.number: self.stopping.next_rung(trial, trial.epoch) for trial in self._unfinished}
 
     def suggest(self, elapsed_s: float) -> Trial | None:
         """The next student to train; None if there shall be no other, or not before one of those running has ended."""
@@ -83,8 +76,8 @@ class Plan:
     def advance(self, trial: Trial, epoch: int) -> None:
         """Let a student that has come to where it would wait go on, if it may at once."""
         rung = self._until[trial.number]
-        if rung is not None and epoch >= rung and (self._is_blind(rung) or trial in self._best(rung)):
-            self._until[trial.number] = self._next_rung(trial, rung + 1)
+        if rung is not None and epoch >= rung and self.stopping.goes_on(trial, rung):
+            self._until[trial.number] = self.stopping.next_rung(trial, rung + 1)
 
     def is_over(self, elapsed_s: float) -> bool:
         """Whether there is nothing more to train, were there time."""
@@ -102,53 +95,9 @@ class Plan:
         means, _ = self._curve().mean_and_sd(to_unit(self.search.space, points))
         return [points[i] for i in np.argsort(-means, kind="stable")]
 
-    def waiting(self, most: int) -> list[Trial]:
-        """Of the students that wait at each rung the best ones, so many at most."""
-        rungs = [0, *self._rungs()]
-        found = []
-        for rung, above in zip(rungs, [*rungs[1:], np.inf], strict=True):
-            here = [trial for trial in self.trials if trial.status == "stopped" and rung <= trial.epoch < above]
-            found += sorted(here, key=Trial.best, reverse=True)[:most]
-        return found
-
-    def _rungs(self) -> list[int]:
-        """The ages at which students wait."""
-        rungs, rung = [], float(self.search.grace_epochs)
-        while self.search.stop_early and rung < max((trial.epochs for trial in self.trials), default=0):
-            rungs.append(round(rung))
-            rung *= self.search.reduction_factor
-        return list(dict.fromkeys(rungs))
-
-    def _next_rung(self, trial: Trial, epoch: int) -> int | None:
-        """Where a student waits next from an epoch on (at it, if that is a rung); a repeated one nowhere."""
-        rungs = [] if trial.role == "repeat" else self._rungs()
-        return next((rung for rung in rungs if epoch <= rung < trial.epochs), None)
-
-    def _explored(self) -> list[Trial]:
-        """Students of values that were tried, without those that have another seed to know them better."""
-        tried = [trial for trial in self.trials if trial.subset == self.search.subset]
-        return [trial for trial in tried if trial.role != "repeat" or trial.seed == self._recipe.seed]
-
-    def _best(self, rung: int) -> list[Trial]:
-        """The best one in ``reduction_factor`` of those that reached an age, at that age."""
-        reached = [trial for trial in self._explored() if trial.epoch >= rung and trial.status != "failed"]
-        reached.sort(key=lambda trial: -trial.best(rung))
-        return reached[: int(len(reached) / self.search.reduction_factor)]
-
-    def _is_blind(self, rung: int) -> bool:
-        finished = max((trial.best() for trial in self.trials if trial.is_full), default=_USUAL_MAP50)
-        return max(trial.best(rung) for trial in self.trials) < _LEARNED * finished
-
     def _promoted(self, elapsed_s: float) -> Trial | None:
-        """A student that waits and may go on, of the oldest that do; none once the leaders are repeated."""
-        if self._share(elapsed_s) >= self.search.explore:
-            return None
-        for rung in reversed(self._rungs()):
-            for trial in self._best(rung):
-                following = self._next_rung(trial, rung + 1) or trial.epochs
-                if trial.status == "stopped" and rung <= trial.epoch < following:
-                    return trial
-        return None
+        """A student that waits and may go on; none once the leaders are repeated."""
+        return None if self._share(elapsed_s) >= self.search.explore else self.stopping.promoted()
 
     def _share(self, elapsed_s: float) -> float:
         """Of the time that is over."""
@@ -185,7 +134,8 @@ class Plan:
     def _told(self) -> list[FrozenTrial]:
         """What a sampler is told: what students would have reached, or, where nobody knows what they gain with age,
         what all of them had at one age; that one that failed for its values is worth nothing; who runs."""
-        trials = [trial for trial in self._explored() if trial.values.keys() == self._distributions.keys()]
+        there = explored(self.trials, self.search.subset, self._recipe.seed)
+        trials = [trial for trial in there if trial.values.keys() == self._distributions.keys()]
         known = [trial for trial in trials if trial.history and trial.status in ("finished", "stopped")]
         values = {one.number: one.map50 for one in evidence(self.trials)}
         if not all(trial.number in values for trial in known):
@@ -258,13 +208,13 @@ class Plan:
         epochs = with_values(self._recipe, values).train.student.args.get("epochs", 100)
         trial = Trial(len(self.trials), values, self._recipe.seed + len(same), subset, role, epochs)
         self.trials.append(trial)
-        self._until[trial.number] = self._next_rung(trial, 0)
+        self._until[trial.number] = self.stopping.next_rung(trial, 0)
         return trial
 
     def _go_on(self, trial: Trial, role: Role) -> Trial:
         """Take up a student that waits, from its last epoch."""
         trial.status, trial.role = "running", role
-        self._until[trial.number] = self._next_rung(trial, trial.epoch + 1)
+        self._until[trial.number] = self.stopping.next_rung(trial, trial.epoch + 1)
         return trial
 
 

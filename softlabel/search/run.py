@@ -286,7 +286,7 @@ class _Search:
 
     def _clean(self, weights: int) -> None:
         """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
-        waiting = [trial.values for trial in self.plan.waiting(_KEPT)]
+        waiting = [trial.values for trial in self.plan.stopping.waiting(_KEPT)]
         full = [trial.values for trial in self.plan.trials if trial.is_full]
         best = [values for values in self.plan.leaders() if values in full]
         for status, file, wanted in (("stopped", STATE, waiting), ("finished", WEIGHTS, best[:weights])):

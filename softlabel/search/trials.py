@@ -65,6 +65,13 @@ class Trial:
         return asdict(self)
 
 
+def explored(trials: Sequence[Trial], subset: float, seed: int) -> list[Trial]:
+    """Students of values that were tried, on that share of the tiles, without those that have another seed to know
+    them better."""
+    tried = [trial for trial in trials if trial.subset == subset]
+    return [trial for trial in tried if trial.role != "repeat" or trial.seed == seed]
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a student says of a full one of its values: mAP50, and the variance of saying so (0: it is one).

@@ -150,7 +150,7 @@ def test_those_kept_are_the_best_of_each_rung():
     play(plan, peak)
     for rung in (1, 2):
         here = sorted((t for t in plan.trials if t.status == "stopped" and t.epoch == rung), key=peak)
-        assert [t for t in plan.waiting(2) if t.epoch == rung] == here[::-1][:2]
+        assert [t for t in plan.stopping.waiting(2) if t.epoch == rung] == here[::-1][:2]
 
 
 def test_what_waited_when_the_driver_died_is_decided_anew():
