@@ -16,8 +16,11 @@ from safetensors.numpy import load_file
 
 from softlabel import rotated
 from softlabel.detectors.describe import read_header
+from softlabel.detectors.tile_loss import mean_losses
+from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError, TrainingError, WeightsError
 from softlabel.imagery.run import tile
+from softlabel.imagery.scenes import TileReader
 from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
@@ -100,6 +103,16 @@ def test_each_model_says_how_it_was_trained(trained):
     truth, soft, _ = (summary(job.folder)["train_boxes"] for job in jobs)
     assert truth == sum(len(target.boxes) for target in truth_targets(tiles, "train_1"))
     assert soft == sum(len(target.boxes) for target in soft_targets(tiles, "train_2", jobs[1].soft_labels, 0.05))
+
+
+def test_the_training_loss_is_that_of_rotated_boxes_where_they_are(trained):
+    job = trained[3][2]
+    detector, reader = YoloDetector.from_weights(job.folder / WEIGHTS, job.nms), TileReader()
+    images = [reader.read(target.tile) for target in job.targets()]
+    truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0, t.xywhr) for t in job.targets()]
+    expected = mean_losses(detector.loss_names(), detector.losses(images, truths))
+    reader.close()
+    assert summary(job.folder)["losses"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

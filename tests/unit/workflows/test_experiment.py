@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny_recipe
 
 from softlabel.errors import RecipeError
+from softlabel.store import finish
 from softlabel.workflows import experiment
 
 
@@ -23,3 +24,16 @@ def test_students_of_rotated_boxes_have_a_teacher_of_such(tmp_path):
     ):
         experiment.experiment(tiny_recipe(train={"teacher": upright, "student": turned}), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_row_says_whether_its_model_is_judged_by_rotated_boxes(tmp_path):
+    keys = ("optimizer", "lr0", "epochs", "epochs_with_mosaic", "best_epoch", "seed", "world_size")
+    keys += ("train_tiles", "train_boxes", "val_map50", "seconds")
+    finish(tmp_path / "train", {**dict.fromkeys(keys, 1), "losses": {"box": 1.0}})
+    job = SimpleNamespace(name="truth_1", split="train_1", threshold=None, model="m", folder=tmp_path / "train")
+    student = SimpleNamespace(job=job, teacher=None, source=None)
+    measured = dict.fromkeys(("map50", "map50_95", "precision", "recall", "f1", "f1_conf"), 0.5)
+    found = {**measured, "losses": {"box": 1.0}, "per_class": {}}
+    for rotated in (True, False):
+        assert experiment._model_row(tiny_recipe(), student, {**found, "rotated": rotated})["rotated"] is rotated
+    assert experiment._model_row(tiny_recipe(), student, found)["rotated"] is False  # of an earlier release
