@@ -158,10 +158,12 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool = False) -> None:
     from softlabel.detectors.class_map import left_out
+    from softlabel.detectors.teachers import recipe_teacher
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import label
 
-    job = recipe_label_job(recipe, _tiles(recipe, run_dir))
+    teacher = recipe_teacher(recipe)  # a mistake in it is said before scenes are read
+    job = recipe_label_job(recipe, _tiles(recipe, run_dir), teacher)
     if job.teacher.class_map is not None:
         for line in left_out(job.teacher.class_map, recipe.label.classes):
             say(line)
@@ -377,5 +379,5 @@ def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
     from softlabel.dry_run import plan
 
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
-    for line in plan(recipe, trains=verb in _TRAIN):
+    for line in plan(recipe, trains=verb in _TRAIN, labels=verb == "label"):
         print(f"# {line}")

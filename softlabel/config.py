@@ -6,7 +6,7 @@ workers for labelling never redo work. (Training does depend on the world size; 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from softlabel.records import Nms
 
@@ -98,7 +98,14 @@ def default_iou(model: str | dict) -> float:
     return 0.45 if is_anchor_based(model) else 0.7
 
 
-View = Literal["fliplr", "flipud", "rot90"] | Annotated[float, Field(gt=0.1, lt=10)]
+def _checked_view(value: Any) -> Any:
+    is_factor = isinstance(value, int | float) and not isinstance(value, bool) and 0.1 < value < 10
+    if is_factor or value in ("fliplr", "flipud", "rot90"):
+        return value
+    raise ValueError(f"{value!r} is no view: give fliplr, flipud, rot90 or a factor above 0.1 and below 10, as 1.5")
+
+
+View = Annotated[Literal["fliplr", "flipud", "rot90"] | float, BeforeValidator(_checked_view)]
 
 
 class OpenVocabulary(_Section):
@@ -309,5 +316,6 @@ class Recipe(_Section):
             raise ValueError(f"tiles.truth.mapping names {', '.join(unknown)}, which `classes` does not")
         made = {name for name in self.label.classes.values() if name is not None}
         if unknown := sorted(made - set(self.classes)):
-            raise ValueError(f"label.classes makes {', '.join(unknown)}, which `classes` does not name")
+            known = ", ".join(self.classes)
+            raise ValueError(f"label.classes maps to {', '.join(unknown)}, not among `classes` ({known})")
         return self

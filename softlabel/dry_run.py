@@ -3,9 +3,11 @@
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from softlabel.config import Execution, Label, Recipe
 from softlabel.detectors.engine_choice import CPU_BATCH, resolve
+from softlabel.detectors.teachers import recipe_teacher
 from softlabel.errors import SceneError
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import describe_scene
@@ -16,19 +18,23 @@ from softlabel.training.arguments import check_models
 _SAMPLE = 20
 
 
-def plan(recipe: Recipe, *, trains: bool) -> Iterator[str]:
+def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
     """Lines about scenes, tiles and workers; the number of tiles is estimated from some scenes' sizes.
 
     Args:
         recipe: What would run.
         trains: Whether models would be trained, and their arguments must do.
+        labels: Whether ``label.weights`` would label, and must be a teacher if it is here.
 
     Raises:
         SceneError: There are no scenes, or none of the sample can be read.
-        RecipeError: The engine cannot run here, or a train argument has no effect.
+        RecipeError: The engine cannot run here, a train argument has no effect, or the teacher has other classes.
+        WeightsError: The teacher cannot be read.
     """
     if trains:
         check_models(recipe.train)
+    if labels and recipe.label.weights and Path(recipe.label.weights).is_file():
+        recipe_teacher(recipe)
     settings = recipe.tiles
     if settings.synthetic:
         count, side = settings.synthetic.num_scenes, settings.synthetic.scene_size_px

@@ -117,6 +117,8 @@ def _first_problem(error: ValidationError) -> str:
     what = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         what = "unknown key; look at docs/recipes.md for those that exist"
+    if problem["type"] in ("tuple_type", "list_type"):
+        what = f"{problem['input']!r} is no list: give one, as [{problem['input']}]"
     more = f" (and {len(others)} more)" if others else ""
     return f"{where}: {what}{more}" if where else f"{what}{more}"
 

@@ -53,7 +53,8 @@ def _ray() -> Iterator[None]:
                 ray.init(**(_join(address) if joined else _start()))
             signal.signal(signal.SIGTERM, _terminate)  # ray.init sets a handler of its own
             try:
-                yield
+                with _terminated_in_c():
+                    yield
             finally:
                 ray.shutdown()
     finally:
@@ -80,6 +81,17 @@ def _start() -> dict[str, Any]:
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)
     # Ray Train frees a worker group's resources by asking the State API, which is part of the dashboard.
     return {"address": "local", "include_dashboard": True}
+
+
+@contextmanager
+def _terminated_in_c() -> Iterator[None]:
+    """What Ray's C code makes of an exception that a signal handler raises in it is that exception again."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Terminated):
+            raise error.__cause__ from None
+        raise
 
 
 @contextmanager

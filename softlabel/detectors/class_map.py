@@ -53,11 +53,12 @@ def class_map(
             return None
         raise RecipeError(
             f"{weights} knows the classes {listed(found)}, the recipe has {listed(classes)}: give `classes` as the "
-            f"weights have them, in their order, or say which become which: label.classes.{found[0]}={classes[0]}"
+            f"weights have them, in their order, or map them: --set label.classes.{found[0]}={classes[0]}"
         )
     if unknown := [name for name in asked if name not in found]:
         raise RecipeError(
-            f"label.classes names {listed(unknown)}, which {weights} does not know: it has {listed(found)}"
+            f"label.classes names {listed(unknown)}, which {weights} does not know: remove it, or give one of "
+            f"{listed(found)}"
         )
     own = {name: name for name in classes}
     return ClassMap(tuple(classes), tuple((name, asked.get(name, own.get(name))) for name in found))

@@ -57,13 +57,13 @@ def _file(path: Path) -> dict[str, str]:
             "finds": _TASKS.get(header.yaml["head"][-1][3][1], "boxes"),
             "classes": f"{len(header.classes)}: {listed(header.classes)}",
             "imgsz": f"{header.imgsz} px",
-            "use": f"labels as label.weights={path}",
+            "use": f"as a teacher: label.weights={path}",
         }
     model, header = load_model(path)
-    use = [f"labels as label.weights={path}"]
+    use = [f"as a teacher: label.weights={path}"]
     try:
         check_trainable(header.yaml)
-        use.append("starts training as train.student.weights")
+        use.append("to start training: train.student.weights")
     except RecipeError:
         pass
     return {
@@ -90,8 +90,8 @@ def _folder(model: str) -> dict[str, str]:
         "parameters": f"{sum(map(math.prod, shapes)):,}",
     }
     if FAMILIES[kind].open_vocabulary:
-        use = f"labels as label.open_vocabulary.model={model}, with label.open_vocabulary.prompts"
+        use = f"as a teacher: label.open_vocabulary.model={model}, with label.open_vocabulary.prompts"
         return {**common, "finds": "boxes of whatever it is told", "use": use}
     names = class_names(folder)
     classes = f"{len(names)}: {listed(names)}"
-    return {**common, "finds": "boxes", "classes": classes, "use": f"labels as label.weights={model}"}
+    return {**common, "finds": "boxes", "classes": classes, "use": f"as a teacher: label.weights={model}"}

@@ -60,7 +60,8 @@ def read_pickle(path: Path | str) -> Any:
         ) from None
     # A damaged pickle calls what is harmless with whatever it likes, and so ends in any exception.
     except Exception as error:  # noqa: BLE001
-        raise WeightsError(f"{path} cannot be read as a checkpoint ({_one_line(error)}): is it damaged?") from None
+        said = _one_line(error)
+        raise WeightsError(f"{path} cannot be read as a checkpoint ({said}): is it one, or damaged?") from None
 
 
 def _refuse_other_forms(path: Path | str) -> None:

@@ -162,7 +162,10 @@ def _class_for(model: str | dict, yaml: dict, known: dict[str, type[DetectionMod
     head = yaml["head"][-1][2]
     if head not in known:
         finds = _OTHER_TASKS.get(head.rstrip("0123456789"), f"boxes of another kind ({head})")
-        raise RecipeError(f"{model} is a model for {finds}, which is not trained here: give one as yolo11n.yaml")
+        raise RecipeError(
+            f"{model} is a model for {finds}, which is not trained here: give a detection model, as yolo11n.yaml or "
+            "yolo11n-obb.yaml"
+        )
     return known[head]
 
 

@@ -297,7 +297,7 @@ def _unplaced_in_words(unplaced: list[Scene]) -> list[str]:
 
 
 def _headline(step: Path, summary: dict) -> str:
-    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    splits = ", ".join(f"{'in no split' if name == 'none' else name} {n}" for name, n in summary["splits"].items())
     boxes = ", ".join(f"{name} {count}" for name, count in summary["boxes"].items())
     lost = f"{summary['scenes_rejected']} scenes and {summary['truth_rejected']} truth rows rejected"
     leak = f"; {summary['groups_in_two_splits']} groups lie in two splits" if summary["groups_in_two_splits"] else ""

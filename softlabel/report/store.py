@@ -153,10 +153,18 @@ def reason_group(reason: str, tile_id: str) -> str:
 
 def teacher_facts(teacher: dict) -> dict[str, str]:
     """A teacher's fingerprint, or that of several fused, as names and words; classes are told elsewhere."""
-    facts = {key: wording.plain(value) for key, value in teacher.items() if key not in ("fused", "classes", "versions")}
+    left_out = ("fused", "classes", "versions", "class_map")
+    facts = {key: wording.plain(value) for key, value in teacher.items() if key not in left_out}
+    if "class_map" in teacher:
+        facts["class_map"] = _mapped(teacher["class_map"])
     for i, fused in enumerate(teacher.get("fused", ()), start=1):
         facts[f"teacher {i}"] = ", ".join(f"{key} {value}" for key, value in teacher_facts(fused).items())
     return facts
+
+
+def _mapped(class_map: dict[str, str | None]) -> str:
+    becomes = [f"{name} → {wanted}" for name, wanted in class_map.items() if wanted is not None]
+    return "; ".join([", ".join(becomes), f"{len(class_map) - len(becomes)} left out"])
 
 
 def box_table(tally: Tally, teacher: dict) -> list[list[str]]:

@@ -52,8 +52,11 @@ def yolo_labels(found: Detections, size_wh: tuple[int, int]) -> str:
 
 
 def yolo_obb_labels(found: Detections, size_wh: tuple[int, int]) -> str:
-    """A label file of YOLO for rotated boxes: per box the best class, then four corners as shares of the tile."""
-    shares_N8 = (_corners(found) / np.array(size_wh, np.float64)).reshape(-1, 8)
+    """A label file of YOLO for rotated boxes: per box the best class, then four corners as shares of the tile.
+
+    Corners are moved into the tile, as ultralytics does in training: one box far outside costs an image all its labels.
+    """
+    shares_N8 = np.clip(_corners(found) / np.array(size_wh, np.float64), 0, 1).reshape(-1, 8)
     rows = zip(found.class_ids.tolist(), shares_N8.tolist(), strict=True)
     return "".join(f"{class_id} {' '.join(f'{share:.9f}' for share in shares)}\n" for class_id, shares in rows)
 

@@ -7,7 +7,7 @@ import yaml
 
 from softlabel.config import Recipe, default_iou
 from softlabel.errors import RecipeError
-from softlabel.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe
+from softlabel.recipe_file import RECIPES, dump_recipe, find_recipe, load_recipe, with_values
 from softlabel.records import Nms
 
 MINIMAL = {"name": "x", "classes": ["car"], "tiles": {"scenes": "images"}}
@@ -129,3 +129,16 @@ def test_every_key_is_documented():
 def test_the_key_of_earlier_recipes_names_the_new_one():
     with pytest.raises(RecipeError, match=r"label\.owlvit is label\.open_vocabulary now"):
         load_recipe("demo", ["label.owlvit.model=google/owlvit-base-patch32"])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (["flipr"], r"label\.augment\.0: 'flipr' is no view: give fliplr, flipud, rot90 or a factor above 0\.1"),
+        ([12], r"label\.augment\.0: 12 is no view"),
+        ("fliplr", r"label\.augment: 'fliplr' is no list: give one, as \[fliplr\]"),
+    ],
+)
+def test_a_view_that_is_none_is_named(value, says):
+    with pytest.raises(RecipeError, match=says):
+        with_values(load_recipe("demo"), {"label.augment": value})

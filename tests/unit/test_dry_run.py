@@ -9,8 +9,8 @@ from conftest import tiny_recipe
 
 from softlabel.cli import _VERBS, main
 from softlabel.dry_run import plan
-from softlabel.errors import RecipeError, SceneError
-from softlabel.recipe_file import RECIPES, load_recipe
+from softlabel.errors import RecipeError, SceneError, WeightsError
+from softlabel.recipe_file import RECIPES, dump_recipe, load_recipe
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_every_verb_with_every_recipe(images, tmp_path, monkeypatch, capsys, ver
 
 
 def lines(*, trains=True, **changes):
-    return list(plan(tiny_recipe(**changes), trains=trains))
+    return list(plan(tiny_recipe(**changes), trains=trains, labels=False))
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,17 @@ def test_a_bad_scene_does_not_end_it(images):
 )
 def test_the_engine_is_that_of_the_teacher(weights, engine):
     recipe = load_recipe("demo", [f"label.weights={weights}"])
-    (line,) = (line for line in plan(recipe, trains=False) if line.startswith("labelling"))
+    (line,) = (line for line in plan(recipe, trains=False, labels=False) if line.startswith("labelling"))
     assert f"{engine} in float32" in line
+
+
+def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path):
+    (tmp_path / "best.pt").write_text("no checkpoint")
+    recipe = tiny_recipe(tiles={"scenes": str(tmp_path / "gone")}, label={"weights": str(tmp_path / "best.pt")})
+    with pytest.raises(WeightsError, match=r"best\.pt cannot be read as a checkpoint"):
+        list(plan(recipe, trains=False, labels=True))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    for flags in ([], ["--dry-run"]):
+        assert main(["label", "--config", str(path), "--run-dir", str(tmp_path / "run"), *flags]) == 2
+    assert not list((tmp_path / "run").glob("tiles-*"))

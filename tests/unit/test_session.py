@@ -133,6 +133,19 @@ def test_a_cluster_that_cannot_be_joined_is_named(tmp_path, monkeypatch):
         ray_session(tmp_path, verbose=True).__enter__()
 
 
+@pytest.mark.parametrize(("cause", "becomes"), [(Terminated(), Terminated), (ValueError(), SystemError)])
+def test_sigterm_in_the_c_code_of_ray_is_no_other_end(tmp_path, cause, becomes):
+    """CPython raises SystemError where C code returned a result while an exception was set."""
+    with (
+        mock.patch.object(ray, "init"),
+        mock.patch.object(ray, "shutdown") as shutdown,
+        pytest.raises(becomes),
+        ray_session(tmp_path, verbose=True),
+    ):
+        raise SystemError("returned a result with an exception set") from cause
+    shutdown.assert_called_once()
+
+
 def test_sigterm_while_ray_starts_is_no_other_end(tmp_path):
     """Ray's own handler, which it sets on the way, exits with 15."""
     with mock.patch.object(ray, "init", side_effect=SystemExit(15)), pytest.raises(Terminated):

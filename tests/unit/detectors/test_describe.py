@@ -9,10 +9,10 @@ from softlabel.cli import main
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("yolo11n.yaml", ["family:     yolo (yolo11n.yaml)", "finds:      boxes\n", "starts training"]),
-        ("yolov8n-seg.yaml", ["yolov8n-seg.yaml", "boxes; its masks are left out", "starts training"]),
+        ("yolo11n.yaml", ["family:     yolo (yolo11n.yaml)", "finds:      boxes\n", "to start training"]),
+        ("yolov8n-seg.yaml", ["yolov8n-seg.yaml", "boxes; its masks are left out", "to start training"]),
         ("yolo26n-pose.yaml", ["boxes; its keypoints are left out"]),
-        ("yolo11n-obb.yaml", ["finds:      rotated boxes\n", "starts training"]),
+        ("yolo11n-obb.yaml", ["finds:      rotated boxes\n", "to start training"]),
         ("yolov8n-rtdetr.yaml", ["rtdetr_ultralytics (yolov8n-rtdetr.yaml)"]),
     ],
 )
@@ -26,7 +26,7 @@ def test_a_checkpoint_is_described_as_what_it_is(tmp_path, capsys, name, says):
     whole = sum(parameter.numel() for parameter in model.model.parameters())
     assert parameters == whole if "masks" not in said and "keypoints" not in said else 0 < parameters < whole
     assert "classes:    80: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (80)" in said and "imgsz:      640 px" in said
-    assert f"labels as label.weights={path}" in said and ("starts training" in said) == ("rtdetr" not in name)
+    assert f"as a teacher: label.weights={path}" in said and ("to start training" in said) == ("rtdetr" not in name)
     for line in says:
         assert line in said
 

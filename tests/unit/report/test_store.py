@@ -21,7 +21,7 @@ from softlabel.records import TILES, Detections, soft_labels_schema, soft_labels
 from softlabel.report import figures
 from softlabel.report import store as report
 from softlabel.report.run import show
-from softlabel.report.store import NUM_BINS, THRESHOLDS, Tally, doubts, reason_group
+from softlabel.report.store import NUM_BINS, THRESHOLDS, Tally, doubts, reason_group, teacher_facts
 from softlabel.store import finish, shard_file, write_json, write_table
 
 CLASSES = ("car", "<b>&plane", "ship")
@@ -454,3 +454,9 @@ def test_a_rotated_box_is_drawn_turned():
     on_edge = np.abs(shapely.distance(shapely.points(columns, rows), rotated.polygons(xywhr)[0].exterior))
     assert on_edge.max() < 3 and len(rows) > 600
     assert not drawn[95:105, 95:105].any(), "a corner of the hull"
+
+
+def test_a_long_class_map_is_said_in_short():
+    becomes = {f"c{i}": None for i in range(78)}
+    facts = teacher_facts({"weights": "w", "class_map": {"airplane": "plane", **becomes, "boat": "ship"}})
+    assert facts == {"weights": "w", "class_map": "airplane → plane, boat → ship; 78 left out"}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from made_stores import CLASSES, detections, made_tile
 from pycocotools.coco import COCO
+from ultralytics.data.utils import verify_image_label
 
 from softlabel import rotated
 from softlabel.config import TruthSource
@@ -189,3 +190,16 @@ def test_pixels_are_red_green_blue(tmp_path):
     pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     datasets.write_png(tmp_path / "a.png", pixels)
     assert (cv2.imread(str(tmp_path / "a.png"))[:, :, ::-1] == pixels).all()
+
+
+def test_a_rotated_box_that_leaves_its_tile_costs_ultralytics_nothing(tmp_path):
+    """ultralytics drops an image over one box whose centre lies outside."""
+    boxes = np.array([[68, 20, 40, 10, 0.4], [30, 24, 20, 8, 0.3], [32, 24, 200, 160, 1.0]], np.float32)
+    found = Detections(rotated.hulls(boxes), np.eye(3, dtype=np.float32), xywhr=boxes)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((48, 64, 3), np.uint8))
+    (tmp_path / "a.txt").write_text(datasets.yolo_obb_labels(found, (64, 48)))
+    asked = (str(tmp_path / "a.png"), str(tmp_path / "a.txt"), "", False, 3, 0, 0, False)
+    image, labels, _, corners, _, _, _, _, corrupt, said = verify_image_label(asked)
+    assert image and not corrupt and not said and len(labels) == 3
+    inside = rotated.corners(boxes[1:2])[0] / [64, 48]
+    np.testing.assert_allclose(sorted(corners[1].tolist()), sorted(inside.tolist()), atol=1e-6)

@@ -211,7 +211,7 @@ def test_the_recipes_that_come_along_pass(path):
 )
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_a_model_of_another_task_is_refused_before_anything_is_done(name, finds, role):
-    with pytest.raises(RecipeError, match=f"{name} is a model for {finds}, which is not trained here: give one"):
+    with pytest.raises(RecipeError, match=f"{name} is a model for {finds}, which is not trained here: give a"):
         check_models(Train(**{role: Model(model=name)}))
 
 
