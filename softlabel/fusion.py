@@ -75,7 +75,7 @@ def _rotated(found: Sequence[Detections]) -> NDArray[np.float64] | None:
     """The boxes of all, None where none is rotated."""
     if all(one.xywhr is None for one in found):
         return None
-    parts = [rotated.upright(one.boxes) if one.xywhr is None else one.xywhr for one in found]
+    parts = [rotated.drawn(one.boxes, one.xywhr) for one in found]
     return np.concatenate(parts).astype(np.float64)
 
 

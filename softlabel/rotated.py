@@ -44,6 +44,11 @@ def upright(boxes_N4: Floats) -> Floats:
     return np.concatenate([centres_N2, sizes_N2, np.zeros((len(boxes_N4), 1), boxes_N4.dtype)], axis=1)
 
 
+def drawn(boxes_N4: Floats, xywhr_N5: Floats | None) -> Floats:
+    """Boxes that are rotated or not as rotated ones: ``xywhr_N5`` where there is such, else the upright ones."""
+    return upright(boxes_N4) if xywhr_N5 is None else xywhr_N5
+
+
 def unturned(xywhr_N5: Floats) -> Floats:
     """The rectangles before they are turned about their centres, xyxy (N, 4)."""
     half_N2 = xywhr_N5[:, 2:4] / 2

@@ -77,7 +77,7 @@ def undo(found: Detections, view: View, tile_hw: tuple[int, int]) -> Detections:
     """
     height, width = tile_hw
     x0, y0, x1, y1 = found.boxes.T
-    xywhr = rotated.upright(found.boxes) if found.xywhr is None else found.xywhr
+    xywhr = rotated.drawn(found.boxes, found.xywhr)
     x, y, w, h, r = xywhr.T
     match view:
         case "fliplr":

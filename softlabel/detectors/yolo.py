@@ -114,7 +114,7 @@ class YoloDetector(Detector):
         known = truth.at(~truth.ignore)  # as in training
         boxes, angles = known.boxes, None
         if self._rotated:
-            xywhr = rotated.upright(known.boxes) if known.xywhr is None else known.xywhr
+            xywhr = rotated.drawn(known.boxes, known.xywhr)
             boxes, angles = rotated.unturned(xywhr), xywhr[:, 4]
         in_input = boxes * letterbox.scale_4 + np.array(letterbox.pad_xy * 2, np.float32)
         return self._tile_loss_of_model()(raw, position, in_input, known.class_ids, letterbox.size_hw, angles)

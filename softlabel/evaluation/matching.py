@@ -189,15 +189,12 @@ def _boxes(tiles: Sequence[TileResult]) -> tuple[list[Any], list[Any], tuple[int
     found, truth = [t.detections for t in tiles], [t.truth for t in tiles]
     if not (_has_rotated(found) and _has_rotated(truth)):
         return [one.boxes for one in found], [one.boxes for one in truth], (0, 4)
-    return [_as_rotated(one) for one in found], [_as_rotated(one) for one in truth], (0, 5)
+    found_N5, truth_N5 = ([rotated.drawn(one.boxes, one.xywhr) for one in side] for side in (found, truth))
+    return found_N5, truth_N5, (0, 5)
 
 
 def _has_rotated(of_tiles: Sequence[Detections] | Sequence[Truth]) -> bool:
     return any(one.xywhr is not None for one in of_tiles)
-
-
-def _as_rotated(one: Detections | Truth) -> NDArray[np.float32]:
-    return rotated.upright(one.boxes) if one.xywhr is None else one.xywhr
 
 
 def _of_every_class(truth: Truth, num_classes: int) -> Truth:

@@ -73,8 +73,7 @@ def dota_labels(found: Detections, classes: Sequence[str]) -> str:
 
 def _corners(found: Detections) -> NDArray[np.float64]:
     """(N, 4, 2) in pixels of the tile, clockwise on screen, as DOTA wants them."""
-    boxes = rotated.upright(found.boxes) if found.xywhr is None else found.xywhr
-    return rotated.corners(boxes.astype(np.float64))[:, ::-1]
+    return rotated.corners(rotated.drawn(found.boxes, found.xywhr).astype(np.float64))[:, ::-1]
 
 
 def label_file(image: Path) -> Path:

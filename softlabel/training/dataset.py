@@ -85,4 +85,4 @@ def _label(target: Target, *, rotated_boxes: bool) -> dict:
 
 def _corners(target: Target) -> NDArray[np.float32]:
     """(N, 4, 2) in tile pixels."""
-    return rotated.corners(rotated.upright(target.boxes) if target.xywhr is None else target.xywhr).astype(np.float32)
+    return rotated.corners(rotated.drawn(target.boxes, target.xywhr)).astype(np.float32)
