@@ -108,7 +108,7 @@ def test_the_engine_is_that_of_the_teacher(weights, engine):
     assert f"{engine} in float32" in line
 
 
-def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path):
+def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path, capsys):
     (tmp_path / "best.pt").write_text("no checkpoint")
     recipe = tiny_recipe(tiles={"scenes": str(tmp_path / "gone")}, label={"weights": str(tmp_path / "best.pt")})
     with pytest.raises(WeightsError, match=r"best\.pt cannot be read as a checkpoint"):
@@ -117,4 +117,4 @@ def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path):
     path.write_text(dump_recipe(recipe))
     for flags in ([], ["--dry-run"]):
         assert main(["label", "--config", str(path), "--run-dir", str(tmp_path / "run"), *flags]) == 2
-    assert not list((tmp_path / "run").glob("tiles-*"))
+        assert "best.pt cannot be read as a checkpoint" in capsys.readouterr().err

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_stores import CLASSES, detections, made_store, made_tile, write_tiles
+from made_stores import CLASSES, detections, made_store, made_tile, write_store, write_tiles
 from ultralytics.cfg import get_cfg
 
+from softlabel import rotated
 from softlabel.errors import TrainingError
-from softlabel.records import Nms
+from softlabel.records import Detections, Nms
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import TrainJob, truth_targets
 
@@ -47,6 +48,13 @@ def test_a_model_of_rotated_boxes_wants_some(job, tmp_path):
     tiles = write_tiles(tmp_path, [made_tile("a", (0, 0, 64, 64), truth=truth, split="train_2")], name="tiles-turned")
     (target,) = replace(upright, tiles=tiles, soft_labels=None).targets()
     assert target.xywhr.tolist() == [xywhr]
+    two = np.array([xywhr, [40, 40, 8, 4, 0.25]], np.float32)
+    found = Detections(rotated.hulls(two), np.array([[0.9, 0, 0], [0, 0, 0.2]], np.float32), xywhr=two)
+    store = write_store(
+        tmp_path, [made_tile("a", (0, 0, 64, 64), found, split="train_2")], tiles="tiles-turned", weights="turned"
+    )
+    (target,) = replace(upright, tiles=tiles, soft_labels=store).targets()
+    assert target.xywhr.tolist() == two[:1].tolist() and target.class_ids.tolist() == [0]
 
 
 def test_an_object_of_unknown_class_is_hidden_but_where_a_known_one_is(tmp_path):
