@@ -171,6 +171,53 @@ class Model(_Section):
     args: dict[str, Any] = Field({}, description="epochs, batch, imgsz, optimizer, lr0, mosaic, close_mosaic, ...")
 
 
+class Soft(_Section):
+    """What a student's loss makes of labels that are unsure. As it stands here it makes nothing of it: the loss is
+    ultralytics' own (YOLOv5's for models with anchors), on boxes above the threshold.
+
+    softlabel.training.soft says what each means for a training set, softlabel.detectors.soft_loss for a loss.
+    """
+
+    class_targets: Literal["hard", "vector"] = Field(
+        "hard", description="what a box's class is learned as: its best class, or its whole class vector"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the class vector; below 1 sharpens it")
+    weight_power: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a box weighs its score to this power in the loss; 0: all weigh 1"
+    )
+    ignore_above: Threshold | None = Field(
+        None, description="labels between this and the threshold are neither object nor background; null: background"
+    )
+    ignore_truth: bool = Field(
+        False,
+        description="truth that evaluation ignores, and what a tile was not labelled for, is neither object nor "
+        "background",
+    )
+    background_far: Fraction = Field(
+        1.0, description="soft sampling: what background far from all labelled boxes weighs (Wu et al.: 0.25)"
+    )
+    background_doubt: Fraction = Field(
+        0.0, description="soft sampling: by how much of its score a label below weakens the background inside it"
+    )
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="online label smoothing: share of a class target that the student's right answers make"
+    )
+
+    def of_truth(self) -> "Soft":
+        """What of it is about truth alone: for models that are trained on truth beside the students."""
+        return Soft(ignore_truth=self.ignore_truth)
+
+    @model_validator(mode="after")
+    def _has_a_use(self) -> "Soft":
+        if self.temperature != 1 and self.class_targets == "hard":
+            raise ValueError("temperature is of class vectors: set class_targets to vector")
+        return self
+
+
+HARD = Soft()
+"""The loss as it is, on boxes above the threshold."""
+
+
 class Train(_Section):
     """Teacher and student; which labels the student of `softlabel train` learns from."""
 
@@ -185,6 +232,7 @@ class Train(_Section):
     calibration: str | None = Field(
         None, description="what `softlabel calibrate` wrote: soft labels' scores are mapped by it before the threshold"
     )
+    soft: Soft = Field(HARD, description="what students make of labels that are unsure")
 
 
 class Calibrate(_Section):
@@ -250,8 +298,35 @@ class Search(_Section):
         if not self.space:
             raise ValueError("space is empty: name a recipe key, such as train.threshold")
         for key in self.space:
-            if not key.startswith(("train.threshold", "train.student.")):
-                raise ValueError(f"space names {key}: it may vary train.threshold and keys below train.student")
+            if not key.startswith(("train.threshold", "train.student.", "train.soft.")):
+                raise ValueError(
+                    f"space names {key}: it may vary train.threshold, and keys below train.student and train.soft"
+                )
+        return self
+
+
+class Compare(_Section):
+    """Ways to train students, for `softlabel compare`: each of them and the plain one, over several seeds."""
+
+    methods: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], dict[str, Any]] = Field(
+        {}, description="a name to recipe keys under train and their values"
+    )
+    seeds: Annotated[int, Field(gt=0)] = Field(4, description="students of each method and training set")
+    splits: tuple[str, ...] = Field(("train_1", "train_2"), min_length=1, description="training sets")
+    drop: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the soft labels to remove at random first, as if the teacher had missed them"
+    )
+
+    @model_validator(mode="after")
+    def _is_about_training(self) -> "Compare":
+        for name, values in self.methods.items():
+            if name in ("plain", "truth"):
+                raise ValueError(f"methods names {name}, which is compared in any case: remove it")
+            for key in values:
+                if not key.startswith(("train.threshold", "train.student.", "train.soft.")):
+                    raise ValueError(
+                        f"{name} names {key}: give train.threshold or keys below train.student, train.soft"
+                    )
         return self
 
 
@@ -292,6 +367,7 @@ class Recipe(_Section):
     calibrate: Calibrate = Calibrate()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
+    compare: Compare = Compare()
     execution: Execution = Execution()
 
     @field_validator("name")
@@ -310,6 +386,11 @@ class Recipe(_Section):
         threshold = self.train.threshold
         if isinstance(threshold, dict) and set(threshold) != set(self.classes):
             raise ValueError(f"train.threshold names {', '.join(threshold)}: give each of `classes` one, or one number")
+        low = self.train.soft.ignore_above
+        if isinstance(low, dict) and set(low) != set(self.classes):
+            raise ValueError(
+                f"train.soft.ignore_above names {', '.join(low)}: give each of `classes` one, or one number"
+            )
         mapping = self.tiles.truth.mapping if self.tiles.truth else {}
         unknown = sorted(set(mapping.values()) - set(self.classes))
         if unknown:

@@ -137,8 +137,12 @@ class Detections:
 
         One threshold for all, or (K,) one per class; the best class's counts.
         """
+        return self.at(self.is_above(threshold))
+
+    def is_above(self, threshold: float | NDArray[np.float32]) -> NDArray[np.bool_]:
+        """(N,) which those are."""
         limits = np.asarray(threshold, np.float32)
-        return self.at(self.best > (limits[self.class_ids] if limits.ndim else limits))
+        return self.best > (limits[self.class_ids] if limits.ndim else limits)
 
 
 @dataclass(frozen=True)

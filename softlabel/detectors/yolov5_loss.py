@@ -5,12 +5,18 @@ al., https://arxiv.org/abs/1911.08287), its objectness and class losses are bina
 train.py of YOLOv5 v6.0 to v7.0, https://github.com/ultralytics/yolov5). This is that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.functional import one_hot
+from torchvision.ops import box_convert, box_iou
 from ultralytics.utils.metrics import bbox_iou
+
+from softlabel.config import HARD, Soft
+from softlabel.detectors.background import far_weight, kept_in_regions
+from softlabel.detectors.smoothing import OnlineSmoothing
 
 # Of objectness on each level, fine ones first: they have more empty cells. Three levels have weights of their own.
 _BALANCE_OF_3, _BALANCE = (4.0, 1.0, 0.4), (4.0, 1.0, 0.25, 0.06, 0.02)
@@ -21,16 +27,16 @@ _NEIGHBOUR = 0.5  # a box also belongs to the two cells whose centres are neares
 
 @dataclass(frozen=True)
 class Assigned:
-    """Targets of one level, (N,) each: image, anchor, row and column of the cell; class; box (N, 4).
+    """Targets of one level, (N,) each: which target, its image; anchor, row and column of the cell; box (N, 4).
 
     Boxes are centre (relative to the cell's corner) and size, in cells; anchor sizes (N, 2) in cells.
     """
 
+    target: torch.Tensor
     image: torch.Tensor
     anchor: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
-    class_id: torch.Tensor
     box: torch.Tensor
     anchor_wh: torch.Tensor
 
@@ -61,16 +67,29 @@ def assign(targets_T6: torch.Tensor, anchors_A2: torch.Tensor, height: int, widt
     # own cell, left, up, right, down
     shifts = xy.new_tensor([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1]]) * _NEIGHBOUR
     shift, index = torch.cat((here, near_start, near_end)).nonzero(as_tuple=True)
-    chosen, anchor = chosen[index], anchor[index]
+    chosen, anchor, target = chosen[index], anchor[index], target[index]
     cell = (chosen[:, 2:4] - shifts[shift]).long()
     cell = torch.stack((cell[:, 0].clamp(0, width - 1), cell[:, 1].clamp(0, height - 1)), 1)
     box = torch.cat((chosen[:, 2:4] - cell, chosen[:, 4:6]), 1)
-    image, class_id = chosen[:, 0].long(), chosen[:, 1].long()
-    return Assigned(image, anchor, cell[:, 1], cell[:, 0], class_id, box, anchors_A2[anchor])
+    return Assigned(target, chosen[:, 0].long(), anchor, cell[:, 1], cell[:, 0], box, anchors_A2[anchor])
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """What a batch has: targets (T, 6) image, class, box; per target a class vector (T, K) and a weight (T,)."""
+
+    targets: torch.Tensor
+    vectors: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def class_ids(self) -> torch.Tensor:
+        """(T,)"""
+        return self.targets[:, 1].long()
 
 
 class AnchorLoss:
-    """YOLOv5's training criterion, called as ultralytics calls its own.
+    """YOLOv5's training criterion, called as ultralytics calls its own. softlabel.detectors.soft_loss softens it.
 
     Args:
         anchors: (levels, anchors, 2) width and height in cells, for levels from fine to coarse.
@@ -87,6 +106,8 @@ class AnchorLoss:
 
     def __init__(self, anchors: torch.Tensor, num_classes: int, *, box: float, cls: float, imgsz: int) -> None:
         self.num_levels = levels = len(anchors)
+        self.soft: Soft = HARD
+        self.smoothing: OnlineSmoothing | None = None
         self._anchors, self._num_classes = anchors, num_classes
         self._balance = _BALANCE_OF_3 if levels == 3 else _BALANCE
         self._box = box * 3 / levels
@@ -107,34 +128,101 @@ class AnchorLoss:
 
         Args:
             feats: Per level the head's raw outputs, (B, anchors, height, width, 5 + K).
-            batch: ``batch_idx`` (T,), ``cls`` (T, 1) and ``bboxes`` (T, 4), centre and size in units of the image.
+            batch: ``batch_idx`` (T,), ``cls`` (T, 1) and ``bboxes`` (T, 4), centre and size in units of the image;
+                and what softlabel.detectors.soft_loss says, or none of it.
         """
-        device = feats[0].device
-        columns = (batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"])
-        targets = torch.cat([column.to(device, torch.float32) for column in columns], 1)
-        sums, counts = zip(*(self._level(i, out.float(), targets) for i, out in enumerate(feats)), strict=True)
+        objects = self._objects(batch, feats[0].device)
+        levels = [
+            self._level(i, out.float(), objects, self._background(i, feats, objects, batch))
+            for i, out in enumerate(feats)
+        ]
+        sums, counts = zip(*levels, strict=True)
         return torch.stack(sums), torch.stack(counts)
 
-    def _level(self, level: int, out: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _objects(self, batch: Mapping[str, torch.Tensor], device: torch.device) -> _Objects:
+        columns = (batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"])
+        targets = torch.cat([column.to(device, torch.float32) for column in columns], 1)
+        if "vectors" not in batch:
+            vectors = one_hot(targets[:, 1].long(), self._num_classes).to(targets)
+            return _Objects(targets, vectors, torch.ones_like(targets[:, 0]))
+        vectors = batch["vectors"].to(targets)
+        if self.smoothing:
+            vectors = self.smoothing.mixed(vectors, targets[:, 1].long())
+        return _Objects(targets, vectors, batch["weights"].to(targets))
+
+    def _background(
+        self, level: int, feats: Sequence[torch.Tensor], objects: _Objects, batch: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | float:
+        """What a level's objectness losses count where there is no object: 1, or (B, anchors, rows, columns).
+
+        Where a region keeps some classes only, it counts for the share of them in the cell's class scores: if there is
+        an object that it sees, how likely is it of a class that would have been labelled?
+        """
+        if "region_idx" not in batch:
+            return 1.0
+        out = feats[level].detach().float()
         height, width = out.shape[2:4]
-        found = assign(targets, self._anchors[level].to(out), height, width)
+        rows, columns = torch.meshgrid(
+            torch.arange(height, device=out.device), torch.arange(width, device=out.device), indexing="ij"
+        )
+        corners = torch.stack((columns, rows), -1).reshape(-1, 2).to(out)
+        size_wh = out.new_tensor([width, height])
+        least = 2 * width / feats[0].shape[3]  # of the finest cells, as in the assigner of anchor-free models
+        kept = kept_in_regions(batch, corners + 0.5, size_wh, least, len(out)).unflatten(1, (height, width))
+        if kept.shape[-1] == 1:
+            kept = kept[:, None, ..., 0].expand(out.shape[:-1])
+        else:
+            scores = out[..., 5:].sigmoid()
+            kept = (kept[:, None] * scores).sum(-1) / scores.sum(-1).clamp(min=1e-9)
+        if self.soft.background_far < 1:
+            overlaps = self._overlaps(out, corners, self._anchors[level].to(out), objects.targets)
+            kept = kept * far_weight(overlaps, self.soft.background_far)
+        return kept
+
+    def _overlaps(
+        self, out: torch.Tensor, corners_P2: torch.Tensor, anchors_A2: torch.Tensor, targets_T6: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, anchors, rows, columns): the greatest IoU of each cell's box with a labelled one of its image."""
+        height, width = out.shape[2:4]
+        xy = out[..., :2].sigmoid() * 2 - 0.5 + corners_P2.view(height, width, 2)
+        wh = (out[..., 2:4].sigmoid() * 2) ** 2 * anchors_A2.view(1, -1, 1, 1, 2)
+        predicted = box_convert(torch.cat((xy, wh), -1).flatten(1, 3), "cxcywh", "xyxy")
+        labelled = box_convert(targets_T6[:, 2:] * out.new_tensor([width, height] * 2), "cxcywh", "xyxy")
+        found = out.new_zeros(predicted.shape[:2])
+        for image in targets_T6[:, 0].unique().long().tolist():
+            found[image] = box_iou(predicted[image], labelled[targets_T6[:, 0] == image]).amax(1)
+        return found.view(out.shape[:-1])
+
+    def _level(
+        self, level: int, out: torch.Tensor, objects: _Objects, background: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = out.shape[2:4]
+        found = assign(objects.targets, self._anchors[level].to(out), height, width)
         cells = out[found.image, found.anchor, found.row, found.column]
+        weights = objects.weights[found.target]
         xy = cells[:, :2].sigmoid() * 2 - 0.5
         wh = (cells[:, 2:4].sigmoid() * 2) ** 2 * found.anchor_wh
         ciou = bbox_iou(torch.cat((xy, wh), 1), found.box, CIoU=True).view(-1)
-        box = (1 - ciou).sum() * self._box
-        obj = bce(out[..., 4], _objectness(out, found, ciou.detach()), reduction="sum")
+        box = ((1 - ciou) * weights).sum() * self._box
+        last = _last(out, found)
+        has_object = last >= 0
+        objectness, counted = torch.zeros_like(out[..., 4]), torch.ones_like(out[..., 4]) * background
+        objectness[has_object] = ciou.detach().clamp(min=0)[last[has_object]]
+        counted[has_object] = weights[last[has_object]]
+        obj = (bce(out[..., 4], objectness, reduction="none") * counted).sum()
         cls = out.new_zeros(())
         if self._num_classes > 1:
-            one_hot = torch.nn.functional.one_hot(found.class_id, self._num_classes).to(out)
-            cls = bce(cells[:, 5:], one_hot, reduction="sum") * self._cls / self._num_classes
+            losses = bce(cells[:, 5:], objects.vectors[found.target], reduction="none")
+            cls = (losses * weights[:, None]).sum() * self._cls / self._num_classes
+            if self.smoothing:
+                self.smoothing.see(cells[:, 5:].detach().sigmoid(), objects.class_ids[found.target])
         assigned = len(found.image)
         counts = out.new_tensor([assigned, out[..., 4].numel(), assigned])
         return torch.stack((box, obj * self._obj * self._balance[level], cls)), counts
 
 
-def _objectness(out: torch.Tensor, found: Assigned, ciou: torch.Tensor) -> torch.Tensor:
-    """The objectness target of every cell: the CIoU there, at least 0. Of several targets on one cell the last counts.
+def _last(out: torch.Tensor, found: Assigned) -> torch.Tensor:
+    """Which of the assigned, if any (else -1), gives a cell its objectness: of several on one cell the last.
 
     Written so that the last one wins on a GPU too, where writes to one place have no order.
     """
@@ -142,7 +230,4 @@ def _objectness(out: torch.Tensor, found: Assigned, ciou: torch.Tensor) -> torch
     flat = ((found.image * shape[1] + found.anchor) * shape[2] + found.row) * shape[3] + found.column
     order = torch.arange(len(flat), device=out.device)
     last = torch.full((out[..., 4].numel(),), -1, device=out.device).scatter_reduce(0, flat, order, "amax")
-    target = out.new_zeros(last.shape)
-    taken = last >= 0
-    target[taken] = ciou.clamp(min=0)[last[taken]].to(target.dtype)
-    return target.view(shape)
+    return last.view(shape)

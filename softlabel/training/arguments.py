@@ -4,12 +4,12 @@ An argument that is silently ignored is a wrong experiment. But people paste who
 ultralytics' own default changes nothing there either, and passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 
-from softlabel.config import Train, is_anchor_based
+from softlabel.config import Recipe, Threshold, Train, is_anchor_based
 from softlabel.detectors.weights import check_trainable, finds_rotated
 from softlabel.errors import RecipeError
 
@@ -105,6 +105,31 @@ def check_models(train: Train) -> None:
         model = getattr(train, role)
         check_trainable(model.model)
         check_train_args(model.args, f"train.{role}", model.model)
+
+
+def check_soft(recipe: Recipe, thresholds: Iterable[Threshold]) -> None:
+    """Refuse a ``train.soft`` that the student's loss has no use for, or that contradicts a threshold.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
+    soft, model = recipe.train.soft, recipe.train.student.model
+    if len(recipe.classes) == 1:
+        if soft.smoothing:
+            raise RecipeError(
+                "train.soft.smoothing has no use: with one class there is no other to share with: remove it"
+            )
+        if soft.class_targets == "vector" and is_anchor_based(model):
+            raise RecipeError(f"train.soft.class_targets has no use: of one class {model} has no class loss: remove it")
+    if soft.ignore_above is None:
+        return
+    for threshold in thresholds:
+        for name in recipe.classes:
+            low, high = (one[name] if isinstance(one, dict) else one for one in (soft.ignore_above, threshold))
+            if low >= high:
+                raise RecipeError(
+                    f"train.soft.ignore_above is {low:g} for {name}, not below its threshold of {high:g}: lower it"
+                )
 
 
 def _problem(name: str, args: dict[str, Any], model: str) -> str | None:

@@ -1,21 +1,32 @@
-"""Training tiles as an ultralytics dataset: its augmentation, our pixels and boxes."""
+"""Training tiles as an ultralytics dataset: its augmentation, our pixels and boxes.
 
+Augmentation carries one number per box, its class. Where targets are soft that number is a row of a table instead,
+which holds what there is to know of the box (`soft_rows`); after augmentation `looked_up` puts it back.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ultralytics.data.dataset import YOLODataset
 
 from softlabel import rotated
+from softlabel.errors import TrainingError
 from softlabel.training.targets import Target
+
+_MOST_ROWS = 1 << 24  # whole numbers that a float32 can tell apart
 
 
 class TileDataset(YOLODataset):
     """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files.
 
     ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB. Under ultralytics' task ``obb`` boxes are rotated.
+    Where targets are soft, the class of a box is its row in `soft_rows` instead, and their regions
+    are boxes too.
     """
 
     def __init__(self, targets: Sequence[Target], read: Callable[[dict], NDArray[np.uint8]], **kwargs: object) -> None:
@@ -29,7 +40,9 @@ class TileDataset(YOLODataset):
 
     def get_labels(self) -> list[dict]:
         """Labels as ultralytics holds them: normalised xywh, classes as a float column; corners of rotated boxes."""
-        return [_label(target, rotated_boxes=self.use_obb) for target in self._targets]
+        sizes = [len(target.boxes) + (len(target.soft.regions) if target.soft else 0) for target in self._targets]
+        starts = itertools.accumulate(sizes, initial=0)
+        return [_label(t, start, rotated_boxes=self.use_obb) for t, start in zip(self._targets, starts, strict=False)]
 
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False
@@ -67,22 +80,68 @@ class TileDataset(YOLODataset):
         return False
 
 
-def _label(target: Target, *, rotated_boxes: bool) -> dict:
+def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
     _, _, width, height = target.tile["window"]
-    boxes = target.boxes.astype(np.float32)
+    boxes, drawn, classes = target.boxes, rotated.drawn(target.boxes, target.xywhr), target.class_ids
+    if target.soft:
+        boxes = np.concatenate([boxes, rotated.hulls(target.soft.regions)])
+        drawn = np.concatenate([drawn, target.soft.regions])
+        classes = first_row + np.arange(len(boxes))
+    boxes = boxes.astype(np.float32)
+    corners = rotated.corners(drawn).astype(np.float32)
     xywh = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
     return {
         "im_file": str(Path(target.tile["tile_id"])),
         "shape": (height, width),
-        "cls": target.class_ids.astype(np.float32).reshape(-1, 1),
+        "cls": classes.astype(np.float32).reshape(-1, 1),
         "bboxes": xywh / np.array([width, height, width, height], np.float32),
-        "segments": list(_corners(target) / np.array([width, height], np.float32)) if rotated_boxes else [],
+        "segments": list(corners / np.array([width, height], np.float32)) if rotated_boxes else [],
         "keypoints": None,
         "normalized": True,
         "bbox_format": "xywh",
     }
 
 
-def _corners(target: Target) -> NDArray[np.float32]:
-    """(N, 4, 2) in tile pixels."""
-    return rotated.corners(rotated.drawn(target.boxes, target.xywhr)).astype(np.float32)
+def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
+    """(rows, 2 + K) float32: tile after tile its boxes, then its regions.
+
+    A box's row is its class, its weight and its class vector; a region's -1, 0 and what it keeps of each class.
+
+    Raises:
+        TrainingError: There are more rows than a float32 can tell apart.
+    """
+    rows = []
+    for target in targets:
+        if (soft := target.soft) is not None:
+            rows.append(np.column_stack([target.class_ids, soft.weights, soft.vectors]))
+            rows.append(np.column_stack([np.full(len(soft.keeps), -1), np.zeros(len(soft.keeps)), soft.keeps]))
+    found = np.concatenate(rows).astype(np.float32)
+    if len(found) > _MOST_ROWS:
+        raise TrainingError(
+            f"{len(found)} labels with the unsure ones are more than {_MOST_ROWS}: set train.soft aside"
+        )
+    return torch.from_numpy(found)
+
+
+def looked_up(batch: dict, rows: torch.Tensor) -> dict:
+    """An augmented batch whose ``cls`` are rows of `soft_rows`, with what they stand for.
+
+    Returns:
+        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K) and
+        ``weights`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
+        softlabel.detectors.background reads them.
+    """
+    found = rows[batch["cls"].view(-1).long()]
+    is_object = found[:, 0] >= 0
+    index, boxes = batch["batch_idx"], batch["bboxes"]
+    return {
+        **batch,
+        "batch_idx": index[is_object],
+        "cls": found[is_object, :1],
+        "bboxes": boxes[is_object],
+        "weights": found[is_object, 1],
+        "vectors": found[is_object, 2:],
+        "region_idx": index[~is_object],
+        "region_bboxes": boxes[~is_object],
+        "region_keeps": found[~is_object, 2:],
+    }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Execution, Model, Recipe, Threshold, default_iou
+from softlabel.config import HARD, Execution, Model, Recipe, Soft, Threshold, default_iou
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
@@ -23,8 +23,13 @@ def train_job(
     soft_labels: Path | None = None,
     threshold: Threshold | None = None,
     subset: float = 1.0,
+    soft: Soft | None = None,
+    drop: float = 0.0,
 ) -> TrainJob:
     """One model to train on a split's truth, or on its soft labels above a threshold; on a share of them (``subset``).
+
+    ``soft`` is what it makes of unsure labels. Not given it is ``train.soft`` on soft labels, and what that says of
+    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random.
 
     Raises:
         WeightsError: The weights to start from do not exist.
@@ -35,6 +40,12 @@ def train_job(
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
     nms = recipe.label.nms(default_iou(model.model))
     calibration = calibration_of(recipe) if soft_labels else None
+    if soft is None:
+        soft = (
+            recipe.train.soft.model_copy(update={"ignore_truth": False})
+            if soft_labels
+            else recipe.train.soft.of_truth()
+        )
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,
@@ -47,6 +58,8 @@ def train_job(
         "threshold": threshold,
         **({} if subset == 1 else {"subset": subset}),
         **({"calibration": digest(calibration.to_json())} if calibration else {}),
+        **({} if soft == HARD else {"soft": soft.model_dump(mode="json", exclude_defaults=True)}),
+        **({"drop": drop} if drop else {}),
         "seed": recipe.seed,
     }
     return TrainJob(
@@ -65,12 +78,16 @@ def train_job(
         subset=subset,
         seed=recipe.seed,
         nms=nms,
+        soft=soft,
+        drop=drop,
     )
 
 
 def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None) -> TrainJob:
     """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth."""
     settings = recipe.train
+    if store is None:
+        _check_truth(settings.soft)
     return train_job(
         recipe,
         run_dir,
@@ -81,7 +98,15 @@ def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | N
         val_split=validation_split(tiles, settings.split, settings.labels),
         soft_labels=store,
         threshold=settings.threshold if store else None,
+        soft=None if store else settings.soft,
     )
+
+
+def _check_truth(soft: Soft) -> None:
+    """Refuse what is made of scores, which truth has none of."""
+    of_scores = Soft(**soft.model_dump(exclude={"ignore_truth", "background_far", "smoothing"}))
+    if wrong := of_scores.model_dump(exclude_defaults=True):
+        raise RecipeError(f"train.soft.{next(iter(wrong))} is made of scores, and truth has none: remove it")
 
 
 def validation_split(tiles: Path, split: str, labels: str) -> str:

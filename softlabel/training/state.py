@@ -29,6 +29,7 @@ def write_state(job: TrainJob, trainer: Any, **more: Any) -> None:
         "updates": trainer.ema.updates,
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
+        "smoothing": None if trainer.smoothing is None else trainer.smoothing.table.cpu(),
         "best_fitness": float(trainer.best_fitness or 0),
         "stopper": (float(trainer.stopper.best_fitness), int(trainer.stopper.best_epoch)),
         "best_weights": torch.frombuffer(bytearray((trainer.save_dir / WEIGHTS).read_bytes()), dtype=torch.uint8),
@@ -44,5 +45,7 @@ def restore(trainer: Any, state: dict) -> None:
     trainer.ema.updates = state["updates"]
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
+    if trainer.smoothing is not None:
+        trainer.smoothing.table = state["smoothing"].to(trainer.device)
     trainer.best_fitness = state["best_fitness"]
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = state["stopper"]

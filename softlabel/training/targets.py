@@ -1,6 +1,7 @@
 """What a model learns from: tiles with boxes, from truth or from soft labels above a threshold."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.boxes import iou_matrix
 from softlabel.calibration import Calibration
-from softlabel.config import Threshold
+from softlabel.config import HARD, Soft, Threshold
 from softlabel.errors import NO_LABELS, TrainingError
-from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Nms, Truth, detections_from_row
+from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Detections, Nms, Truth, detections_from_row
 from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
+from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, truth_softness
 
 WEIGHTS = "weights.safetensors"
 """What a finished training step leaves in its folder, beside done.json."""
@@ -26,7 +29,8 @@ class Target:
     """One training tile: its row (where its pixels are), boxes (N, 4) float32 xyxy tile pixels, class_ids (N,).
 
     ``unknown`` (H, 4) are boxes of objects whose class nobody knows. ``xywhr`` (N, 5) are rotated boxes, of which
-    ``boxes`` are the hulls; None where boxes are upright.
+    ``boxes`` are the hulls; None where boxes are upright. ``soft`` is what the boxes are worth, None where all are
+    worth the same and the rest is background.
     """
 
     tile: dict
@@ -34,6 +38,7 @@ class Target:
     class_ids: NDArray[np.int64]
     unknown: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     xywhr: NDArray[np.float32] | None = None
+    soft: Softness | None = None
 
     def hide_unknown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The tile's pixels (rows, columns, bands), those of unknown objects in the grey of the padding.
@@ -74,19 +79,26 @@ class TrainJob:
     subset: float
     seed: int
     nms: Nms
+    soft: Soft = HARD
+    drop: float = 0.0
 
     def targets(self) -> list[Target]:
         """The training set.
 
         Raises:
-            TrainingError: It has no box, or none is rotated and the model finds rotated ones.
+            TrainingError: It has no box, or all weigh nothing, or none is rotated and the model finds rotated ones.
         """
         from softlabel.detectors.weights import finds_rotated  # imports PyTorch and ultralytics
 
         if self.soft_labels is None:
-            targets = truth_targets(self.tiles, self.split)
+            targets = truth_targets(self.tiles, self.split, self.soft, len(self.classes))
         else:
-            targets = soft_targets(self.tiles, self.split, self.soft_labels, self._thresholds(), self.calibration)
+            soften, threshold = None if self.soft == HARD else self._soften, self._per_class(self.threshold or 0.0)
+            targets = soft_targets(
+                self.tiles, self.split, self.soft_labels, threshold, self.calibration, soften, self.drop
+            )
+            if soften and not any(target.soft.weights.any() for target in targets if target.soft):
+                raise TrainingError(f"{self.name}: every label weighs 0: lower train.soft.weight_power")
         if finds_rotated(self.model) and all(target.xywhr is None for target in targets):
             raise TrainingError(
                 f"{self.name}: {self.model} learns rotated boxes, and those of {self.soft_labels or self.tiles} are "
@@ -94,14 +106,26 @@ class TrainJob:
             )
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
 
-    def _thresholds(self) -> float | NDArray[np.float32]:
-        if isinstance(self.threshold, dict):
-            return np.array([self.threshold[name] for name in self.classes], np.float32)
-        return self.threshold or 0.0
+    def _soften(self, found: Detections, kept: NDArray[np.bool_]) -> Softness:
+        low = self.soft.ignore_above
+        unsure = np.zeros(len(found.boxes), bool) if low is None else found.is_above(self._per_class(low))
+        calibrated = self.calibration is not None
+        return label_softness(found, kept, unsure, len(self.classes), self.soft, calibrated=calibrated)
+
+    def _per_class(self, threshold: Threshold) -> float | NDArray[np.float32]:
+        if isinstance(threshold, dict):
+            return np.array([threshold[name] for name in self.classes], np.float32)
+        return threshold
 
 
-def truth_targets(tiles: Path, split: str) -> list[Target]:
+def truth_targets(tiles: Path, split: str, soft: Soft = HARD, num_classes: int = 0) -> list[Target]:
     """The tiles of a split with the boxes people drew; those that evaluation ignores are left out.
+
+    Args:
+        tiles: The folder of the tiling step.
+        split: Of the tiles.
+        soft: What the boxes are worth.
+        num_classes: K, where ``soft`` is given.
 
     Raises:
         TrainingError: The split has no tile with truth.
@@ -111,7 +135,10 @@ def truth_targets(tiles: Path, split: str) -> list[Target]:
         if row["truth"] is not None:
             truth = Truth.from_row(row["truth"])
             known, unknown = truth.at(~truth.ignore), truth.boxes[truth.class_ids == UNKNOWN_CLASS]
-            targets.append(Target(row, known.boxes, known.class_ids.astype(np.int64), unknown, known.xywhr))
+            if soft.ignore_truth:  # a region of its own: no pixel need be hidden
+                unknown = unknown[:0]
+            softness = None if soft == HARD else truth_softness(row, truth, num_classes, soft)
+            targets.append(Target(row, known.boxes, known.class_ids.astype(np.int64), unknown, known.xywhr, softness))
     return _checked(targets, f"split {split} of {tiles} has no truth")
 
 
@@ -121,9 +148,12 @@ def soft_targets(
     store: Path,
     threshold: float | NDArray[np.float32],
     calibration: Calibration | None = None,
+    soften: Callable[[Detections, NDArray[np.bool_]], Softness] | None = None,
+    drop: float = 0.0,
 ) -> list[Target]:
     """The tiles of a split with a teacher's boxes whose best score, as ``calibration`` maps it, is strictly above
-    ``threshold``, or its class's.
+    ``threshold``, or its class's. ``soften`` says of all boxes, and which are above it, what they are worth. A share of
+    those above is removed first (``drop``), with all that overlaps them, as if nothing had been found there.
 
     A tile that was rejected in labelling, or that is empty, is left out: it is no example of background.
 
@@ -135,9 +165,22 @@ def soft_targets(
     for label in read_soft_labels(store):
         if label["tile_id"] in rows and label["status"] == LABELLED:
             found = detections_from_row(label)
-            kept = (calibration.apply(found) if calibration else found).above(threshold)
-            targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids, xywhr=kept.xywhr))
+            if calibration:
+                found = calibration.apply(found)
+            if drop:
+                found = _without_some(found, found.is_above(threshold), drop, label["tile_id"])
+            is_kept = found.is_above(threshold)
+            softness = soften(found, is_kept) if soften else None
+            kept = found.at(is_kept)
+            targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids, xywhr=kept.xywhr, soft=softness))
     return _checked(targets, f"no soft label of {store} is above {threshold}")
+
+
+def _without_some(found: Detections, kept: NDArray[np.bool_], share: float, tile_id: str) -> Detections:
+    """Which go follows from tile and place alone, so that all students lack the same."""
+    draws = np.random.default_rng(int(digest(tile_id), 16)).random(len(kept))
+    gone = found.boxes[kept & (draws < share)]
+    return found.at(iou_matrix(found.boxes, gone).max(axis=1, initial=0) <= SAME_OBJECT_IOU)
 
 
 def num_empty(store: Path, tiles: Path, split: str) -> int:

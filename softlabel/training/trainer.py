@@ -27,7 +27,10 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
+from softlabel.config import HARD
 from softlabel.detectors.header import Header
+from softlabel.detectors.smoothing import OnlineSmoothing
+from softlabel.detectors.soft_loss import soften
 from softlabel.detectors.weights import build_model, default_train_args, finds_rotated, load_matching, save_weights
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.detectors.yolov5 import YoloV5
@@ -37,7 +40,7 @@ from softlabel.imagery.scenes import TileReader
 from softlabel.store import commit, finish, is_done
 from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
-from softlabel.training.dataset import TileDataset
+from softlabel.training.dataset import TileDataset, looked_up, soft_rows
 from softlabel.training.ranks import gather, is_first, rank
 from softlabel.training.state import read_state, restore, write_state
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
@@ -138,6 +141,8 @@ class SoftLabelTrainer(DetectionTrainer):
         # Labelling has looked at the pixels of soft labels' tiles already.
         self.targets = job.targets() if job.soft_labels else without_empty(job.targets(), job.tiles, job.split)
         self._history: list[dict] = list(state["history"]) if state else []
+        self.smoothing = OnlineSmoothing(job.soft.smoothing, len(job.classes)) if job.soft.smoothing else None
+        self._rows = soft_rows(self.targets) if job.soft != HARD else None
         device = ray.train.torch.get_device()
         overrides = {
             **default_train_args(job.model),
@@ -154,7 +159,9 @@ class SoftLabelTrainer(DetectionTrainer):
         with no_integrations:  # they report to other services, and into Ray Tune by themselves
             super().__init__(overrides=overrides)
         self.device, self.ddp, self.world_size = device, False, context.get_world_size()
+        self.add_callback("on_train_start", SoftLabelTrainer._make_criterion)
         self.add_callback("on_train_epoch_start", _seed_epoch)
+        self.add_callback("on_train_epoch_end", SoftLabelTrainer._end_smoothing)
         self.add_callback("on_fit_epoch_end", SoftLabelTrainer._report)
 
     def get_dataset(self) -> dict:
@@ -203,6 +210,33 @@ class SoftLabelTrainer(DetectionTrainer):
         self.start_epoch = state["epoch"] + 1
         self._say(f"resumed after epoch {self.start_epoch}/{self.epochs}")
 
+    def _make_criterion(self) -> None:
+        """The loss, softened if the job says so, and as far along as the epochs that are done.
+
+        (The two heads of an end-to-end model share it by weights that change from epoch to epoch.)
+        """
+        model = unwrap_model(self.model)
+        model.criterion = criterion = model.init_criterion()
+        if self.start_epoch and hasattr(criterion, "update"):
+            criterion.updates = self.start_epoch - 1
+            criterion.update()
+        if self._rows is not None:
+            soften(criterion, self._job.soft, self.smoothing)
+
+    def preprocess_batch(self, batch: dict) -> dict:
+        """ultralytics', with what the labels are worth."""
+        return super().preprocess_batch(batch if self._rows is None else looked_up(batch, self._rows))
+
+    def get_class_counts(self) -> np.ndarray:
+        """Boxes per class, for ``cls_pw``; a label of the dataset may be a row of a table instead."""
+        counted = np.concatenate([target.class_ids for target in self.targets])
+        return np.bincount(counted, minlength=len(self._job.classes)).astype(np.float32)
+
+    def _end_smoothing(self) -> None:
+        if self.smoothing is not None:
+            sums = [part.to(self.device) for part in gather(self.smoothing.sums.cpu())]
+            self.smoothing.end_epoch(torch.stack(sums).sum(0))
+
     def validate(self) -> tuple[dict | None, float | None]:
         """mAP of the EMA model on the validation split's truth, by the metric that fills every table."""
         for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
@@ -240,6 +274,7 @@ class SoftLabelTrainer(DetectionTrainer):
             "epochs_with_mosaic": with_mosaic if args.mosaic else 0,
             "best_epoch": best["epoch"],
             "val_map50": best["map50"],
+            "soft": self._job.soft.model_dump(mode="json", exclude_defaults=True),
             "seed": self._job.seed,
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",

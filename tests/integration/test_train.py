@@ -15,6 +15,7 @@ from rasterio.windows import Window
 from safetensors.numpy import load_file
 
 from softlabel import rotated
+from softlabel.config import Soft
 from softlabel.detectors.describe import read_header
 from softlabel.detectors.tile_loss import mean_losses
 from softlabel.detectors.yolo import YoloDetector
@@ -33,6 +34,8 @@ from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets
 pytestmark = pytest.mark.usefixtures("ray_session")
 ALL = ("train_1", "val_1", "train_2")
 TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1}
+ALL_SOFT = {"class_targets": "vector", "temperature": 0.8, "weight_power": 0.5, "smoothing": 0.3}
+ALL_SOFT |= {"background_far": 0.25, "background_doubt": 0.5}
 
 
 def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", model="yolov5n.yaml", **kwargs):
@@ -44,17 +47,19 @@ def job_of(recipe, run_dir, tiles, name="truth_1", split="train_1", model="yolov
 @pytest.fixture(scope="module")
 def trained(weights, tmp_path_factory):
     """Three models in one launch of two workers, with the test scenes gone: one of ultralytics' on truth, an
-    anchor-based one on soft labels, and one of rotated boxes on rotated labels."""
+    anchor-based one on soft labels with all softness there is, and one of rotated boxes on rotated labels with some."""
     run_dir = tmp_path_factory.mktemp("train")
     recipe = tiny_recipe(execution=TWO_WORKERS)
     tiles = tile(recipe, run_dir)
     (store,) = label(recipe, [label_job(recipe, "teacher", weights, tiles, ["train_2"])], run_dir)
     for row in read_tiles(tiles, ["test"]):
         Path(row["scene_uri"]).unlink(missing_ok=True)
+    soft = {"soft_labels": store, "threshold": 0.05, "soft": Soft(ignore_above=0.03, **ALL_SOFT)}
+    turned = {"soft_labels": _turned(run_dir, tiles), "soft": Soft(background_far=0.25, smoothing=0.3)}
     jobs = [
         job_of(recipe, run_dir, tiles),
-        job_of(recipe, run_dir, tiles, "soft_2", "train_2", "yolov5n-anchor.yaml", soft_labels=store, threshold=0.05),
-        job_of(recipe, run_dir, tiles, "turned_2", "train_2", "yolo11n-obb.yaml", soft_labels=_turned(run_dir, tiles)),
+        job_of(recipe, run_dir, tiles, "soft_2", "train_2", "yolov5n-anchor.yaml", **soft),
+        job_of(recipe, run_dir, tiles, "turned_2", "train_2", "yolo11n-obb.yaml", **turned),
     ]
     train(recipe, jobs, run_dir)
     return recipe, run_dir, tiles, jobs
@@ -173,10 +178,17 @@ def test_a_model_that_is_done_is_not_trained_again(trained):
 
 
 def test_a_killed_worker_goes_on_from_its_last_epoch(tmp_path):
-    """Of two equal models in one launch, the worker is killed in the second."""
+    """Of two equal models in one launch, the worker is killed in the second.
+
+    They are end to end, whose two heads share the loss by the epoch, and learn with all softness there is.
+    """
     recipe = tiny_recipe(execution={"cpus_per_worker": 2})
     tiles = tile(recipe, tmp_path)
-    undisturbed, disturbed = (job_of(recipe, tmp_path / name, tiles, name) for name in ("undisturbed", "disturbed"))
+    learns = {"model": "yolo26n.yaml", "split": "train_2", "soft_labels": _unsure(tmp_path, tiles), "threshold": 0.5}
+    learns["soft"] = Soft(ignore_above=0.3, **ALL_SOFT)
+    undisturbed, disturbed = (
+        job_of(recipe, tmp_path / name, tiles, name, **learns) for name in ("undisturbed", "disturbed")
+    )
     killed: list[int] = []
     killer = threading.Thread(target=_kill_worker_after_an_epoch, args=(disturbed.folder, killed))
     killer.start()
@@ -192,6 +204,17 @@ def test_a_killed_worker_goes_on_from_its_last_epoch(tmp_path):
     one, other = (load_file(job.folder / WEIGHTS) for job in (undisturbed, disturbed))
     for key, value in one.items():
         np.testing.assert_allclose(other[key], value, atol=1e-4, err_msg=key)
+
+
+def _unsure(run_dir, tiles):
+    """A store of the truth's boxes, with scores from 0.1 to 1."""
+    made, generator = [], np.random.default_rng(0)
+    for row in read_tiles(tiles, ["train_2"]):
+        truth = Truth.from_row(row["truth"])
+        scores = np.eye(3, dtype=np.float32)[truth.class_ids] * generator.uniform(0.1, 1, (len(truth.boxes), 1))
+        order = np.argsort(-scores.max(axis=1, initial=0), kind="stable")
+        made.append((row, Detections(truth.boxes, scores.astype(np.float32)).at(order), None, False))
+    return write_store(run_dir, made, tiles=tiles.name, weights="unsure", splits=["train_2"])
 
 
 def _kill_worker_after_an_epoch(folder, killed):

@@ -54,6 +54,7 @@ TRANSFORMERS = {
 ULTRALYTICS = {
     "detectors/rotated_nms.py",
     "detectors/rtdetr.py",
+    "detectors/soft_loss.py",
     "detectors/unpickling.py",
     "detectors/weights.py",
     "detectors/yolo.py",

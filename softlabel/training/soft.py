@@ -1,0 +1,106 @@
+"""What `train.soft` makes of a tile's labels: class vectors, weights, and regions where background counts less.
+
+softlabel.training.dataset brings it through the augmentation, softlabel.detectors.soft_loss makes a loss of it.
+
+Shape suffixes: N boxes, M regions, K classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel import rotated
+from softlabel.boxes import iou_matrix
+from softlabel.calibration import Mapping
+from softlabel.config import Soft
+from softlabel.records import Detections, Truth
+
+SAME_OBJECT_IOU = 0.5
+"""Labels that overlap more show one object."""
+_LEAST_DOUBT = 0.05  # a label of a lower score would change next to nothing, and there are very many
+_PARTS = 4
+"""A tile that was labelled for some classes only is so many regions wide and high: augmentation forgets a box of which
+a tenth or less is left in the image, and the whole tile as one box would be forgotten with much of it in sight."""
+
+
+@dataclass(frozen=True)
+class Softness:
+    """Of a tile's boxes a class vector each, (N, K) in [0, 1], and a weight, (N,) >= 0; and regions.
+
+    ``regions`` (M, 5) are rotated boxes in pixels of the tile, ``keeps`` (M, K) in [0, 1] what background's loss of
+    each class counts inside: 0 is no background there.
+    """
+
+    vectors: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    regions: NDArray[np.float32]
+    keeps: NDArray[np.float32]
+
+
+def label_softness(
+    found: Detections,
+    kept: NDArray[np.bool_],
+    above_low: NDArray[np.bool_],
+    num_classes: int,
+    soft: Soft,
+    *,
+    calibrated: bool,
+) -> Softness:
+    """Of a tile's soft labels.
+
+    Args:
+        found: All of the store's, calibrated if they are to be.
+        kept: (N,) which are above the threshold: the boxes that are learned.
+        above_low: (N,) which are above ``soft.ignore_above``.
+        num_classes: K.
+        soft: The options.
+        calibrated: Whether scores are calibrated. If not, and where the teacher has an objectness, scores are divided
+            by it to make class vectors, and it enters the weights; calibrated scores are no product any more.
+    """
+    boxes = found.at(kept)
+    vectors = np.eye(num_classes, dtype=np.float32)[boxes.class_ids]
+    weights = boxes.best**soft.weight_power if soft.weight_power else np.ones(len(boxes.best), np.float32)
+    if soft.class_targets == "vector" and len(boxes.boxes):  # a tile without boxes has no columns for classes
+        vectors = boxes.scores
+        if boxes.objectness is not None and not calibrated:
+            vectors = np.minimum(vectors / np.maximum(boxes.objectness, 1e-9)[:, None], 1)
+            weights = weights * boxes.objectness
+        if soft.temperature != 1:
+            vectors = Mapping(soft.temperature)(vectors)
+    below = np.flatnonzero(~kept & (iou_matrix(found.boxes, boxes.boxes).max(axis=1, initial=0) <= SAME_OBJECT_IOU))
+    keeps = np.where(above_low, 0.0, 1 - soft.background_doubt * np.where(found.best > _LEAST_DOUBT, found.best, 0))
+    regions = below[keeps[below] < 1]
+    return Softness(
+        vectors.astype(np.float32),
+        weights.astype(np.float32),
+        rotated.drawn(found.boxes, found.xywhr)[regions].astype(np.float32),
+        np.repeat(keeps[regions, None], num_classes, axis=1).astype(np.float32),
+    )
+
+
+def truth_softness(tile: dict, truth: Truth, num_classes: int, soft: Soft) -> Softness:
+    """Of a tile's truth: one-hot vectors that weigh 1, and regions if ``soft.ignore_truth`` says so.
+
+    These are the boxes that evaluation ignores, and the whole tile for the classes that it was not labelled for.
+    """
+    class_ids = truth.class_ids[~truth.ignore]
+    regions, keeps = np.zeros((0, 5), np.float32), np.zeros((0, num_classes), np.float32)
+    if soft.ignore_truth:
+        regions = rotated.drawn(truth.boxes, truth.xywhr)[truth.ignore]
+        keeps = np.zeros((len(regions), num_classes), np.float32)
+        if tile["labelled_classes"] is not None:
+            parts = _parts(*tile["window"][2:])
+            labelled = np.isin(np.arange(num_classes), tile["labelled_classes"])
+            regions = np.concatenate([regions, parts])
+            keeps = np.concatenate([keeps, np.repeat(labelled[None], len(parts), axis=0)])
+    vectors = np.eye(num_classes, dtype=np.float32)[class_ids]
+    weights = np.ones(len(class_ids), np.float32)
+    return Softness(vectors, weights, regions.astype(np.float32), keeps.astype(np.float32))
+
+
+def _parts(width: int, height: int) -> NDArray[np.float32]:
+    x, y = np.meshgrid(np.arange(_PARTS) + 0.5, np.arange(_PARTS) + 0.5)
+    size = np.array([width, height]) / _PARTS
+    centres = np.stack([x.ravel(), y.ravel()], axis=1) * size
+    return np.concatenate([centres, np.broadcast_to(size, centres.shape), np.zeros((len(centres), 1))], axis=1)
