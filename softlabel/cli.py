@@ -173,11 +173,12 @@ def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool
 
 
 def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
-    from softlabel.training.arguments import check_models
+    from softlabel.training.arguments import check_models, check_soft
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
 
     check_models(recipe.train)
+    check_soft(recipe, [recipe.train.threshold] if _soft(recipe) else [])
     tiles = _tiles(recipe, run_dir)
     job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
     with ray_session(run_dir, verbose=verbose):
@@ -220,6 +221,13 @@ def _search(recipe: Recipe, run_dir: Path, *, verbose: bool, budget: float | Non
         search_experiment(recipe, run_dir, budget, resume=resume)
 
 
+def _compare(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
+    from softlabel.workflows.compare import compare
+
+    with ray_session(run_dir, verbose=verbose):
+        compare(recipe, run_dir)
+
+
 def _categorize(recipe: Recipe, run_dir: Path, *, verbose: bool, vocabulary: Path, threshold: float = 0.1) -> None:
     from softlabel.workflows.categorize import categorize
 
@@ -235,12 +243,13 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "calibrate": (_calibrate, "fit what the labels' scores are worth, on a split with truth"),
     "experiment": (_experiment, "all of it: teachers, soft labels, students, numbers, report"),
     "search": (_search, "find the threshold that makes the best student, and how sure that is"),
+    "compare": (_compare, "train students plainly and in other ways, and say which way is better"),
     "categorize": (_categorize, "look for every class of a vocabulary, and report what is in the imagery"),
     "demo": (_experiment, "the experiment on made-up scenes, minutes on a laptop"),
 }
 
 
-_TRAIN = ("train", "experiment", "search", "demo")
+_TRAIN = ("train", "experiment", "search", "compare", "demo")
 _WITHOUT_RAY = ("tile", "evaluate", "calibrate")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _WEIGHTS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

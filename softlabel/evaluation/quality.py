@@ -91,11 +91,11 @@ def bootstrap_difference(
     """
     columns = [to_columns(tiles, len(classes)) for tiles in (a, b)]
     _check_paired(*columns)
-    weights_ST = _draw(groups if groups is not None else range(len(a)), len(a), samples, seed)
-    ap_a, ap_b = (_resampled_ap(one, weights_ST) for one in columns)
+    weights_ST = draw_weights(groups if groups is not None else range(len(a)), len(a), samples, seed)
+    ap_a, ap_b = (resampled_ap(one, weights_ST) for one in columns)
     return {
-        "map50": _interval(_class_mean(ap_a[..., 0]), _class_mean(ap_b[..., 0]), confidence),
-        "map50_95": _interval(_class_mean(ap_a.mean(axis=2)), _class_mean(ap_b.mean(axis=2)), confidence),
+        "map50": _interval(class_mean(ap_a[..., 0]), class_mean(ap_b[..., 0]), confidence),
+        "map50_95": _interval(class_mean(ap_a.mean(axis=2)), class_mean(ap_b.mean(axis=2)), confidence),
     }
 
 
@@ -164,7 +164,7 @@ def _check_paired(a: Columns, b: Columns) -> None:
             raise ValueError(f"a and b differ in {name}: give the same tiles in the same order")
 
 
-def _draw(groups: Iterable[str | int], num_tiles: int, samples: int, seed: int) -> NDArray[np.int32]:
+def draw_weights(groups: Iterable[str | int], num_tiles: int, samples: int, seed: int) -> NDArray[np.int32]:
     """(1 + S, T) how often each tile counts; the first row is all ones, the tiles as they are."""
     names, group_of_tile = np.unique(np.array(list(groups)), return_inverse=True)
     if len(group_of_tile) != num_tiles:
@@ -176,7 +176,7 @@ def _draw(groups: Iterable[str | int], num_tiles: int, samples: int, seed: int) 
     return np.concatenate([once, draws.astype(np.int32)[:, group_of_tile]])
 
 
-def _resampled_ap(columns: Columns, weights_ST: NDArray[np.int32]) -> NDArray[np.float64]:
+def resampled_ap(columns: Columns, weights_ST: NDArray[np.int32]) -> NDArray[np.float64]:
     """(S, K, 10) AP by class and IoU where tile t counts ``weights_ST[:, t]`` times; NaN without truth."""
     matches = match(columns, IOU_THRESHOLDS.tolist())
     ap = np.full((len(weights_ST), columns.num_classes, len(matches)), nan)
@@ -222,7 +222,7 @@ def _weighted_ap(
     return np.where(truth_S > 0, sums / len(_RECALLS), nan)
 
 
-def _class_mean(ap_SK: NDArray[np.float64]) -> NDArray[np.float64]:
+def class_mean(ap_SK: NDArray[np.float64]) -> NDArray[np.float64]:
     """(S,) mean over the classes with truth, NaN where a resample has none."""
     known = ~np.isnan(ap_SK)
     sums, counts = np.where(known, ap_SK, 0).sum(axis=1), known.sum(axis=1)
@@ -233,20 +233,20 @@ def _interval(a_S: NDArray[np.float64], b_S: NDArray[np.float64], confidence: fl
     """The first entries are the tiles as they are, the others the resamples."""
     difference = b_S - a_S
     relative = np.where(a_S > 0, 100 * difference / np.where(a_S > 0, a_S, 1), nan)
-    low, high = _percentiles(difference[1:], confidence)
-    relative_low, relative_high = _percentiles(relative[1:], confidence)
+    low, high = percentiles(difference[1:], confidence)
+    relative_low, relative_high = percentiles(relative[1:], confidence)
     return {
-        "absolute": _or_none(difference[0]),
+        "absolute": or_none(difference[0]),
         "low": low,
         "high": high,
-        "relative_percent": _or_none(relative[0]),
+        "relative_percent": or_none(relative[0]),
         "relative_low": relative_low,
         "relative_high": relative_high,
         "distinguishable": low is not None and high is not None and (low > 0 or high < 0),
     }
 
 
-def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float | None, float | None]:
+def percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float | None, float | None]:
     known = values[~np.isnan(values)]
     if len(known) == 0:
         return None, None
@@ -254,5 +254,5 @@ def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float 
     return float(low), float(high)
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
     return None if isnan(value) else float(value)

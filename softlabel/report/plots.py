@@ -134,6 +134,42 @@ def bar_panel(
     return _svg(figure, key)
 
 
+def interval_panel(
+    names: Sequence[str],
+    intervals: Sequence[tuple[float | None, float | None, float | None]],
+    points: Sequence[Sequence[float]],
+    *,
+    marks: Sequence[float | None],
+    x_label: str,
+    key: str,
+) -> str:
+    """Values with their intervals as SVG, a line each, the first on top.
+
+    Args:
+        names: Drawn literally.
+        intervals: Value, low and high of each; what is null is not drawn.
+        points: Of each, what the value is the mean of.
+        marks: X of upright lines.
+        x_label: Under the plot.
+        key: Unique in the page.
+    """
+    height_in = 0.6 + 0.24 * len(names)
+    figure = Figure(figsize=(6.4, height_in), facecolor="none")
+    axes = _axes(figure, (0.24, 0.45 / height_in, 0.74, 1 - 0.5 / height_in))
+    axes.set(xlabel=x_label, ylim=(len(names) - 0.4, -0.6))
+    axes.set_yticks(range(len(names)), [_shorten(name, 24) for name in names], parse_math=False)
+    for mark in marks:
+        if mark is not None:
+            axes.axvline(mark, color=_INK, linewidth=0.9, linestyle=(0, (4, 2)))
+    for row, ((value, low, high), some) in enumerate(zip(intervals, points, strict=True)):
+        axes.plot(some, [row] * len(some), "o", ms=3, color=_sentinel(1), alpha=0.6)
+        if low is not None and high is not None:
+            axes.plot([low, high], [row, row], color=_sentinel(0), linewidth=2)
+        if value is not None:
+            axes.plot([value], [row], "o", ms=6, color=_sentinel(0))
+    return _svg(figure, key)
+
+
 def line_swatch(style: Style) -> str:
     """A legend's sample of a line."""
     dashes = " ".join(f"{part * style.width:g}" for part in _DASHES[style.dash % len(_DASHES)])

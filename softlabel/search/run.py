@@ -7,7 +7,6 @@ alone.
 """
 
 import os
-import shutil
 import time
 import uuid
 from dataclasses import dataclass
@@ -15,24 +14,21 @@ from pathlib import Path
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Execution, Recipe
-from softlabel.errors import RecipeError, StoreError, TrainingError
+from softlabel.config import HARD, Execution, Recipe
+from softlabel.errors import StoreError, TrainingError
 from softlabel.lease import Lease
 from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.search.answer import answer
-from softlabel.search.dispatcher import Dispatcher
 from softlabel.search.plan import Plan, has_failed
 from softlabel.search.trainable import Student
 from softlabel.search.trials import Trial
 from softlabel.search.tuning import Monitor, PlanScheduler, PlanSearcher
-from softlabel.search.worker_groups import launch, one_line
+from softlabel.search.worker_groups import WorkerGroups, num_groups
 from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
 from softlabel.terminal import say
-from softlabel.training.arguments import check_train_args
+from softlabel.training.arguments import check_soft, check_train_args
 from softlabel.training.job import train_job
 from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 
@@ -44,8 +40,6 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 _KEPT = 5  # states of students that wait, at each rung, and weights of finished ones
 _SPARE = 15  # weights more while it runs, since who is the sixth now may be the best in the end
 _OUT_OF_TIME = "out of time"
-_LEAVE_S = 60.0  # for worker groups to go home by themselves
-_MAX_ENDED = 5  # worker groups that Ray Train gave up, in all
 
 
 @dataclass(frozen=True)
@@ -70,6 +64,7 @@ class Inputs:
         hashed = {
             "student": recipe.train.student.model_dump(mode="json"),
             "threshold": recipe.train.threshold,
+            **({} if recipe.train.soft == HARD else {"soft": recipe.train.soft.model_dump(mode="json")}),
             "search": recipe.search.model_dump(mode="json", exclude={"trials", "explore", "seeds", "max_failures"}),
             "seed": recipe.seed,
             "split": recipe.train.split,
@@ -131,26 +126,6 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
         return run.finish()
 
 
-def num_groups(execution: Execution) -> int:
-    """How many worker groups fit into the cluster at once.
-
-    Raises:
-        RecipeError: Not one.
-    """
-    workers = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = node["Resources"]
-            fits = there.get("CPU", 0.0) / execution.cpus_per_worker
-            if execution.gpus_per_worker:
-                fits = min(fits, there.get("GPU", 0.0) / execution.gpus_per_worker)
-            workers += int(fits + 1e-6)
-    if workers < execution.workers:
-        needed = f"{execution.workers} workers of {execution.cpus_per_worker:g} CPU, {execution.gpus_per_worker:g} GPU"
-        raise RecipeError(f"a student needs {needed}, and {workers} fit: lower execution.workers or cpus_per_worker")
-    return workers // execution.workers
-
-
 def _check(inputs: Inputs) -> None:
     truth = truth_targets(inputs.tiles, inputs.val_split)
     if not any(len(target.boxes) for target in truth):
@@ -164,11 +139,15 @@ def check_space(recipe: Recipe) -> None:
     Raises:
         RecipeError: Naming the key.
     """
-    space = {key: one.choices or [one.min, one.max] for key, one in recipe.search.space.items()}
+    space: dict[str, list] = {key: list(one.choices or [one.min, one.max]) for key, one in recipe.search.space.items()}
     alone = [{key: value} for key, values in space.items() for value in values]
     for values in (*alone, {key: values[0] for key, values in space.items()}):
         student = with_values(recipe, values).train.student
         check_train_args(student.args, "train.student", student.model)
+    lowest = {key: min(values) for key, values in space.items() if key.startswith("train.threshold")}
+    highest = {key: max(values) for key, values in space.items() if key.startswith("train.soft.ignore_above")}
+    narrowest = with_values(recipe, {**lowest, **highest})
+    check_soft(narrowest, [narrowest.train.threshold])
 
 
 class _Search:
@@ -185,14 +164,9 @@ class _Search:
             if trial.reason == _OUT_OF_TIME or (mended and trial.status == "failed"):
                 trial.status, trial.reason = "running", ""
         self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
-        # What leads the search is lost with its driver, and with no other node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        dispatcher = ray.remote(num_cpus=0, scheduling_strategy=here)(Dispatcher)
-        self.dispatcher = dispatcher.remote(inputs.recipe.search.max_failures)
-        self._launcher = launch.options(scheduling_strategy=here)
+        self._groups = WorkerGroups(inputs.recipe.execution, self.folder, inputs.recipe.search.max_failures)
+        self.dispatcher = self._groups.dispatcher
         self.num_groups = 0
-        self._groups: dict[ray.ObjectRef, int] = {}
-        self._ended = 0
 
     @property
     def _clock(self) -> Path:
@@ -208,7 +182,7 @@ class _Search:
             return
         self.num_groups = num_groups
         say(f"searching {', '.join(self.inputs.recipe.search.space)} with {num_groups} students at a time")
-        self._groups = {self._launch(i): i for i in range(num_groups)}
+        self._groups.start(num_groups)
         trainable = tune.with_parameters(Student, dispatcher=self.dispatcher)
         tuner = tune.Tuner(
             # A byte of memory and no CPU: a trial waits, and CPUs that it held would be lacking to the students.
@@ -300,34 +274,17 @@ class _Search:
     def _student(self, trial: Trial) -> Path:
         return self.folder / "students" / trial.folder
 
-    def _launch(self, group: int) -> ray.ObjectRef:
-        return self._launcher.remote(self.dispatcher, group, self.inputs.recipe.execution, str(self.folder))
-
     def maintain(self, lost_nodes: list[str]) -> None:
-        """See to lease, clock, lost nodes, and groups that came to an end, as when what leads them is lost."""
+        """See to lease, clock and worker groups."""
         self._lease.check()
         self.save_clock()
-        if lost_nodes:
-            self.dispatcher.nodes_lost.remote(lost_nodes)
-        ended, _ = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=0)
-        for reference in ended:
-            group = self._groups.pop(reference)
-            self._ended += 1
-            if self._ended > _MAX_ENDED:
-                try:
-                    ray.get(reference)
-                except RayError as error:
-                    raise TrainingError(f"worker groups come to an end by themselves: {one_line(error)}") from None
-            self._groups[self._launch(group)] = group
+        self._groups.maintain(lost_nodes)
 
     def _close(self) -> None:
-        self.dispatcher.close.remote()
-        _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
-        for group in staying:
-            ray.cancel(group, force=True)
+        self._groups.send_home()
         if self._lease.is_held:  # else all of it is another driver's now
             self._settle()
-        ray.kill(self.dispatcher)  # Tune keeps a handle
+        self._groups.end()
 
     def _settle(self) -> None:
         """Once the groups have gone home: what became of the students that were in hand, and what the disk may lose."""
@@ -339,7 +296,7 @@ class _Search:
                 self.save(trial)
         self._clean(_KEPT)
         self.save_clock()
-        shutil.rmtree(self.folder / "ray", ignore_errors=True)
+        self._groups.remove_traces()
 
     def finish(self) -> Path:
         """Write search.json."""

@@ -1,19 +1,174 @@
 """Worker groups of Ray Train that live as long as a search, and train one student after another."""
 
+import shutil
 import uuid
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from softlabel.config import Execution
-from softlabel.errors import SoftlabelError
-from softlabel.store import is_done, summary
+from softlabel.config import Execution, Recipe
+from softlabel.errors import RecipeError, SoftlabelError, TrainingError
+from softlabel.lease import Lease
+from softlabel.recipe_file import dump_recipe
+from softlabel.search.dispatcher import Dispatcher
+from softlabel.store import is_done, summary, write_text
+from softlabel.terminal import say
 from softlabel.training.job import scaling
 from softlabel.training.targets import TrainJob
 
 _TAKE_S = 60.0  # a group asks again after so long: ranks that wait for the first must not run into a timeout
+_LOOK_S = 10.0
+_LEAVE_S = 60.0  # for groups to go home by themselves
+_MAX_ENDED = 5  # groups that Ray Train gave up, in all
+
+
+class WorkerGroups:
+    """The groups of one run, and the dispatcher from which they take students.
+
+    What leads them runs on this node: it is lost with the driver, and with no other node.
+
+    Args:
+        execution: How large a group is.
+        folder: Of the run; what Ray Train writes there is gone at the end.
+        max_failures: How often a student may be begun again after its workers died.
+    """
+
+    def __init__(self, execution: Execution, folder: Path, max_failures: int) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.dispatcher = ray.remote(num_cpus=0, scheduling_strategy=here)(Dispatcher).remote(max_failures)
+        self._launcher = launch.options(scheduling_strategy=here)
+        self._execution, self._folder = execution, folder
+        self._groups: dict[ray.ObjectRef, int] = {}
+        self._ended = 0
+
+    def start(self, count: int) -> None:
+        """Launch so many."""
+        self._groups = {self._launch(i): i for i in range(count)}
+
+    def maintain(self, lost_nodes: list[str]) -> None:
+        """See to what lost nodes had in hand, and to groups that came to an end, as when what leads them is lost.
+
+        Raises:
+            TrainingError: They come to an end again and again.
+        """
+        if lost_nodes:
+            self.dispatcher.nodes_lost.remote(lost_nodes)
+        ended, _ = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=0)
+        for reference in ended:
+            group = self._groups.pop(reference)
+            self._ended += 1
+            if self._ended > _MAX_ENDED:
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    raise TrainingError(f"worker groups come to an end by themselves: {one_line(error)}") from None
+            self._groups[self._launch(group)] = group
+
+    def send_home(self) -> None:
+        """Let each put its student down after the epoch it is in; what the dispatcher knows may be asked for still."""
+        self.dispatcher.close.remote()
+        _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
+        for group in staying:
+            ray.cancel(group, force=True)
+
+    def end(self) -> None:
+        """The end of the dispatcher, which Tune keeps a handle of."""
+        ray.kill(self.dispatcher)
+
+    def remove_traces(self) -> None:
+        """Delete what Ray Train has written."""
+        shutil.rmtree(self._folder / "ray", ignore_errors=True)
+
+    def _launch(self, group: int) -> ray.ObjectRef:
+        return self._launcher.remote(self.dispatcher, group, self._execution, str(self._folder))
+
+
+def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -> dict[str, str]:
+    """Train the jobs that are not done. Run again after whatever stopped it, it goes on from each one's last epoch.
+
+    Args:
+        recipe: Its ``execution`` says how large a worker group is, its ``search.max_failures`` how often a student may
+            be begun again.
+        jobs: Of names that differ.
+        folder: Of the run, which one driver may have at a time.
+
+    Returns:
+        Why students failed, by name; empty where all are trained.
+
+    Raises:
+        RecipeError: The cluster cannot hold one worker group.
+        StoreError: Another driver is at it.
+        TrainingError: Worker groups come to an end by themselves.
+    """
+    missing = [job for job in jobs if not is_done(job.folder)]
+    if not missing:
+        return {}
+    count = min(num_groups(recipe.execution), len(missing))
+    for job in missing:
+        write_text(job.folder / "recipe.yaml", dump_recipe(recipe))
+    with Lease(folder) as lease:
+        groups = WorkerGroups(recipe.execution, folder, recipe.search.max_failures)
+        say(f"training {len(missing)} students, {count} at a time")
+        try:
+            groups.start(count)
+            return _wait_for(missing, groups, lease)
+        finally:
+            groups.send_home()
+            groups.end()
+            if lease.is_held:
+                groups.remove_traces()
+
+
+def _wait_for(jobs: list[TrainJob], groups: WorkerGroups, lease: Lease) -> dict[str, str]:
+    dispatcher, failed = groups.dispatcher, dict[str, str]()
+    ray.get([dispatcher.submit.remote(job.name, job) for job in jobs])
+    waiting = {dispatcher.wait.remote(job.name, 0): job.name for job in jobs}
+    nodes = _alive()
+    while waiting:
+        (ready, _), before = ray.wait(list(waiting), timeout=_LOOK_S), nodes
+        nodes = _alive()
+        lease.check()
+        groups.maintain(sorted(before - nodes))
+        for reference in ready:
+            name, found = waiting.pop(reference), ray.get(reference)
+            if found["status"] in ("waiting", "training"):
+                waiting[dispatcher.wait.remote(name, len(found["history"]))] = name
+                continue
+            if found["status"] == "failed":
+                failed[name] = found["reason"]
+            said = " ".join((name, found["status"], found["reason"])).rstrip()
+            say(f"{len(jobs) - len(waiting)} of {len(jobs)} students: {said}")
+    return failed
+
+
+def _alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def num_groups(execution: Execution) -> int:
+    """How many worker groups fit into the cluster at once.
+
+    Raises:
+        RecipeError: Not one.
+    """
+    workers = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = node["Resources"]
+            fits = there.get("CPU", 0.0) / execution.cpus_per_worker
+            if execution.gpus_per_worker:
+                fits = min(fits, there.get("GPU", 0.0) / execution.gpus_per_worker)
+            workers += int(fits + 1e-6)
+    if workers < execution.workers:
+        needed = f"{execution.workers} workers of {execution.cpus_per_worker:g} CPU, {execution.gpus_per_worker:g} GPU"
+        raise RecipeError(f"a student needs {needed}, and {workers} fit: lower execution.workers or cpus_per_worker")
+    return workers // execution.workers
 
 
 @ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its process holds Ray Train's controller for as long as it lives

@@ -36,7 +36,7 @@ from softlabel.report.page import write_report
 from softlabel.results.run import fuse
 from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.terminal import say
-from softlabel.training.arguments import check_models
+from softlabel.training.arguments import check_models, check_soft
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
@@ -62,6 +62,7 @@ class _Student:
 
 def experiment(recipe: Recipe, run_dir: Path) -> dict:
     """Run all that is not done, write results.json and report.html into ``run_dir``, and return the results."""
+    check_soft(recipe, recipe.train.thresholds)
     _check_models(recipe.train)  # before hours go into what they would not be trained on
     cuda = recipe.execution.gpus_per_actor > 0
     resolve(recipe.label.engine, recipe.label.precision, cuda=cuda, with_losses=False)

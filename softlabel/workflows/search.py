@@ -45,7 +45,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         tiles = tile(recipe, run_dir)
     split, val_split = recipe.train.split, validation_split(tiles, recipe.train.split, "soft")
     with steps.next("train the teacher"):
-        teacher = _teacher(recipe, run_dir, tiles)
+        teacher = teacher_for(recipe, run_dir, tiles)
     taught = recipe.model_copy(
         update={"label": recipe.label.model_copy(update={**teacher, "splits": (split, val_split)})}
     )
@@ -82,7 +82,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     return results
 
 
-def _teacher(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
+def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
     """What makes the recipe's label section name a teacher: nothing if it does, else the weights of one that learned
     from the truth of the other training set."""
     if recipe.label.open_vocabulary is not None or recipe.label.weights is not None:

@@ -24,7 +24,8 @@ from softlabel.labelling.job import recipe_label_job
 from softlabel.labelling.run import label
 from softlabel.recipe_file import load_recipe
 from softlabel.search.dispatcher import Dispatcher
-from softlabel.search.run import Inputs, num_groups, search
+from softlabel.search.run import Inputs, search
+from softlabel.search.worker_groups import num_groups
 from softlabel.store import is_done, read_json
 from softlabel.training.job import scaling
 from softlabel.training.targets import STATE
@@ -110,7 +111,7 @@ def eventful_search(is_long, weights, tiles, store, tmp_path_factory):
     before = psutil.Process().children(recursive=True)
     killer = threading.Thread(target=kill_a_worker_after_an_epoch, args=(asked.folder, killed))
     killer.start()
-    judging = mock.patch("softlabel.search.run.Dispatcher", judging_dispatcher())
+    judging = mock.patch("softlabel.search.worker_groups.Dispatcher", judging_dispatcher())
     with judging, mock.patch("softlabel.search.run._KEPT", 3):
         folder = search(asked, None, resume=False)
     killer.join()

@@ -40,7 +40,9 @@ def test_a_recipe_of_the_package_goes_by_its_name_where_there_is_no_such_file(tm
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(MINIMAL))
     assert load_recipe("demo.yaml").name == "x" and load_recipe("demo").name == "demo"
     for name in ("gone", "gone.yaml", "jobs/demo.yaml", "./paper.yaml", str(tmp_path / "paper.yaml")):
-        with pytest.raises(RecipeError, match=rf"no recipe at {name}: .* demo, overhead, owlvit, paper, synthetic$"):
+        with pytest.raises(
+            RecipeError, match=rf"no recipe at {name}: .* demo, methods, overhead, owlvit, paper, synthetic$"
+        ):
             load_recipe(name)
 
 

@@ -1,0 +1,13 @@
+"""Compare ways to train students: plain soft labels, the recipe's methods and truth, over several seeds.
+
+ray job submit --working-dir . -- python jobs/compare.py --config demo --run-dir /shared/runs/demo
+
+A driver that died goes on where it stopped when the same is submitted again.
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -1,0 +1,149 @@
+"""Ways to train students, side by side: soft labels as they are, each method, and truth, over several seeds."""
+
+import datetime
+import itertools
+from pathlib import Path
+
+import softlabel
+from softlabel.config import HARD, Recipe
+from softlabel.errors import RecipeError
+from softlabel.evaluation.methods import Student, method_rows
+from softlabel.evaluation.run import evaluate_store, numbers, tile_results
+from softlabel.imagery.run import tile
+from softlabel.labelling.job import label_job, recipe_label_job
+from softlabel.labelling.run import label
+from softlabel.recipe_file import dump_recipe, with_values
+from softlabel.report.methods import format_methods, write_methods_report
+from softlabel.search.worker_groups import train_side_by_side
+from softlabel.store import read_tiles, summary, write_json, write_text
+from softlabel.terminal import say
+from softlabel.training.arguments import check_models, check_soft
+from softlabel.training.job import train_job, validation_split
+from softlabel.training.targets import WEIGHTS, TrainJob
+from softlabel.workflows.experiment import Steps
+from softlabel.workflows.search import teacher_for
+
+PLAIN, TRUTH = "plain", "truth"
+
+
+def compare(recipe: Recipe, run_dir: Path) -> dict:
+    """Train what is not trained yet, write compare.json and compare.html into ``run_dir``, and return the results.
+
+    Per training set of ``compare.splits`` a teacher (``label``'s, or one that learns from the other set's truth) labels
+    it; then students of ``train.student`` learn from these labels, plainly and in each of ``compare.methods``' ways,
+    and from truth, with the same seeds. All are judged on the test split.
+
+    Raises:
+        RecipeError: A method's values make no student, or nothing can be compared.
+    """
+    ways = _ways(recipe)
+    steps = Steps(run_dir, total=7)
+    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    with steps.next("tiles"):
+        tiles = tile(recipe, run_dir)
+    with steps.next("train the teachers"):
+        taught = {split: _taught(recipe, run_dir, tiles, split) for split in recipe.compare.splits}
+    with steps.next("label the training sets"):
+        stores = {split: label(taught[split], [recipe_label_job(taught[split], tiles)], run_dir)[0] for split in taught}
+    jobs = {
+        (name, split, seed): _job(way, run_dir, tiles, name, split, seed, stores[split])
+        for (name, way), split, seed in itertools.product(ways.items(), stores, _seeds(recipe))
+    }
+    with steps.next(f"train {len(jobs)} students"):
+        failed = train_side_by_side(recipe, list(jobs.values()), run_dir)
+    trained = {key: job for key, job in jobs.items() if job.name not in failed}
+    with steps.next("label the test split with every student"):
+        found = label(
+            recipe, [label_job(recipe, j.name, j.folder / WEIGHTS, tiles, ["test"]) for j in trained.values()], run_dir
+        )
+    with steps.next("evaluate"):
+        for job, store in zip(trained.values(), found, strict=True):
+            map50 = numbers(evaluate_store(recipe, job.name, tiles, "test", store, run_dir))["map50"]
+            say(f"{job.name}: mAP50 {map50:.3f}")
+        rows = _rows(recipe, tiles, dict(zip(trained, found, strict=True)))
+    with steps.next("report"):
+        results = {
+            "name": recipe.name,
+            "classes": list(recipe.classes),
+            "methods": {name: recipe.compare.methods.get(name, {}) for name in ways},
+            "drop": recipe.compare.drop,
+            "seeds": list(_seeds(recipe)),
+            "rows": rows,
+            "failed": failed,
+            "labels": {split: summary(store) for split, store in stores.items()},
+            "train_boxes": _boxes(trained),
+            "softlabel_version": softlabel.__version__,
+            "date": datetime.date.today().isoformat(),
+            "times_s": steps.times(),
+        }
+        write_json(run_dir / "compare.json", results)
+        write_methods_report(run_dir / "compare.html", results)
+    say(f"\n{format_methods(results)}\n\nresults: {run_dir / 'compare.json'}\nreport:  {run_dir / 'compare.html'}")
+    return results
+
+
+def _seeds(recipe: Recipe) -> range:
+    return range(recipe.seed, recipe.seed + recipe.compare.seeds)
+
+
+def _ways(recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe per method, the plain one first and truth last; all that can be wrong with them is said here."""
+    check_models(recipe.train)
+    if recipe.train.soft != HARD:
+        raise RecipeError("train.soft changes the plain students that methods are compared with: move it to a method")
+    ways = {PLAIN: recipe}
+    for name, values in recipe.compare.methods.items():
+        try:
+            ways[name] = with_values(recipe, values)
+            check_models(ways[name].train)
+            check_soft(ways[name], [ways[name].train.threshold])
+        except RecipeError as error:
+            raise RecipeError(f"compare.methods.{name}: {error}") from None
+    return {**ways, TRUTH: recipe}
+
+
+def _taught(recipe: Recipe, run_dir: Path, tiles: Path, split: str) -> Recipe:
+    """The recipe with a teacher for one training set."""
+    of_split = recipe.model_copy(update={"train": recipe.train.model_copy(update={"split": split})})
+    named = {**teacher_for(of_split, run_dir, tiles), "splits": (split,)}
+    return recipe.model_copy(update={"label": recipe.label.model_copy(update=named)})
+
+
+def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: int, store: Path) -> TrainJob:
+    on_truth = name == TRUTH
+    return train_job(
+        way.model_copy(update={"seed": seed}),
+        run_dir,
+        f"{name}_{split}_seed{seed}",
+        way.train.student,
+        tiles=tiles,
+        split=split,
+        val_split=validation_split(tiles, split, "truth" if on_truth else "soft"),
+        soft_labels=None if on_truth else store,
+        threshold=None if on_truth else way.train.threshold,
+        drop=0.0 if on_truth else way.compare.drop,
+    )
+
+
+def _rows(recipe: Recipe, tiles: Path, stores: dict[tuple[str, str, int], Path]) -> list[dict]:
+    groups = {row["tile_id"]: row["group"] for row in read_tiles(tiles, ["test"], ["tile_id", "group", "split"])}
+    judged = {key: tile_results(tiles, "test", store) for key, store in stores.items()}
+    common = [tile_id for tile_id in groups if all(tile_id in found for found in judged.values())]
+    students = [Student(*key, [found[tile_id] for tile_id in common]) for key, found in judged.items()]
+    return method_rows(
+        students,
+        recipe.classes,
+        plain=PLAIN,
+        truth=TRUTH,
+        samples=recipe.evaluate.bootstrap,
+        seed=recipe.seed,
+        groups=[groups[tile_id] for tile_id in common],
+    )
+
+
+def _boxes(trained: dict[tuple[str, str, int], TrainJob]) -> dict[str, dict[str, int]]:
+    """Boxes that students learned from, by method and training set."""
+    counts: dict[str, dict[str, int]] = {}
+    for (name, split, _), job in trained.items():
+        counts.setdefault(name, {})[split] = summary(job.folder)["train_boxes"]
+    return counts
