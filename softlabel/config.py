@@ -276,6 +276,9 @@ class Search(_Section):
     )
     sampler: Literal["tpe", "gp", "random", "grid"] = Field("gp", description="of Optuna: what is tried next")
     grid_points: Annotated[int, Field(ge=2)] = Field(9, description="values of a range under the grid sampler")
+    precision: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="of the first points: the threshold from which labels are right with this chance"
+    )
     trials: Annotated[int, Field(gt=0)] = Field(
         30, description="students to train at most, repeats with other seeds too"
     )

@@ -18,7 +18,8 @@ Method = Literal["isotonic", "temperature"]
 
 _BINS = 15
 _FOLDS = 5
-_LEAST = 10  # right and wrong boxes of a class each, below which its scores stay as they are
+LEAST = 10
+"""Right and wrong boxes each, with fewer of which nothing is fitted."""
 
 
 def calibrate(
@@ -75,12 +76,12 @@ def expected_calibration_error(scores: NDArray[np.float32], right: NDArray[np.bo
 
 
 def _fit(scores: NDArray[np.float32], right: NDArray[np.bool_], method: Method) -> Mapping:
-    if min(right.sum(), (~right).sum()) < _LEAST:
+    if min(right.sum(), (~right).sum()) < LEAST:
         return _AS_IS
-    return _isotonic(scores, right) if method == "isotonic" else _temperature(scores, right)
+    return isotonic(scores, right) if method == "isotonic" else _temperature(scores, right)
 
 
-def _isotonic(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> Mapping:
+def isotonic(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> Mapping:
     """Knots at the two ends of every level."""
     order = np.argsort(scores, kind="stable")
     at, start = np.unique(scores[order].astype(np.float64), return_index=True)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from softlabel.calibration import calibration_of
 from softlabel.config import Recipe
@@ -81,10 +83,29 @@ def curves(folder: Path) -> dict:
 def quality(recipe: Recipe, tiles: Path, split: str, store: Path, thresholds: Sequence[float]) -> list[dict]:
     """Soft labels against truth that their teacher never saw, per threshold and class; as ``train.calibration`` maps
     them, if it does."""
+    return label_quality(judged_labels(recipe, tiles, split, store), recipe.classes, thresholds)
+
+
+def judged_labels(recipe: Recipe, tiles: Path, split: str, store: Path) -> list[TileResult]:
+    """Soft labels beside the truth of a split, as ``train.calibration`` maps them, if it does."""
     results = list(tile_results(tiles, split, store).values())
     if calibration := calibration_of(recipe):
         results = [replace(one, detections=calibration.apply(one.detections)) for one in results]
-    return label_quality(results, recipe.classes, thresholds)
+    return results
+
+
+def label_scores(recipe: Recipe, tiles: Path, split: str, store: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Best score and class of every label of a split, (N,) each, as ``train.calibration`` maps them, if it does."""
+    calibration = calibration_of(recipe)
+    asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
+    found = [
+        detections_from_row(row)
+        for row in read_soft_labels(store)
+        if row["status"] == LABELLED and row["tile_id"] in asked and row["boxes"]
+    ]
+    mapped = [calibration.apply(one) if calibration else one for one in found]
+    scores = np.concatenate([np.zeros(0, np.float32), *(one.best for one in mapped)])
+    return scores, np.concatenate([np.zeros(0, np.int64), *(one.class_ids for one in mapped)])
 
 
 def difference(recipe: Recipe, tiles: Path, split: str, reference: Path, store: Path) -> dict:

@@ -25,24 +25,26 @@ def format_methods(results: dict) -> str:
 def sentences(results: dict) -> list[str]:
     """What helped, what did not, and how sure that is."""
     rows = [row for row in _widest(results) if row["method"] not in ("plain", "truth")]
+    truth = next(row for row in _widest(results) if row["method"] == "truth")
+    has_gap = truth["gain"]["distinguishable"] and truth["gain"]["value"] > 0
     better = [row for row in rows if row["gain"]["distinguishable"] and row["gain"]["value"] > 0]
     worse = [row for row in rows if row["gain"]["distinguishable"] and row["gain"]["value"] < 0]
     neither = [row for row in rows if not row["gain"]["distinguishable"]]
     lines = []
     for row in sorted(better, key=lambda one: -one["gain"]["value"]):
         share = row["gap_closed"]["value"]
-        closes = "" if share is None else f" and closes {share:.0%} of the gap to truth"
+        closes = "" if share is None or not has_gap else f" and closes {share:.0%} of the gap to truth"
         lines.append(f"{row['method']} helps: it gains {_range(row['gain'], signed=True)} mAP50{closes}.")
     if worse:
         lines.append(f"It hurts: {', '.join(_named(row) for row in worse)}.")
     if neither:
         told = ", ".join(_named(row) for row in neither)
         lines.append(f"Not distinguishable from plain with these seeds and images: {told}.")
-    truth = next(row for row in _widest(results) if row["method"] == "truth")
-    lines.append(f"Truth is {_range(truth['gain'], signed=True)} mAP50 above plain soft labels.")
+    unsure = "" if has_gap else ": no gap that can be told from chance"
+    lines.append(f"Truth is {_range(truth['gain'], signed=True)} mAP50 above plain soft labels{unsure}.")
     if results["drop"]:
         lines.append(f"{results['drop']:.0%} of the soft labels were removed at random first.")
-    lines += [f"{name} failed: {reason}" for name, reason in results["failed"].items()]
+    lines += [f"{name} failed: {reason}" for name, reason in sorted(results["failed"].items())]
     return lines
 
 
@@ -109,7 +111,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def _named(row: dict) -> str:
-    return f"{row['method']} ({_range(row['gain'], signed=True)})"
+    return f"{row['method']} {_range(row['gain'], signed=True)}"
 
 
 def _range(found: dict, *, signed: bool = False) -> str:

@@ -12,7 +12,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from softlabel.config import Recipe, Search
+from softlabel.config import Recipe, Search, Threshold
 from softlabel.errors import NO_LABELS
 from softlabel.recipe_file import with_values
 from softlabel.search.curve import Curve
@@ -35,17 +35,17 @@ class Plan:
     Args:
         recipe: Its ``search`` section and seed are used.
         trials: Students of an earlier run of the same search; those that were running are taken up first.
-        f1_confidence: Where the teacher's F1 is best on the validation split.
+        automatic: Thresholds that follow from the labels, to be tried first.
         budget_s: Seconds the search may take, null for no limit.
     """
 
     def __init__(
-        self, recipe: Recipe, trials: Sequence[Trial], f1_confidence: float | None, budget_s: float | None
+        self, recipe: Recipe, trials: Sequence[Trial], automatic: Sequence[Threshold], budget_s: float | None
     ) -> None:
         self._recipe, self.search = recipe, recipe.search
         self.trials = list(trials)
         self._unfinished = [trial for trial in self.trials if trial.status == "running"]
-        self.references = first_points(recipe, f1_confidence)
+        self.references = first_points(recipe, automatic)
         self._budget_s = budget_s
         self._distributions = distributions(recipe.search.space)
         self.stopping = EarlyStopping(recipe.search, self.trials, recipe.seed)

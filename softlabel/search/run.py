@@ -16,7 +16,7 @@ import ray
 from ray import tune
 
 from softlabel.calibration import calibration_of
-from softlabel.config import HARD, Execution, Recipe
+from softlabel.config import HARD, Execution, Recipe, Threshold
 from softlabel.errors import StoreError, TrainingError
 from softlabel.lease import Lease
 from softlabel.recipe_file import dump_recipe, with_values
@@ -46,8 +46,8 @@ _OUT_OF_TIME = "out of time"
 class Inputs:
     """What a search works on.
 
-    ``split`` is labelled in ``store``; values are judged on ``val_split``'s truth; ``f1_confidence`` is where the
-    teacher's own F1 is best on it, null if unknown.
+    ``split`` is labelled in ``store``; values are judged on ``val_split``'s truth; ``automatic`` are
+    thresholds that follow from the labels, by the name of what they follow from.
     """
 
     recipe: Recipe
@@ -55,7 +55,7 @@ class Inputs:
     tiles: Path
     store: Path
     val_split: str
-    f1_confidence: float | None
+    automatic: dict[str, Threshold]
 
     @property
     def folder(self) -> Path:
@@ -65,7 +65,9 @@ class Inputs:
             "student": recipe.train.student.model_dump(mode="json"),
             "threshold": recipe.train.threshold,
             **({} if recipe.train.soft == HARD else {"soft": recipe.train.soft.model_dump(mode="json")}),
-            "search": recipe.search.model_dump(mode="json", exclude={"trials", "explore", "seeds", "max_failures"}),
+            "search": recipe.search.model_dump(
+                mode="json", exclude={"trials", "explore", "seeds", "max_failures", "precision"}
+            ),
             "seed": recipe.seed,
             "split": recipe.train.split,
             "val_split": self.val_split,
@@ -163,7 +165,7 @@ class _Search:
         for trial in trials if self._has_time() else []:
             if trial.reason == _OUT_OF_TIME or (mended and trial.status == "failed"):
                 trial.status, trial.reason = "running", ""
-        self.plan = Plan(inputs.recipe, trials, inputs.f1_confidence, budget_s)
+        self.plan = Plan(inputs.recipe, trials, list(inputs.automatic.values()), budget_s)
         self._groups = WorkerGroups(inputs.recipe.execution, self.folder, inputs.recipe.search.max_failures)
         self.dispatcher = self._groups.dispatcher
         self.num_groups = 0
@@ -321,7 +323,7 @@ class _Search:
             "space": {key: one.model_dump(mode="json") for key, one in self.plan.search.space.items()},
             "classes": list(self.inputs.recipe.classes),
             "references": self.plan.references,
-            "f1_confidence": self.inputs.f1_confidence,
+            "automatic": self.inputs.automatic,
             "seconds": clock["seconds"],
             "epochs": sum(trial.epoch for trial in trials),
             "start_up_share": max(0.0, 1 - trained / max(clock["capacity_s"], 1e-9)),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna import distributions as optuna
 
-from softlabel.config import Dimension, Recipe
+from softlabel.config import Dimension, Recipe, Threshold
 
 THRESHOLD = "train.threshold"
 PAPER_THRESHOLDS = (0.3, 0.5)
@@ -50,8 +50,8 @@ def _axis(key: str, dimension: Dimension, num_points: int) -> list[Any]:
     return [round(float(point), 6) for point in points]
 
 
-def first_points(recipe: Recipe, f1_confidence: float | None) -> list[Values]:
-    """What people would try: the paper's thresholds and the one at which the teacher's own F1 is best.
+def first_points(recipe: Recipe, automatic: Sequence[Threshold]) -> list[Values]:
+    """What people would try: the paper's thresholds and those that follow from the labels.
 
     Everything else in them is as the recipe has it, or, where that is nothing or outside the space, from the middle of
     it. Thresholds outside the space are left out.
@@ -63,9 +63,15 @@ def first_points(recipe: Recipe, f1_confidence: float | None) -> list[Values]:
         key: value if contains({key: space[key]}, {key: value}) else _middle(key, space[key])
         for key, value in others.items()
     }
-    asked = [*PAPER_THRESHOLDS, *([] if f1_confidence is None else [round(f1_confidence, 3)])]
-    points = [{**dict.fromkeys(keys, threshold), **others} for threshold in dict.fromkeys(asked)]
-    return [point for point in points if keys and contains(space, point)]
+    asked = [*PAPER_THRESHOLDS, *automatic]
+    points = [{**{key: _threshold_of(key, threshold) for key in keys}, **others} for threshold in asked]
+    return distinct([point for point in points if keys and contains(space, point)])
+
+
+def _threshold_of(key: str, threshold: Threshold) -> float:
+    """A key's share of a threshold, which is one for all classes or one for each."""
+    value = threshold[key.removeprefix(f"{THRESHOLD}.")] if isinstance(threshold, dict) else threshold
+    return round(value, 3)
 
 
 def _middle(key: str, dimension: Dimension) -> Any:

@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 from softlabel.calibration import calibration_of
-from softlabel.config import Recipe
+from softlabel.config import Recipe, Threshold
 from softlabel.errors import RecipeError
-from softlabel.evaluation.run import QUALITY_THRESHOLDS, evaluate_store, numbers, quality
+from softlabel.evaluation.run import (
+    QUALITY_THRESHOLDS,
+    evaluate_store,
+    judged_labels,
+    label_scores,
+    numbers,
+    quality,
+)
+from softlabel.evaluation.thresholds import at_precision, of_mixture
 from softlabel.imagery.run import tile
 from softlabel.labelling.job import label_job, recipe_label_job
 from softlabel.labelling.run import label
@@ -19,7 +27,7 @@ from softlabel.recipe_file import dump_recipe, with_values
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
 from softlabel.search.run import Inputs, check_space, search
-from softlabel.search.space import Values
+from softlabel.search.space import THRESHOLD, Values
 from softlabel.store import commit, read_json, read_soft_labels, read_tiles, summary, write_json, write_text
 from softlabel.terminal import say
 from softlabel.training.job import train_job, validation_split
@@ -52,8 +60,10 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     with steps.next(f"label {split} and {val_split}"):
         (store,) = label(taught, [recipe_label_job(taught, tiles)], run_dir)
     judged = numbers(evaluate_store(taught, "teacher", tiles, val_split, store, run_dir))
-    f1_confidence = None if calibration_of(taught) else judged["f1_conf"]  # students compare calibrated scores
-    inputs = Inputs(taught, run_dir, tiles, store, val_split, f1_confidence)
+    automatic = _automatic(taught, tiles, split, val_split, store)
+    if not calibration_of(taught):  # students compare calibrated scores
+        automatic = {"teacher's F1": judged["f1_conf"], **automatic}
+    inputs = Inputs(taught, run_dir, tiles, store, val_split, automatic)
     with steps.next("search"):
         folder = search(inputs, budget_s, resume=resume)
     results = read_json(folder / "search.json")
@@ -80,6 +90,19 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     say(f"\n{format_answer(results)}\n\nreport: {run_dir / 'search.html'}")
     say(f"train the final student: {_final_command(run_dir)}")
     return results
+
+
+def _automatic(recipe: Recipe, tiles: Path, split: str, val_split: str, store: Path) -> dict[str, Threshold]:
+    """Thresholds that follow from the labels, one for each class where the search has as many."""
+    per_class = any(key.startswith(f"{THRESHOLD}.") for key in recipe.search.space)
+    scores, class_ids = label_scores(recipe, tiles, split, store)
+    found = {
+        f"precision {recipe.search.precision:g}": at_precision(
+            judged_labels(recipe, tiles, val_split, store), recipe.classes, recipe.search.precision, per_class=per_class
+        ),
+        "mixture of scores": of_mixture(scores, class_ids, recipe.classes, per_class=per_class),
+    }
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:

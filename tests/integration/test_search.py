@@ -53,7 +53,7 @@ def store(weights, tiles):
 
 
 def inputs(recipe, tmp_path, tiles, store):
-    return Inputs(recipe, tmp_path, tiles, store, "val_1", 0.1)
+    return Inputs(recipe, tmp_path, tiles, store, "val_1", {"teacher's F1": 0.1})
 
 
 def groups_left():

@@ -46,13 +46,13 @@ def test_points_lie_in_the_unit_cube_and_choices_equally_far_apart():
 
 def test_the_first_points_are_the_papers_and_the_teachers_within_the_space():
     recipe = tiny_recipe(search={"space": {"train.threshold": {"min": 0.2, "max": 0.45}}})
-    assert first_points(recipe, 0.4123) == [{"train.threshold": 0.3}, {"train.threshold": 0.412}]
+    assert first_points(recipe, [0.4123]) == [{"train.threshold": 0.3}, {"train.threshold": 0.412}]
     per_class = tiny_recipe(
         search={
             "space": {"train.threshold.car": {"min": 0, "max": 1}, "train.student.args.imgsz": {"choices": [64, 96]}}
         }
     )
-    assert first_points(per_class, None) == [
+    assert first_points(per_class, []) == [
         {"train.threshold.car": 0.3, "train.student.args.imgsz": 64},
         {"train.threshold.car": 0.5, "train.student.args.imgsz": 64},
     ]
@@ -65,7 +65,7 @@ def test_the_first_points_take_what_the_recipe_leaves_open_from_the_middle():
         "train.student.args.epochs": {"choices": [5, 7, 9]},
     }
     others = {"train.student.args.lr0": 0.002, "train.student.args.epochs": 7}
-    found = first_points(tiny_recipe(search={"space": space}), None)
+    found = first_points(tiny_recipe(search={"space": space}), [])
     assert found == [{"train.threshold": 0.3, **others}, {"train.threshold": 0.5, **others}]
 
 
