@@ -207,6 +207,10 @@ class Soft(_Section):
         """What of it is about truth alone: for models that are trained on truth beside the students."""
         return Soft(ignore_truth=self.ignore_truth)
 
+    def of_labels(self) -> "Soft":
+        """What of it is about soft labels."""
+        return self.model_copy(update={"ignore_truth": False})
+
     @model_validator(mode="after")
     def _has_a_use(self) -> "Soft":
         if self.temperature != 1 and self.class_targets == "hard":

@@ -76,7 +76,9 @@ def _between(scores: NDArray[np.float32]) -> float | None:
     if len(scores) < 2 * LEAST or scores.min() == scores.max():
         return None
     ordered = np.sort(scores)[:: len(scores) // _MOST_SCORES + 1, None].astype(np.float64)
-    fitted = GaussianMixture(2, tol=1e-6, max_iter=1000, means_init=[ordered[0], ordered[-1]], random_state=0).fit(ordered)
+    fitted = GaussianMixture(2, tol=1e-6, max_iter=1000, means_init=[ordered[0], ordered[-1]], random_state=0).fit(
+        ordered
+    )
     low, high = fitted.means_.argmin(), fitted.means_.argmax()
     is_upper = (fitted.predict(ordered) == high) & (ordered[:, 0] > fitted.means_[low, 0])
     return _below(float(ordered[is_upper.argmax(), 0])) if is_upper.any() else None

@@ -134,6 +134,8 @@ def paper_drop(paper: Paper, model: dict) -> dict[str, dict[str, float | None]]:
 
 def paper_row(paper: Paper, model: dict) -> tuple[float, float | None] | None:
     """The paper's (mAP50, mAP50-95) of a model, None where it has no such model."""
+    if is_soft(model):
+        return None
     rounded = None if model["threshold"] is None else round(model["threshold"], 6)
     return paper.get((model["train_set"], source_of(model), rounded))
 
@@ -192,7 +194,8 @@ def labels_of(model: dict) -> str:
 
 def student_words(model: dict) -> str:
     """Which student a model is."""
-    return f"{model['train_set']}, {_LABELS_OF[source_of(model)]} at {threshold_of(model):g}"
+    softly = ", softly" if is_soft(model) else ""
+    return f"{model['train_set']}, {_LABELS_OF[source_of(model)]} at {threshold_of(model):g}{softly}"
 
 
 def students_of(models: Iterable[dict]) -> list[dict]:
@@ -210,9 +213,14 @@ def source_of(model: dict) -> str:
     return "truth" if model["labels"] == "truth" else model.get("source") or TEACHER
 
 
-def kind_of(student: dict) -> tuple[int, float]:
-    """Students that differ in nothing but their training set have it in common; sorts by source, then threshold."""
-    return list(_LABELS_OF).index(source_of(student)), threshold_of(student)
+def is_soft(model: dict) -> bool:
+    """Whether a student learned by ``train.soft``; the paper's did not."""
+    return bool(model.get("soft"))
+
+
+def kind_of(student: dict) -> tuple[int, float, bool]:
+    """Students that differ in nothing but their training set have it in common; sorts by source, threshold, loss."""
+    return list(_LABELS_OF).index(source_of(student)), threshold_of(student), is_soft(student)
 
 
 def drop_of(model: dict, metric: str) -> dict:
@@ -238,8 +246,9 @@ def _answer(students: list[dict]) -> str:
     several = len(students) > 1
     subject = "Students" if several else "The student"
     change = _change(absolute, relative, several)
+    softly = f" softly ({plain(students[0]['soft'])})" if is_soft(students[0]) else ""
     labels = f"{_LABELS_OF[source_of(students[0])]} at {threshold_of(students[0]):g}"
-    return f"{subject} trained on {labels} {change} against truth; {_chance(students)}"
+    return f"{subject} trained{softly} on {labels} {change} against truth; {_chance(students)}"
 
 
 def _change(absolute: float, relative: float | None, several: bool) -> str:

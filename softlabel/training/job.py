@@ -41,11 +41,7 @@ def train_job(
     nms = recipe.label.nms(default_iou(model.model))
     calibration = calibration_of(recipe) if soft_labels else None
     if soft is None:
-        soft = (
-            recipe.train.soft.model_copy(update={"ignore_truth": False})
-            if soft_labels
-            else recipe.train.soft.of_truth()
-        )
+        soft = recipe.train.soft.of_labels() if soft_labels else recipe.train.soft.of_truth()
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,

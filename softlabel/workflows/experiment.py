@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import softlabel
-from softlabel.config import Recipe, Train
+from softlabel.config import HARD, Recipe, Train
 from softlabel.detectors.engine_choice import resolve
 from softlabel.errors import RecipeError
 from softlabel.evaluation.quality import drop, loss_difference_percent
@@ -122,21 +122,24 @@ def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, 
 
 
 def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, dict[int, Path]]) -> list[_Student]:
-    """A student per source of labels, threshold and training set, on these labels only."""
-    students = []
-    for source, threshold, number in itertools.product(stores, recipe.train.thresholds, _OTHER):
+    """A student per source of labels, threshold and training set, on these labels only; if ``train.soft`` says
+    something, one that learns plainly and one by it."""
+    students, by_recipe = [], recipe.train.soft.of_labels()
+    ways = [HARD] if by_recipe == HARD else [HARD, by_recipe]
+    for source, threshold, number, soft in itertools.product(stores, recipe.train.thresholds, _OTHER, ways):
         split, store = f"train_{number}", stores[source][number]
         name = "soft" if source == wording.TEACHER else source
         job = train_job(
             recipe,
             run_dir,
-            f"{name}_{number}_at_{threshold:g}",
+            f"{name}_{number}_at_{threshold:g}{'' if soft == HARD else '_softly'}",
             recipe.train.student,
             tiles=tiles,
             split=split,
             val_split=validation_split(tiles, split, "soft"),
             soft_labels=store,
             threshold=threshold,
+            soft=soft,
         )
         students.append(_Student(job, number, summary(store)["name"], source))
     return students
@@ -233,6 +236,7 @@ def _model_row(recipe: Recipe, model: _Student, test: dict) -> dict[str, Any]:
         "teacher": model.teacher,
         "source": model.source,
         "threshold": model.job.threshold,
+        "soft": model.job.soft.model_dump(mode="json", exclude_defaults=True) if model.teacher else {},
         "model": model.job.model,
         **{key: test[key] for key in ("map50", "map50_95", "precision", "recall", "f1", "f1_conf")},
         "losses": losses,

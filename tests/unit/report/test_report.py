@@ -383,3 +383,24 @@ def test_numbers(value, text):
 )
 def test_durations(seconds, text):
     assert wording.duration(seconds) == text
+
+
+def test_students_of_train_soft_stand_beside_the_plain_ones(tmp_path):
+    results = six()
+    for number, reference in ((1, 0.7111), (2, 0.7222)):
+        soft = model(f"train_{number}", 0.3, reference - 0.01, reference=reference, half_width=0.01)
+        soft |= {"name": f"soft_{number}_at_0.3_softly", "soft": {"class_targets": "vector", "ignore_above": 0.1}}
+        results["models"].append(soft)
+    plain, softly, higher = wording.answers(results)
+    assert plain.startswith("Students trained on soft labels at 0.3 lose 0.020 mAP50")
+    assert softly.startswith(
+        "Students trained softly (class_targets vector, ignore_above 0.1) on soft labels at 0.3 lose 0.010 mAP50"
+    )
+    assert higher.startswith("Students trained on soft labels at 0.5")
+    assert wording.student_words(results["models"][-1]) == "train_2, soft labels at 0.3, softly"
+    assert wording.paper_row(wording.PAPER, results["models"][-1]) is None  # the paper has no such student
+    assert wording.paper_row(wording.PAPER, results["models"][1]) is not None
+    styles = page._model_styles(results["models"])
+    assert len({(style.colour, style.dash) for style in styles.values()}) == len(results["models"])
+    page.write_report(tmp_path / "report.html", results, {}, [])
+    assert "soft_2_at_0.3_softly" in (tmp_path / "report.html").read_text()

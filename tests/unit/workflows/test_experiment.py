@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import tiny_recipe
 
+from softlabel.config import Soft
 from softlabel.errors import RecipeError
 from softlabel.store import finish
 from softlabel.workflows import experiment
@@ -37,3 +38,23 @@ def test_a_row_says_whether_its_model_is_judged_by_rotated_boxes(tmp_path):
     for rotated in (True, False):
         assert experiment._model_row(tiny_recipe(), student, {**found, "rotated": rotated})["rotated"] is rotated
     assert experiment._model_row(tiny_recipe(), student, found)["rotated"] is False  # of an earlier release
+
+
+def test_students_learn_plainly_and_by_train_soft(tiles, tmp_path):
+    stores = {}
+    for number in (1, 2):
+        finish(tmp_path / f"label-{number}", {"name": f"teacher_{number}"})
+        stores[number] = tmp_path / f"label-{number}"
+    train = {**tiny_recipe().train.model_dump(), "thresholds": [0.3]}
+
+    def jobs_of(**soft):
+        recipe = tiny_recipe(train={**train, "soft": soft})
+        return [student.job for student in experiment.soft_models(recipe, tmp_path, tiles, {"teacher": stores})]
+
+    plain = jobs_of()
+    assert [job.name for job in plain] == ["soft_1_at_0.3", "soft_2_at_0.3"]
+    both = jobs_of(smoothing=0.5, ignore_truth=True)
+    assert [job.name for job in both] == [name for job in plain for name in (job.name, f"{job.name}_softly")]
+    assert [job.folder for job in both[::2]] == [job.folder for job in plain]
+    assert all(job.soft == Soft(smoothing=0.5) for job in both[1::2])
+    assert [job.folder for job in jobs_of(ignore_truth=True)] == [job.folder for job in plain]  # that is about truth
