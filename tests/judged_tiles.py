@@ -8,10 +8,11 @@ from softlabel.records import Detections, Truth
 CLASSES = ("plane", "ship", "truck")
 
 
-def make_tile(truth, detections, *, labelled=None):
+def make_tile(truth, detections, *, labelled=None, num_classes=3):
     """From truth (box, class_id, ignore) and detections (box, class_id, score)."""
-    scores = np.zeros((len(detections), len(CLASSES)), np.float32)
+    scores = np.zeros((len(detections), num_classes), np.float32)
     for row, (_, class_id, score) in zip(scores, detections, strict=True):
+        row[:] = 0.001
         row[class_id] = score
     return TileResult(
         Truth(

@@ -32,7 +32,10 @@ def _distribution(key: str, dimension: Dimension) -> optuna.BaseDistribution:
 
 
 def _is_whole(key: str, dimension: Dimension) -> bool:
-    return isinstance(dimension.min, int) and isinstance(dimension.max, int) and not key.startswith(THRESHOLD)
+    both = isinstance(dimension.min, int) and isinstance(dimension.max, int)
+    return both and key.startswith(
+        "train.student."
+    )  # thresholds, weights and shares are real, however they are written
 
 
 def grid(space: Mapping[str, Dimension], num_points: int) -> list[Values]:

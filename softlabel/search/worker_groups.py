@@ -127,7 +127,8 @@ def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -
 
 def _wait_for(jobs: list[TrainJob], groups: WorkerGroups, lease: Lease) -> dict[str, str]:
     dispatcher, failed = groups.dispatcher, dict[str, str]()
-    ray.get([dispatcher.submit.remote(job.name, job) for job in jobs])
+    for job in jobs:  # one after the other: in this order they are taken
+        ray.get(dispatcher.submit.remote(job.name, job))
     waiting = {dispatcher.wait.remote(job.name, 0): job.name for job in jobs}
     nodes = _alive()
     while waiting:

@@ -86,8 +86,14 @@ def _check(job: TrainJob) -> None:
 
     check_trainable(job.model)
     check_train_args(job.args, f"train ({job.name})", job.model)
-    job.targets()
+    targets = job.targets()
     truth_targets(job.tiles, job.val_split)
+    partly = sum(target.tile["labelled_classes"] is not None for target in targets)
+    if partly and job.soft_labels is None and not job.soft.ignore_truth:
+        say(
+            f"{job.name}: {partly} of {len(targets)} tiles were labelled for some classes only, and it learns that the "
+            "others are not there: set train.soft.ignore_truth to true to leave that open"
+        )
 
 
 def _cause(error: Exception) -> str:

@@ -7,6 +7,7 @@ from math import isnan, nan
 
 import numpy as np
 import pytest
+from judged_tiles import CLASSES, make_tile
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -15,25 +16,7 @@ from softlabel.evaluation.metrics import evaluate
 from softlabel.records import Detections, Truth
 
 pytestmark = pytest.mark.filterwarnings("error")
-CLASSES = ("plane", "ship", "truck")
 SIZE = 100
-
-
-def make_tile(truth, detections, *, labelled=None, num_classes=3):
-    """From truth (box, class_id, ignore) and detections (box, class_id, score)."""
-    scores = np.zeros((len(detections), num_classes), np.float32)
-    for row, (_, class_id, score) in zip(scores, detections, strict=True):
-        row[:] = 0.001
-        row[class_id] = score
-    return TileResult(
-        Truth(
-            np.array([box for box, _, _ in truth], np.float32).reshape(-1, 4),
-            np.array([class_id for _, class_id, _ in truth], np.int32),
-            np.array([ignore for _, _, ignore in truth], bool),
-        ),
-        Detections(np.array([box for box, _, _ in detections], np.float32).reshape(-1, 4), scores),
-        labelled,
-    )
 
 
 def random_boxes(rng, number):

@@ -5,9 +5,10 @@ import pytest
 from conftest import tiny_recipe
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from softlabel.config import Search
+from softlabel.config import Search, Soft
 from softlabel.errors import RecipeError
 from softlabel.recipe_file import with_values
+from softlabel.search.run import Inputs, check_space
 from softlabel.search.space import distributions, first_points, grid, rounded, to_unit
 
 SPACE = Search.model_validate(
@@ -27,6 +28,47 @@ def test_thresholds_are_real_and_epochs_whole_numbers():
         "train.student.args.epochs": IntDistribution(2, 6),
         "train.student.args.imgsz": CategoricalDistribution([64, 96]),
     }
+
+
+def test_what_is_made_of_unsure_labels_may_vary():
+    space = {
+        "train.soft.weight_power": {"min": 0, "max": 2},
+        "train.soft.class_targets": {"choices": ["hard", "vector"]},
+    }
+    recipe = tiny_recipe(search={"space": space})
+    check_space(recipe)
+    assert distributions(recipe.search.space)["train.soft.weight_power"] == FloatDistribution(0, 2)
+    found = with_values(recipe, {"train.soft.weight_power": 0.5, "train.soft.class_targets": "vector"})
+    assert found.train.soft == Soft(weight_power=0.5, class_targets="vector")
+
+
+@pytest.mark.parametrize(
+    ("space", "problem"),
+    [
+        (
+            {"train.threshold": {"min": 0.05, "max": 0.9}, "train.soft.ignore_above": {"min": 0.01, "max": 0.1}},
+            "is 0.1 for",
+        ),
+        (
+            {"train.threshold": {"min": 0.2, "max": 0.9}, "train.soft.ignore_above": {"choices": [0.1, 0.3]}},
+            "is 0.3 for",
+        ),
+        ({"train.soft.temperature": {"min": 0.5, "max": 1}}, "temperature is of class vectors"),
+        ({"train.soft.nonsense": {"min": 0.5, "max": 1}}, "unknown key"),
+        ({"train.split": {"choices": ["train_1"]}}, "it may vary train.threshold, and keys below train.student"),
+    ],
+)
+def test_a_space_whose_values_make_no_student_is_refused(space, problem):
+    with pytest.raises((RecipeError, ValueError), match=problem):
+        check_space(tiny_recipe(search={"space": space}))
+
+
+def test_a_search_with_train_soft_is_another_one(tmp_path):
+    plain, soft = (
+        tiny_recipe(train={**tiny_recipe().train.model_dump(), "soft": values}) for values in ({}, {"smoothing": 0.5})
+    )
+    folders = [Inputs(one, tmp_path, tmp_path, tmp_path, "val_1", {}).folder for one in (plain, soft, tiny_recipe())]
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_a_grid_has_every_combination():
@@ -106,3 +148,13 @@ def test_rounded_values_stay_in_the_space_and_apart(low, high):
     ]
     assert min(values) >= low and max(values) <= high and len(set(values)) == 500
     np.testing.assert_allclose(values, np.linspace(low, high, 500), atol=(high - low) / 1000)
+
+
+def test_automatic_thresholds_come_after_the_papers_one_for_each_class_where_they_vary():
+    recipe = tiny_recipe(search={"space": {"train.threshold": {"min": 0.1, "max": 0.9}}})
+    asked = [0.3, 0.41239, 0.95]  # the paper's again, and one outside
+    assert [point["train.threshold"] for point in first_points(recipe, asked)] == [0.3, 0.5, 0.412]
+    one, other = {"min": 0.1, "max": 0.9}, {"min": 0.1, "max": 0.9}
+    recipe = tiny_recipe(search={"space": {"train.threshold.car": one, "train.threshold.ship": other}})
+    found = first_points(recipe, [{"car": 0.2, "plane": 0.3, "ship": 0.45678}])
+    assert found[-1] == {"train.threshold.car": 0.2, "train.threshold.ship": 0.457}

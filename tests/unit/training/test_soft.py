@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,7 +200,32 @@ def test_a_region_lies_where_its_pixels_do(job):
     torch.testing.assert_close(batch["region_bboxes"], torch.tensor([[25, 5, 10, 10]] * 2) / 64)
 
 
+def test_class_weights_count_classes_and_not_rows(job):
+    from softlabel.training.trainer import SoftLabelTrainer
+
+    made = job(smoothing=0.5)
+    trainer = SimpleNamespace(targets=made.targets(), _job=made)
+    assert SoftLabelTrainer.get_class_counts(trainer).tolist() == [12, 12, 0]
+
+
 # --- mistakes ---
+
+
+def test_tiles_labelled_for_some_classes_only_are_pointed_out(job, tmp_path, capsys):
+    from softlabel.training.run import _check
+
+    truth = [{"box": (1, 1, 9, 9), "class_id": 0, "visible": 1.0, "ignore": False}]
+    rows = [
+        made_tile("a", (64 * i, 0, 64, 64), truth=truth, split="train_2", labelled_classes=[0] if i else None)
+        for i in range(3)
+    ]
+    rows.append(made_tile("b", (0, 0, 64, 64), truth=truth, split="val_1"))
+    tiles = write_tiles(tmp_path, rows, name="tiles-partly")
+    plain = replace(job(), tiles=tiles, soft_labels=None, threshold=None)
+    _check(plain)
+    assert "2 of 3 tiles were labelled for some classes only" in capsys.readouterr().out
+    _check(replace(plain, soft=Soft(ignore_truth=True)))
+    assert not capsys.readouterr().out
 
 
 def recipe(classes=tuple(CLASSES), model="yolov5n.yaml", **soft):
