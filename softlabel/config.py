@@ -321,7 +321,7 @@ class Compare(_Section):
     seeds: Annotated[int, Field(gt=0)] = Field(4, description="students of each method and training set")
     splits: tuple[str, ...] = Field(("train_1", "train_2"), min_length=1, description="training sets")
     drop: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the soft labels to remove at random first, as if the teacher had missed them"
+        0.0, description="share of the labelled objects to remove at random first, as if the teacher had missed them"
     )
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ def sentences(results: dict) -> list[str]:
     unsure = "" if has_gap else ": no gap that can be told from chance"
     lines.append(f"Truth is {_range(truth['gain'], signed=True)} mAP50 above plain soft labels{unsure}.")
     if results["drop"]:
-        lines.append(f"{results['drop']:.0%} of the soft labels were removed at random first.")
+        lines.append(f"{results['drop']:.0%} of the labelled objects were removed at random first.")
     lines += [f"{name} failed: {reason}" for name, reason in sorted(results["failed"].items())]
     return lines
 

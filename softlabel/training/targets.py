@@ -153,7 +153,7 @@ def soft_targets(
 ) -> list[Target]:
     """The tiles of a split with a teacher's boxes whose best score, as ``calibration`` maps it, is strictly above
     ``threshold``, or its class's. ``soften`` says of all boxes, and which are above it, what they are worth. A share of
-    those above is removed first (``drop``), with all that overlaps them, as if nothing had been found there.
+    the objects is removed first (``drop``), each with all labels of it, as if nothing had been found there.
 
     A tile that was rejected in labelling, or that is empty, is left out: it is no example of background.
 
@@ -168,7 +168,7 @@ def soft_targets(
             if calibration:
                 found = calibration.apply(found)
             if drop:
-                found = _without_some(found, found.is_above(threshold), drop, label["tile_id"])
+                found = _without_some(found, drop, label["tile_id"])
             is_kept = found.is_above(threshold)
             softness = soften(found, is_kept) if soften else None
             kept = found.at(is_kept)
@@ -176,11 +176,16 @@ def soft_targets(
     return _checked(targets, f"no soft label of {store} is above {threshold}")
 
 
-def _without_some(found: Detections, kept: NDArray[np.bool_], share: float, tile_id: str) -> Detections:
-    """Which go follows from tile and place alone, so that all students lack the same."""
-    draws = np.random.default_rng(int(digest(tile_id), 16)).random(len(kept))
-    gone = found.boxes[kept & (draws < share)]
-    return found.at(iou_matrix(found.boxes, gone).max(axis=1, initial=0) <= SAME_OBJECT_IOU)
+def _without_some(found: Detections, share: float, tile_id: str) -> Detections:
+    """Which go follows from tile and labels alone, whatever the threshold, so that all students lack the same.
+
+    An object is a label that overlaps no better one.
+    """
+    overlaps = iou_matrix(found.boxes, found.boxes) > SAME_OBJECT_IOU
+    is_object = ~np.tril(overlaps, -1).any(axis=1)  # best first
+    draws = np.random.default_rng(int(digest(tile_id), 16)).random(len(found.boxes))
+    gone = overlaps[:, is_object & (draws < share)].any(axis=1)
+    return found.at(np.flatnonzero(~gone))
 
 
 def num_empty(store: Path, tiles: Path, split: str) -> int:

@@ -49,7 +49,7 @@ def test_what_did_not_help_is_said_as_plainly_as_what_did(results):
     assert "It hurts: worse \N{MINUS SIGN}0.100 (\N{MINUS SIGN}0.110 to \N{MINUS SIGN}0.090)." in text
     assert "Not distinguishable from plain with these seeds and images: far +0.005" in text
     assert "Truth is +0.200 (+0.190 to +0.210) mAP50 above plain soft labels." in text
-    assert "30% of the soft labels were removed at random first." in text
+    assert "30% of the labelled objects were removed at random first." in text
     assert "odd_train_1_seed0 failed: the loss is nan" in text
     lines = text.splitlines()
     assert re.match(r"far +train_1 +0\.505 \(0\.495 to 0\.515\) +\+0\.005 .* ~ +3% ", lines[4])

@@ -137,16 +137,19 @@ def test_a_training_set_is_soft_as_the_job_says(job):
 
 
 def test_a_dropped_label_leaves_nothing_behind(job):
-    """The same ones for every way to train, with the lower labels of the same object."""
+    """The same ones for every way to train and every threshold, with the lower labels of the same object."""
     hard, soft = replace(job(), drop=0.5), replace(job(ignore_above=0.1, background_doubt=1.0), drop=0.5)
-    lengths = []
-    for plain, target in zip(hard.targets(), soft.targets(), strict=True):
+    low = replace(job(0.15), drop=0.5)
+    lengths, low_ones = [], 0
+    for plain, target, lower in zip(hard.targets(), soft.targets(), low.targets(), strict=True):
         np.testing.assert_array_equal(plain.boxes, target.boxes)
         lengths.append(len(plain.boxes))
         seen = [*target.boxes.tolist(), *rotated.hulls(target.soft.regions).tolist()]
-        if BOXES[0].tolist() not in seen:
-            assert BOXES[2].tolist() not in seen  # the same object
-        assert BOXES[3].tolist() in seen  # below the threshold: as it was
+        assert (BOXES[0].tolist() in lower.boxes.tolist()) == (BOXES[2].tolist() in lower.boxes.tolist())
+        assert (BOXES[0].tolist() in plain.boxes.tolist()) == (BOXES[0].tolist() in lower.boxes.tolist())
+        assert (BOXES[3].tolist() in seen) == (BOXES[3].tolist() in lower.boxes.tolist())
+        low_ones += BOXES[3].tolist() in seen
+    assert 2 < low_ones < 10
     assert set(lengths) == {0, 1, 2} and 6 < sum(lengths) < 18
     assert [len(t.boxes) for t in job().targets()] == [2] * 12
 
