@@ -1,5 +1,6 @@
 """What several benchmarks need: large scenes out of small pieces, and words on the machine."""
 
+import argparse
 import datetime
 import os
 import platform
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
+from softlabel.cli import main
 from softlabel.config import Synthetic
 from softlabel.imagery.layouts import lay_out
 from softlabel.imagery.synthetic import CRS, GSD_M, render
@@ -54,6 +56,18 @@ def synthetic_piece(index: int) -> Image:
     """Made-up scene number ``index`` of the project's generator, (512, 512, 3)."""
     settings = Synthetic(num_scenes=1, scene_size_px=TILE_PX, difficulty=0.2)
     return render(lay_out(settings, 0, index), settings, 0, index)
+
+
+def run_recipe(verb: str, purpose: str) -> tuple[int, argparse.Namespace]:
+    """Run (or finish, or find done) a verb of softlabel with the flags of this process: its exit status, and the
+    flags."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    overrides = [word for value in arguments.set for word in ("--set", value)]
+    return main([verb, "--config", arguments.config, "--run-dir", str(arguments.run_dir), *overrides]), arguments
 
 
 def machine() -> dict[str, Any]:

@@ -3,26 +3,17 @@
 python benchmarks/compare.py --config methods --run-dir runs/methods --set train.teacher.weights=yolov5n.pt --set ...
 """
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
-from common import machine
+from common import machine, run_recipe
 
-from softlabel.cli import main as softlabel
 from softlabel.report.methods import sentences
 
 
 def main() -> int:
     """Run (or finish, or find done) the comparison, then print what it measured as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[])
-    arguments = parser.parse_args()
-    overrides = [word for value in arguments.set for word in ("--set", value)]
-    code = softlabel(["compare", "--config", arguments.config, "--run-dir", str(arguments.run_dir), *overrides])
+    code, arguments = run_recipe("compare", (__doc__ or "").splitlines()[0])
     if code == 0:
         print(section(json.loads((arguments.run_dir / "compare.json").read_text())))
     return code

@@ -3,24 +3,17 @@
 python benchmarks/experiment.py --config overhead --run-dir runs/overhead --set ...
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from softlabel.cli import main as softlabel
+from common import run_recipe
 
 
 def main() -> int:
     """Run (or finish, or find done) the experiment, then print what it measured as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[])
-    arguments = parser.parse_args()
-    overrides = [word for value in arguments.set for word in ("--set", value)]
-    code = softlabel(["experiment", "--config", arguments.config, "--run-dir", str(arguments.run_dir), *overrides])
+    code, arguments = run_recipe("experiment", (__doc__ or "").splitlines()[0])
     if code == 0:
         print(section(json.loads((arguments.run_dir / "results.json").read_text()), Path(arguments.config)))
     return code
