@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made_stores import CLASSES, made_store, made_tile, write_tiles
+from made_stores import CLASSES, made_store, made_tile, write_store, write_tiles
 from ultralytics.cfg import get_cfg
 
 from softlabel import rotated
@@ -190,6 +190,24 @@ def test_labels_come_through_augmentation_as_they_do_without_softness(job, task)
     torch.testing.assert_close(soft["weights"], expected.amax(1))
     assert len(soft["region_idx"]) > 6 and not soft["region_keeps"].any()
     assert soft["region_bboxes"].shape == (len(soft["region_idx"]), hard["bboxes"].shape[1])
+
+
+def test_each_label_keeps_what_is_its_own(tmp_path, job):
+    """Of tiles whose labels are all of other scores."""
+    made = [
+        made_tile("s", (64 * i, 0, 64, 64), Detections(BOXES, SCORES * np.float32(1 - 0.01 * i)), split="train_2")
+        for i in range(4)
+    ]
+    own = job(class_targets="vector", weight_power=1.0, background_doubt=1.0)
+    targets = replace(own, soft_labels=write_store(tmp_path, made, weights="differing")).targets()
+    data = {"names": dict(enumerate(CLASSES)), "nc": 3, "channels": 3}
+    read = lambda tile: np.zeros((64, 64, 3), np.uint8)  # noqa: E731
+    dataset = TileDataset(targets, read, imgsz=64, augment=False, hyp=get_cfg(), data=data)
+    batch = looked_up(dataset.collate_fn([dataset[i] for i in range(4)]), soft_rows(targets))
+    for key, attribute in (("vectors", "vectors"), ("weights", "weights"), ("region_keeps", "keeps")):
+        expected = np.concatenate([getattr(target.soft, attribute) for target in targets])
+        assert len(np.unique(expected)) > 4
+        np.testing.assert_array_equal(batch[key], expected)
 
 
 def test_a_region_lies_where_its_pixels_do(job):
