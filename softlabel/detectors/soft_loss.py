@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.ops import box_iou
-from ultralytics.utils.metrics import batch_probiou
+from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from softlabel.config import Soft
 from softlabel.detectors.background import far_weight, kept_in_regions

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import one_hot
-from torchvision.ops import box_convert, box_iou
-from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.metrics import bbox_iou, box_iou
+from ultralytics.utils.ops import xywh2xyxy
 
 from softlabel.config import HARD, Soft
 from softlabel.detectors.background import far_weight, kept_in_regions
@@ -186,8 +186,8 @@ class AnchorLoss:
         height, width = out.shape[2:4]
         xy = out[..., :2].sigmoid() * 2 - 0.5 + corners_P2.view(height, width, 2)
         wh = (out[..., 2:4].sigmoid() * 2) ** 2 * anchors_A2.view(1, -1, 1, 1, 2)
-        predicted = box_convert(torch.cat((xy, wh), -1).flatten(1, 3), "cxcywh", "xyxy")
-        labelled = box_convert(targets_T6[:, 2:] * out.new_tensor([width, height] * 2), "cxcywh", "xyxy")
+        predicted = xywh2xyxy(torch.cat((xy, wh), -1).flatten(1, 3))
+        labelled = xywh2xyxy(targets_T6[:, 2:] * out.new_tensor([width, height] * 2))
         found = out.new_zeros(predicted.shape[:2])
         for image in targets_T6[:, 0].unique().long().tolist():
             found[image] = box_iou(predicted[image], labelled[targets_T6[:, 0] == image]).amax(1)

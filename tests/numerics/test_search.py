@@ -94,7 +94,7 @@ def simulated_search(curve, seed, *, trials=24, explore=0.6, start=0):
     args = {**recipe.train.student.args, "epochs": EPOCHS}
     student = recipe.train.student.model_copy(update={"args": args})
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"student": student})})
-    plan, rng = Plan(recipe, [], 0.4, None), np.random.default_rng(seed)
+    plan, rng = Plan(recipe, [], (0.4,), None), np.random.default_rng(seed)
     finals: dict[int, float] = {}
     while trial := plan.suggest(0.0):
         final = finals.setdefault(trial.number, float(curve(trial.values[KEY]) + rng.normal(0, NOISE)))

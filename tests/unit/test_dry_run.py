@@ -25,7 +25,7 @@ def images(tmp_path):
 @pytest.mark.parametrize("recipe", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
 def test_every_verb_with_every_recipe(images, tmp_path, monkeypatch, capsys, verb, recipe):
     monkeypatch.chdir(tmp_path)
-    scenes = [] if recipe in ("demo", "synthetic") else ["--set", f"tiles.scenes={images}"]
+    scenes = [] if recipe in ("demo", "methods", "synthetic") else ["--set", f"tiles.scenes={images}"]
     extra = ["--vocabulary", "words.txt"] if verb == "categorize" else []
     assert main([verb, "--config", recipe, *scenes, *extra, "--run-dir", "run", "--dry-run"]) == 0
     out = capsys.readouterr().out
