@@ -39,7 +39,7 @@ def _write_mosaic(path: Path, size_wh: tuple[int, int], piece: Callable[[int], I
     width, height = size_wh
     columns = -(-width // TILE_PX)
     size = {"width": width, "height": height, "count": 3, "dtype": "uint8", "photometric": "rgb"}
-    layout = {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate"}
+    layout = {"tiled": True, "bigtiff": "if_safer", "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate"}
     place = {"crs": CRS, "transform": from_origin(400_000, 5_400_000, GSD_M, GSD_M)}
     with (
         rasterio.open(path, "w", driver="GTiff", num_threads="all_cpus", **size, **layout, **place) as file,

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from softlabel import rotated
-from softlabel.detectors.detector import Detector, Image
+from softlabel.detectors.detector import Detector
+from softlabel.detectors.selection import Image
 from softlabel.fusion import fuse_tile
 from softlabel.records import Detections
 

@@ -1,36 +1,15 @@
 """What every detector does: tiles of any shape through an engine, NMS, and back to the tile with the class vector."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from softlabel import rotated as rotated_math
-from softlabel.detectors.engines import Network, Outputs, build
-from softlabel.detectors.nms import suppressed
+from softlabel.detectors.engines import Network, Outputs, build, pipeline_of
+from softlabel.detectors.selection import Geometry, Image, Selection
 from softlabel.records import Detections, Nms
 
 T = TypeVar("T")
-Image = NDArray[np.uint8]
-
-
-class Geometry(Protocol):
-    """How tiles of one shape are brought to what the network takes, and boxes back."""
-
-    @property
-    def tile_hw(self) -> tuple[int, int]:
-        """Height and width of the tiles in pixels."""
-        ...
-
-    def apply(self, image: Image) -> Image:
-        """A tile as the network takes it."""
-        ...
-
-    def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the network, xyxy, in tile pixels; they may leave the tile."""
-        ...
 
 
 class Detector:
@@ -63,16 +42,13 @@ class Detector:
         batch_size: int | None = 16,
         rotated: bool = False,
     ) -> None:
-        self._rotated, self._suppress = rotated, suppressed
-        if rotated:
-            from softlabel.detectors.rotated_nms import suppressed_rotated  # imports ultralytics
-
-            self._suppress = suppressed_rotated
+        self._rotated = rotated
         self.engine, self.precision = engine, precision
         self.device = torch.device("cpu") if engine == "openvino" else device or default_device()
         self.nms, self._num_classes = nms, num_classes
-        self._columns: Sequence[Sequence[int]] | None = None
+        self._columns: tuple[tuple[int, ...], ...] | None = None
         self._engine = build(network.to(self.device).eval(), engine, precision, self.device, threads, batch_size)
+        self._pipeline = pipeline_of(self._engine, self.device, capturable=network.capturable)
 
     def map_classes(self, columns: Sequence[Sequence[int]]) -> None:
         """From now on find other classes: the score of each is the best of some of the model's, 0 where it has none.
@@ -82,7 +58,7 @@ class Detector:
         Args:
             columns: For each class the places of the model's classes that become it.
         """
-        self._columns = columns
+        self._columns = tuple(tuple(places) for places in columns)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
         """What this detector does with tiles of a height and width in pixels, at ``scale`` times its own size."""
@@ -105,73 +81,49 @@ class Detector:
         The model sees the tiles at ``scale`` times its own size, if it can at others. One thread at a time may start;
         the next tiles may be started while the last ones are waited for.
         """
-        return self._start(images, lambda outputs, geometry, _: self._keep(outputs.decoded, geometry), scale)
+        pipeline = self._pipeline
+        if pipeline is None:
+            return self._start(images, lambda outputs, selection, _: selection.of_each(outputs.decoded), scale)
+        return self._by_shape(images, scale, lambda own, selection: pipeline.start([images[i] for i in own], selection))
 
     def _start(
-        self, images: Sequence[Image], use: Callable[[Outputs, Geometry, list[int]], list[T]], scale: float = 1.0
+        self, images: Sequence[Image], use: Callable[[Outputs, Selection, list[int]], list[T]], scale: float = 1.0
     ) -> Callable[[], list[T]]:
-        """Results in the order of the images. ``use`` gets a forward pass, its geometry and whose it is, as indices."""
+        """Results in the order of the images. ``use`` gets a forward pass, what is kept of it and whose it is, as
+        indices."""
+
+        def start_shape(own: list[int], selection: Selection) -> Callable[[], list[T]]:
+            return self._engine.start(
+                (selection.geometry.apply(images[i]) for i in own),
+                lambda outputs: use(outputs, selection, own[outputs.first : outputs.first + len(outputs.decoded)]),
+            )
+
+        return self._by_shape(images, scale, start_shape)
+
+    def _by_shape(
+        self,
+        images: Sequence[Image],
+        scale: float,
+        start_shape: Callable[[list[int], Selection], Callable[[], list[T]]],
+    ) -> Callable[[], list[T]]:
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
         started = [
-            (indices, self._start_shape(images, indices, self.geometry((height, width), scale), use))
-            for (height, width, _), indices in by_shape.items()
+            (own, start_shape(own, self._selection(self.geometry((height, width), scale))))
+            for (height, width, _), own in by_shape.items()
         ]
 
         def finish() -> list[T]:
             results: dict[int, T] = {}
-            for indices, finish_shape in started:
-                results.update(zip(indices, finish_shape(), strict=True))
+            for own, finish_shape in started:
+                results.update(zip(own, finish_shape(), strict=True))
             return [results[index] for index in range(len(images))]
 
         return finish
 
-    def _start_shape(
-        self,
-        images: Sequence[Image],
-        indices: list[int],
-        geometry: Geometry,
-        use: Callable[[Outputs, Geometry, list[int]], list[T]],
-    ) -> Callable[[], list[T]]:
-        return self._engine.start(
-            (geometry.apply(images[index]) for index in indices),
-            lambda outputs: use(outputs, geometry, indices[outputs.first : outputs.first + len(outputs.decoded)]),
-        )
-
-    def _keep(self, decoded: torch.Tensor, geometry: Geometry) -> list[Detections]:
-        num_classes = self._num_classes
-        if self._columns is not None:
-            decoded, num_classes = _mapped(decoded, num_classes, self._columns), len(self._columns)
-        rows_of = [self._suppress(one, num_classes, self.nms) for one in decoded]
-        together = torch.cat(rows_of).cpu().numpy()  # one copy from the device per batch
-        most, ends = self.nms.max_det, np.cumsum([len(rows) for rows in rows_of])
-        return [self._detections(rows[:most], geometry, len(rows) > most) for rows in np.split(together, ends[:-1])]
-
-    def _detections(self, rows: NDArray[np.float32], geometry: Geometry, saturated: bool) -> Detections:
-        """Of (N, 4 + K) or (N, 4 + K + 1) boxes as the network sees them, class scores, and objectness or angle."""
-        height, width = geometry.tile_hw
-        boxes, xywhr = geometry.undo(rows[:, :4]).astype(np.float32), None
-        end = 4 + (self._num_classes if self._columns is None else len(self._columns))
-        if self._rotated:
-            xywhr = rotated_math.upright(boxes)
-            xywhr[:, 4] = rows[:, end]
-            xywhr = rotated_math.regularized(xywhr).astype(np.float32)
-            boxes = rotated_math.hulls(xywhr)
-        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
-        inside = np.flatnonzero(
-            (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        )  # a box wholly in the padding has no area in the tile
-        objectness = rows[:, end].copy() if rows.shape[1] > end and not self._rotated else None
-        return Detections(boxes, np.ascontiguousarray(rows[:, 4:end]), saturated, objectness, xywhr).at(inside)
-
-
-def _mapped(decoded_BCA: torch.Tensor, num_classes: int, columns: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Of (B, 4 + K + E, A) the same boxes, and whatever follows the scores, with scores of other classes."""
-    boxes, scores, rest = decoded_BCA.split([4, num_classes, decoded_BCA.shape[1] - 4 - num_classes], dim=1)
-    none = torch.zeros_like(scores[:, 0])
-    mapped = [scores[:, list(places)].amax(1) if places else none for places in columns]
-    return torch.cat((boxes, torch.stack(mapped, 1), rest), 1)
+    def _selection(self, geometry: Geometry) -> Selection:
+        return Selection(geometry, self._num_classes, self._columns, self.nms, self._rotated)
 
 
 def default_device() -> torch.device:

@@ -10,11 +10,12 @@ from typing import Any, Unpack
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from softlabel.detectors.detector import Detector, Geometry
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
 from softlabel.detectors.pretrained import SIDE, Shares, from_folder
+from softlabel.detectors.selection import Geometry
 from softlabel.records import Nms
 
 _WITH_NO_OBJECT = {"detr", "yolos"}

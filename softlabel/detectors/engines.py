@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from softlabel.detectors.engine_choice import CPU_BATCH
+from softlabel.detectors.pipeline import CudaQueue, Pipeline, Queue
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
@@ -57,6 +58,9 @@ class Outputs:
 
 class Network(nn.Module):
     """A model as engines run it, from pixels to decoded boxes."""
+
+    capturable = False
+    """Whether a forward pass asks a GPU for nothing on its way, so that it may become a CUDA graph."""
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """``decoded`` and ``raw`` of Outputs, of uint8 tiles (B, H, W, 3) RGB."""
@@ -136,6 +140,13 @@ def build(
     return _Torch(lambda tiles: (compiled(tiles), None), device, batch_size, whole_batches=True)
 
 
+def pipeline_of(engine: Engine, device: torch.device, *, capturable: bool) -> Pipeline | None:
+    """What keeps a GPU busy with an engine's network; None on a CPU, where tiles are at hand as they are."""
+    if device.type != "cuda" or not isinstance(engine, _Torch):
+        return None
+    return engine.pipeline(CudaQueue(device), capturable=capturable)
+
+
 class _Torch:
     """PyTorch, or what it was compiled to."""
 
@@ -166,6 +177,17 @@ class _Torch:
                 continue
             results += found
             del waiting[: len(batch)]
+
+    def pipeline(self, queue: Queue, *, capturable: bool) -> Pipeline:
+        """The same network for a device that is faster than its host."""
+        return Pipeline(
+            self._forward,
+            queue,
+            self._batch_size,
+            may_shrink=self._trying,
+            whole_batches=self._whole_batches,
+            capturable=capturable,
+        )
 
     def _attempt(self, tiles: Pixels, count: int, first: int, use: Callable[[Outputs], list[T]]) -> list[T] | None:
         """Results of the first ``count`` tiles; None where memory did not suffice and a smaller batch may be tried."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from softlabel.detectors.detector import Image
+from softlabel.detectors.resize import resized
+from softlabel.detectors.selection import Image
 from softlabel.records import PAD_VALUE
 
 
@@ -50,6 +52,16 @@ class Letterbox:
         (x, y), (height, width) = self.pad_xy, self.scaled_hw
         canvas = np.full((*self.size_hw, 3), PAD_VALUE, np.uint8)
         canvas[y : y + height, x : x + width] = image
+        return canvas
+
+    def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The same of (B, H, W, 3) uint8, where they lie."""
+        scaled = resized(tiles, self.scaled_hw)
+        if self.scaled_hw == self.size_hw:
+            return scaled
+        (x, y), (height, width) = self.pad_xy, self.scaled_hw
+        canvas = tiles.new_full((len(tiles), *self.size_hw, 3), PAD_VALUE)
+        canvas[:, y : y + height, x : x + width] = scaled
         return canvas
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,7 +8,6 @@ import torch
 from softlabel.records import Nms
 
 MAX_CANDIDATES = 30_000  # of a tile, best first, as ultralytics has it: NMS grows with their square
-_CLASS_APART_PX = 7680.0  # classes are moved so far from each other that their boxes never meet
 
 
 def _load_operators() -> None:
@@ -39,13 +38,29 @@ def suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tenso
     chosen = (best > nms.floor).nonzero().flatten()
     chosen = chosen[best[chosen].argsort(descending=True, stable=True)[:MAX_CANDIDATES]]
     rows, best, class_ids = decoded[:, chosen].T, best[chosen], class_ids[chosen]
-    half = rows[:, 2:4] / 2
-    boxes = torch.cat((rows[:, :2] - half, rows[:, :2] + half), 1)
-    apart = boxes + class_ids[:, None] * _CLASS_APART_PX
+    boxes = corners(rows[:, :4])
     # Worse boxes never decide on better ones: the best few suffice where they leave more than is wanted.
     most = nms.max_det + 1
     tried = most + most // 4
-    while len(kept := torch.ops.torchvision.nms(apart[:tried], best[:tried], nms.iou)) < most and tried < len(best):
+    while len(kept := _kept(boxes[:tried], best[:tried], class_ids[:tried], nms.iou)) < most and tried < len(best):
         tried *= 2
     kept = kept[:most]
     return torch.cat((boxes[kept], rows[kept, 4:]), 1)
+
+
+def corners(xywh: torch.Tensor) -> torch.Tensor:
+    """(..., 4) centre and size to xyxy."""
+    half = xywh[..., 2:4] / 2
+    return torch.cat((xywh[..., :2] - half, xywh[..., :2] + half), -1)
+
+
+def _kept(boxes: torch.Tensor, best: torch.Tensor, class_ids: torch.Tensor, iou: float) -> torch.Tensor:
+    """Class by class. (Boxes of classes moved apart, for one call, would lose their last bits in float32.)"""
+    present = class_ids.unique()
+    if len(present) == 1:
+        return torch.ops.torchvision.nms(boxes, best, iou)
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for class_id in present:
+        members = (class_ids == class_id).nonzero().flatten()
+        keep[members[torch.ops.torchvision.nms(boxes[members], best[members], iou)]] = True
+    return keep.nonzero().flatten()

@@ -4,12 +4,13 @@ from typing import Any, Unpack
 
 import torch
 
-from softlabel.detectors.detector import Detector, Geometry
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.header import Header
 from softlabel.detectors.letterbox import Letterbox
 from softlabel.detectors.onnx_file import open_session, read_onnx_header
+from softlabel.detectors.selection import Geometry
 from softlabel.records import Nms
 
 

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoProcessor, Owlv2ForObjectDetection, OwlViTForObjectDetection
 
-from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
 from softlabel.detectors.pretrained import from_folder
 from softlabel.detectors.queries import Crop, Queries
+from softlabel.detectors.selection import Geometry, Image
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
 from softlabel.store import read_json
@@ -101,16 +102,26 @@ class _OwlVitNetwork(Network):
     def answer(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of uint8 tiles (B, H, W, 3): boxes (B, A, 4) as centre and size in 0..1 of the square that the model sees,
         and logits (B, A, Q) of every query."""
-        features = self.features(tiles)
-        queries = self.get_buffer("queries").expand(len(tiles), -1, -1)
+        return self.of_pixels(self._pixels(tiles))
+
+    def of_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of what the model takes, (B, 3, side, side)."""
+        features = self._features(pixels)
+        queries = self.get_buffer("queries").expand(len(pixels), -1, -1)
         logits, _ = self.model.class_predictor(features, queries)
         return self.model.box_predictor(features, features), logits
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(B, A, D) float32 of uint8 tiles (B, H, W, 3), by transformers' own preprocessing."""
-        pixels = self._processor(
+        """(B, A, D) float32 of uint8 tiles (B, H, W, 3)."""
+        return self._features(self._pixels(tiles))
+
+    def _pixels(self, tiles: torch.Tensor) -> torch.Tensor:
+        """By transformers' own preprocessing, where the tiles lie."""
+        return self._processor(
             images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
         )["pixel_values"]
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pixels.device.type, self._dtype, enabled=self._dtype != torch.float32):
             found = self.model.image_embedder(pixel_values=pixels)[0]
         return found.float().flatten(1, 2)
@@ -154,6 +165,9 @@ class _Square:
 
     def apply(self, image: Image) -> Image:
         return image
+
+    def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
+        return tiles
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
         return boxes_N4 * np.array(self.scale_wh * 2, np.float32)

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from transformers.utils import logging
 
-from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
 from softlabel.detectors.queries import Queries
+from softlabel.detectors.selection import Geometry, Image
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.records import Nms
 
@@ -83,6 +84,10 @@ class Shares:
     def apply(self, image: Image) -> Image:
         """As it is."""
         return image
+
+    def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return tiles
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
         """In tile pixels."""

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from ultralytics.nn.tasks import DetectionModel
 
-from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
+from softlabel.detectors.resize import resized
+from softlabel.detectors.selection import Geometry, Image
 from softlabel.detectors.weights import load_model
 from softlabel.records import Nms
 
@@ -83,6 +85,9 @@ class _Squash:
         if self.tile_hw == (self.side, self.side):
             return image
         return cv2.resize(image, (self.side, self.side), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+    def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
+        return resized(tiles, (self.side, self.side))
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
         height, width = self.tile_hw

@@ -14,10 +14,11 @@ from ultralytics.nn.modules import OBB, Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from softlabel import rotated
-from softlabel.detectors.detector import Detector, Geometry, Image
+from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network, Outputs
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.letterbox import Letterbox
+from softlabel.detectors.selection import Geometry, Image, Selection
 from softlabel.detectors.tile_loss import TileLoss
 from softlabel.detectors.weights import default_train_args, load_model
 from softlabel.detectors.yolov5 import AnchorDetect
@@ -93,8 +94,8 @@ class YoloDetector(Detector):
         if (self.engine, self.precision) != ("pytorch", "float32"):
             raise ValueError("losses need engine pytorch in float32")
 
-        def both(outputs: Outputs, geometry: Geometry, indices: list[int]) -> list[tuple[Detections, list[float]]]:
-            letterbox, found = cast(Letterbox, geometry), self._keep(outputs.decoded, geometry)
+        def both(outputs: Outputs, selection: Selection, indices: list[int]) -> list[tuple[Detections, list[float]]]:
+            letterbox, found = cast(Letterbox, selection.geometry), selection.of_each(outputs.decoded)
             with self._losing:
                 losses = [self._tile_loss(outputs.raw, i, letterbox, truths[index]) for i, index in enumerate(indices)]
             return list(zip(found, losses, strict=True))
@@ -147,6 +148,8 @@ def _infer_in_float32(infer: Callable[[dict], torch.Tensor], raw: dict) -> torch
 
 class _YoloNetwork(Network):
     """One of ultralytics' detection models, or a YOLOv5."""
+
+    capturable = True
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ TRANSFORMERS = {
     "detectors/pretrained.py",
 }
 ULTRALYTICS = {
+    "detectors/batch_nms.py",
     "detectors/rotated_nms.py",
     "detectors/rtdetr.py",
     "detectors/soft_loss.py",
