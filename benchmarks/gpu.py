@@ -269,8 +269,8 @@ def pipeline(work: Work) -> Figures:
         side = work.size.tiles_on_side // (4 if readers == 1 else 2 if readers else 1)
         recipe, tiles = _scene(work, side)
         execution = {**recipe.execution.model_dump(), "gpus_per_actor": int(work.device.type == "cuda")}
-        if readers and work.device.type == "cuda":
-            execution["reader_cpus_per_actor"] = float(readers)
+        if work.device.type == "cuda":
+            execution["reader_cpus_per_actor"] = float(readers or len(os.sched_getaffinity(0)) - 2)
         recipe = recipe.model_copy(update={"execution": recipe.execution.model_validate(execution)})
         job = label_job(recipe, f"readers-{readers or 'all'}", _weights(work), tiles, None)
         (store,) = label(recipe, [job], work.folder)

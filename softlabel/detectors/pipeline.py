@@ -233,9 +233,10 @@ class Pipeline:
             if not self._may_shrink or len(tiles) == 1:
                 self._fail(tiles, error)
                 return
-            self._batch_size = max(1, len(tiles) // 2)
-            for start in range(0, len(tiles), self._batch_size):
-                self._launch(selection, tiles[start : start + self._batch_size])
+            half = max(1, len(tiles) // 2)
+            self._batch_size = min(self._batch_size, half)
+            for start in range(0, len(tiles), half):
+                self._launch(selection, tiles[start : start + half])
         except Exception as error:  # noqa: BLE001 (whoever waits for one of the tiles raises it)
             self._slots.put(slot)
             self._fail(tiles, error)

@@ -67,7 +67,9 @@ KEEP_MEMORY = ":".join(
         f"glibc.malloc.top_pad={1 << 26}",
     )
 )
-_CALLS = 2  # of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next
+# Of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next. A GPU has several
+# shards on their way to it and back.
+_CALLS_OF_CPU, _CALLS_OF_GPU = 2, 4
 _REJECTED_SCHEMA = pa.schema(
     [
         pa.field("tile_id", pa.string(), nullable=False),
@@ -210,8 +212,9 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
     context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
     # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
     growth = AutoscalingConfig()
-    growth.actor_pool_util_upscaling_threshold /= _CALLS
-    growth.actor_pool_util_downscaling_threshold /= _CALLS
+    calls = _CALLS_OF_GPU if resources.execution.gpus_per_actor else _CALLS_OF_CPU
+    growth.actor_pool_util_upscaling_threshold /= calls
+    growth.actor_pool_util_downscaling_threshold /= calls
     context.autoscaling_config = growth
     items = [{"job": i, "shard": shard} for i, shard in work]
     labelled = (
@@ -231,7 +234,7 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.least_actors,
                 max_size=resources.most_actors,
-                max_concurrent_calls_per_actor=_CALLS,
+                max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.cpus_per_actor,
