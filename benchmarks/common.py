@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -81,5 +81,12 @@ def machine() -> dict[str, Any]:
         "commit": commit_id,
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
-        **{name: version(name) for name in libraries},
+        **{name: _version(name) for name in libraries},
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

@@ -48,7 +48,7 @@ class Detector:
         self.nms, self._num_classes = nms, num_classes
         self._columns: tuple[tuple[int, ...], ...] | None = None
         self._engine = build(network.to(self.device).eval(), engine, precision, self.device, threads, batch_size)
-        self._pipeline = pipeline_of(self._engine, self.device, capturable=network.capturable)
+        self._pipeline = pipeline_of(self._engine, network, self.device)
 
     def map_classes(self, columns: Sequence[Sequence[int]]) -> None:
         """From now on find other classes: the score of each is the best of some of the model's, 0 where it has none.

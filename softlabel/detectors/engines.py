@@ -59,9 +59,6 @@ class Outputs:
 class Network(nn.Module):
     """A model as engines run it, from pixels to decoded boxes."""
 
-    capturable = False
-    """Whether a forward pass asks a GPU for nothing on its way, so that it may become a CUDA graph."""
-
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """``decoded`` and ``raw`` of Outputs, of uint8 tiles (B, H, W, 3) RGB."""
         raise NotImplementedError
@@ -73,6 +70,11 @@ class Network(nn.Module):
     def fuse_activations(self) -> None:
         """Compute convolutions and their activations in one on a CPU, where there are some. The same but for rounding:
         an untrained model's scores move by 6e-5."""
+
+    def make_capturable(self) -> bool:
+        """Ask a GPU for nothing within a forward pass, and keep nothing from one to the next, so that a pass may become
+        a CUDA graph; whether that can be."""
+        return False
 
     def make_traceable(self) -> None:
         """Let tracers and compilers follow the tiles' shape."""
@@ -140,11 +142,11 @@ def build(
     return _Torch(lambda tiles: (compiled(tiles), None), device, batch_size, whole_batches=True)
 
 
-def pipeline_of(engine: Engine, device: torch.device, *, capturable: bool) -> Pipeline | None:
+def pipeline_of(engine: Engine, network: Network, device: torch.device) -> Pipeline | None:
     """What keeps a GPU busy with an engine's network; None on a CPU, where tiles are at hand as they are."""
     if device.type != "cuda" or not isinstance(engine, _Torch):
         return None
-    return engine.pipeline(CudaQueue(device), capturable=capturable)
+    return engine.pipeline(CudaQueue(device), network)
 
 
 class _Torch:
@@ -178,15 +180,15 @@ class _Torch:
             results += found
             del waiting[: len(batch)]
 
-    def pipeline(self, queue: Queue, *, capturable: bool) -> Pipeline:
-        """The same network for a device that is faster than its host."""
+    def pipeline(self, queue: Queue, network: Network) -> Pipeline:
+        """The same for a device that is faster than its host."""
         return Pipeline(
             self._forward,
             queue,
             self._batch_size,
             may_shrink=self._trying,
             whole_batches=self._whole_batches,
-            capturable=capturable,
+            capturable=not self._whole_batches and network.make_capturable(),
         )
 
     def _attempt(self, tiles: Pixels, count: int, first: int, use: Callable[[Outputs], list[T]]) -> list[T] | None:

@@ -107,9 +107,12 @@ class CudaQueue:
         static = tiles.clone()
         run(static)
         graph = torch.cuda.CUDAGraph()
-        # Other threads wait for events meanwhile, which is no part of the graph.
-        with torch.cuda.graph(graph, self._pool, self._compute, capture_error_mode="thread_local"):
-            kept = run(static)
+        try:
+            # Other threads wait for events meanwhile, which is no part of the graph.
+            with torch.cuda.graph(graph, self._pool, self._compute, capture_error_mode="thread_local"):
+                kept = run(static)
+        except RuntimeError:  # too little memory, or a network that asks the device after all: it runs without
+            return None
 
         def replay(tiles: torch.Tensor) -> Kept:
             static.copy_(tiles, non_blocking=True)

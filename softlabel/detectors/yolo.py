@@ -149,13 +149,23 @@ def _infer_in_float32(infer: Callable[[dict], torch.Tensor], raw: dict) -> torch
 class _YoloNetwork(Network):
     """One of ultralytics' detection models, or a YOLOv5."""
 
-    capturable = True
-
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.dtype = model, torch.float32
+        self._grids: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Size]] | None = None
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        head, grids, shape = self.model.model[-1], self._grids, tuple(tiles.shape[1:3])
+        if grids is None or isinstance(head, AnchorDetect):
+            return self._answer(tiles)
+        if shape in grids:
+            head.anchors, head.strides, features = grids[shape]
+            head.shape = torch.Size((len(tiles), *features))
+        answer = self._answer(tiles)
+        grids.setdefault(shape, (head.anchors, head.strides, head.shape[1:]))
+        return answer
+
+    def _answer(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return self.model((tiles.to(self.dtype) / 255).permute(0, 3, 1, 2))
 
     def lower_precision(self, dtype: torch.dtype) -> None:
@@ -177,6 +187,12 @@ class _YoloNetwork(Network):
         for module in self.model.modules():
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
                 module.forward = partial(_conv_silu, module.conv)
+
+    def make_capturable(self) -> bool:
+        """An anchor-free head makes its grid on the CPU when it sees another shape than before: keep each shape's. A
+        graph goes on to use the one that it was captured with."""
+        self._grids = {}
+        return True
 
     def make_traceable(self) -> None:
         """Let the grid of an anchor-free head follow the input's shape: it is kept from the last image's else, and made
