@@ -5,17 +5,21 @@ which holds what there is to know of the box (`soft_rows`); after augmentation `
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import IterableSimpleNamespace
 
 from softlabel import rotated
 from softlabel.errors import TrainingError
+from softlabel.training.epochs import Draw, seeded
 from softlabel.training.targets import Target
 
 _MOST_ROWS = 1 << 24  # whole numbers that a float32 can tell apart
@@ -43,6 +47,23 @@ class TileDataset(YOLODataset):
         sizes = [len(target.boxes) + (len(target.soft.regions) if target.soft else 0) for target in self._targets]
         starts = itertools.accumulate(sizes, initial=0)
         return [_label(t, start, rotated_boxes=self.use_obb) for t, start in zip(self._targets, starts, strict=False)]
+
+    def __getitem__(self, index: int | Draw) -> dict:
+        """An augmented tile; that of a Draw is always the same."""
+        if not isinstance(index, Draw):
+            return super().__getitem__(index)
+        with seeded(index.seed):
+            return super().__getitem__(index.tile)
+
+    def build_transforms(self, hyp: IterableSimpleNamespace) -> Compose:
+        """ultralytics', with mosaics of tiles from the whole set, as it makes them where all tiles are in memory.
+
+        Else they would be of those that the same worker has just read.
+        """
+        transforms = super().build_transforms(hyp)
+        for mosaic in _mosaics(transforms):
+            mosaic.buffer_enabled = False
+        return transforms
 
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False
@@ -78,6 +99,15 @@ class TileDataset(YOLODataset):
         """Never: it would write beside the scenes, under the names of tiles. ``cache=ram`` does work."""
         self.cache = None
         return False
+
+
+def _mosaics(transform: Any) -> Iterator[Mosaic]:
+    """All in a transform, which may be a list of others or have some to be done before it."""
+    if isinstance(transform, Mosaic):
+        yield transform
+    for inner in [*getattr(transform, "transforms", []), getattr(transform, "pre_transform", None)]:
+        if inner is not None:
+            yield from _mosaics(inner)
 
 
 def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:

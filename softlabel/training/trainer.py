@@ -41,7 +41,8 @@ from softlabel.store import commit, finish, is_done
 from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset, looked_up, soft_rows
-from softlabel.training.ranks import gather, is_first, rank
+from softlabel.training.epochs import draw_by_epoch
+from softlabel.training.ranks import gather, is_first
 from softlabel.training.state import read_state, restore, write_state
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
 from softlabel.training.validation import empty_tiles, training_losses, validate, without_empty
@@ -158,9 +159,10 @@ class SoftLabelTrainer(DetectionTrainer):
         no_integrations = mock.patch.object(callbacks, "add_integration_callbacks", lambda trainer: None)
         with no_integrations:  # they report to other services, and into Ray Tune by themselves
             super().__init__(overrides=overrides)
-        self.device, self.ddp, self.world_size = device, False, context.get_world_size()
+        self.device, self.ddp = device, False
+        self._rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.add_callback("on_train_start", SoftLabelTrainer._make_criterion)
-        self.add_callback("on_train_epoch_start", _seed_epoch)
+        self.add_callback("on_train_epoch_start", SoftLabelTrainer._begin_epoch)
         self.add_callback("on_train_epoch_end", SoftLabelTrainer._end_smoothing)
         self.add_callback("on_fit_epoch_end", SoftLabelTrainer._report)
 
@@ -183,6 +185,13 @@ class SoftLabelTrainer(DetectionTrainer):
             stride=self.stride,
             data=self.data,
         )
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """ultralytics', whose workers live through the epochs; that of the training set by epoch, reproducibly."""
+        loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
+        if mode == "train":
+            self._batches = draw_by_epoch(loader, self.args.seed, self._rank, self.world_size)
+        return loader
 
     def get_model(self, cfg: str | None = None, weights: object = None, verbose: bool = False) -> DetectionModel:
         """The model by its name, starting from the job's weights where they fit, with anchors that fit the boxes."""
@@ -209,6 +218,14 @@ class SoftLabelTrainer(DetectionTrainer):
         restore(self, state)
         self.start_epoch = state["epoch"] + 1
         self._say(f"resumed after epoch {self.start_epoch}/{self.epochs}")
+
+    def _begin_epoch(self) -> None:
+        """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
+        self._batches.epoch = self.epoch  # for workers that start now: at a resume, and when mosaic is closed
+        seed = self.args.seed + self._rank + 1000 * (self.epoch + 1)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     def _make_criterion(self) -> None:
         """The loss, softened if the job says so, and as far along as the epochs that are done.
@@ -315,6 +332,11 @@ class SoftLabelTrainer(DetectionTrainer):
         return Header(unwrap_model(self.model).yaml, self._job.classes, self.args.imgsz, args)
 
     def _report(self) -> None:
+        """Keep the epoch, and let the first rank write and say it.
+
+        Ray Train is told nothing: its queue takes one report and is emptied every two seconds, which would be the least
+        that an epoch takes. What it would do with a checkpoint, softlabel.training.state does.
+        """
         losses = {key.removesuffix("_loss"): float(value) for key, value in self.tloss.items()}
         epoch = {
             "epoch": self.epoch + 1,
@@ -327,7 +349,6 @@ class SoftLabelTrainer(DetectionTrainer):
         self._ended = bool(self.stop)
         if not is_first():
             self._history.append({**epoch, "map50": 0.0})
-            ray.train.report({"job": self._job.name})
             self._share_end()
             return
         metrics = {"map50": float(self.fitness), "map50_95": float(self.metrics["map50_95"])}
@@ -338,7 +359,6 @@ class SoftLabelTrainer(DetectionTrainer):
             + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
         )
         write_state(self._job, self, ended=self._ended, history=self._history, seconds=self._seconds())
-        ray.train.report({"job": self._job.name, **epoch, **metrics})
         if not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
             self.stop = not self._goes_on(self._history, self._seconds())
         self._share_end()
@@ -364,16 +384,6 @@ def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
     """Width and height of a tile's boxes in pixels of the model's input."""
     gain = imgsz / max(target.tile["window"][2:])
     return (target.boxes[:, 2:] - target.boxes[:, :2]) * gain
-
-
-def _seed_epoch(trainer: SoftLabelTrainer) -> None:
-    """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
-    trainer.train_loader.reset()  # an iterator draws a seed of its own when it is made, which is once a run otherwise
-    seed = trainer.args.seed + rank() + 1000 * (trainer.epoch + 1)
-    trainer.train_loader.generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 @contextmanager
