@@ -5,6 +5,7 @@ and Ray sets them before it calls the training function.
 """
 
 import copy
+import math
 import random
 import shutil
 import tempfile
@@ -45,7 +46,10 @@ from softlabel.training.epochs import draw_by_epoch
 from softlabel.training.ranks import gather, is_first
 from softlabel.training.state import read_state, restore, write_state
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
-from softlabel.training.validation import empty_tiles, training_losses, validate, without_empty
+from softlabel.training.validation import KeptTiles, empty_tiles, training_losses, validate, without_empty
+
+_KEPT_BYTES = 1 << 30
+"""Of validation tiles in each rank's memory, where ``cache: ram`` does not ask for all."""
 
 GoesOn = Callable[[list[dict], float], bool]
 """Given a row per epoch so far and the seconds they took, whether to train another."""
@@ -159,6 +163,7 @@ class SoftLabelTrainer(DetectionTrainer):
         no_integrations = mock.patch.object(callbacks, "add_integration_callbacks", lambda trainer: None)
         with no_integrations:  # they report to other services, and into Ray Tune by themselves
             super().__init__(overrides=overrides)
+        self._val_tiles = KeptTiles(math.inf if _in_memory(self.args.cache) else _KEPT_BYTES)
         self.device, self.ddp = device, False
         self._rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.add_callback("on_train_start", SoftLabelTrainer._make_criterion)
@@ -259,7 +264,7 @@ class SoftLabelTrainer(DetectionTrainer):
         for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, src=0)
         detector = YoloDetector(copy.deepcopy(self.ema.ema), self.args.imgsz, self._job.nms, self.device)
-        metrics = evaluate(validate(detector, self._val), self._job.classes)
+        metrics = evaluate(validate(detector, self._val, self._val_tiles), self._job.classes)
         if self.best_fitness is None or self.best_fitness < metrics.map50:
             self.best_fitness = metrics.map50
         return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50
@@ -378,6 +383,11 @@ class SoftLabelTrainer(DetectionTrainer):
     def _say(self, text: str) -> None:
         if is_first():
             print(f"{MARK}{self._job.name}: {text}", flush=True)
+
+
+def _in_memory(cache: bool | str | None) -> bool:
+    """Whether a recipe's ``cache`` asks for tiles to be kept in memory."""
+    return cache is True or str(cache).lower() == "ram"
 
 
 def _sizes_px(target: Target, imgsz: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from softlabel.detectors.tile_loss import mean_losses
 from softlabel.detectors.yolo import YoloDetector
@@ -16,7 +17,8 @@ from softlabel.store import read_tiles
 from softlabel.training.ranks import gather, rank, world_size
 from softlabel.training.targets import WEIGHTS, Target, TrainJob
 
-_BATCH = 16  # tiles per forward pass
+_AT_ONCE = 128
+"""Tiles that the detector gets at a time. It makes batches of them, and a GPU has nothing to do between two calls."""
 
 
 @lru_cache(maxsize=8)  # for all models of a launch
@@ -43,15 +45,40 @@ def without_empty(targets: list[Target], tiles: Path, split: str) -> list[Target
     return seen
 
 
-def validate(detector: YoloDetector, targets: list[Target]) -> list[TileResult]:
+class KeptTiles:
+    """Reads tiles, and keeps the pixels of the first ones: an epoch need not read what the one before has read.
+
+    Args:
+        most_bytes: What may be kept; the tiles above it are read again each time.
+    """
+
+    def __init__(self, most_bytes: float) -> None:
+        self._reader, self._room = TileReader(), most_bytes
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+
+    def read(self, tile: dict) -> NDArray[np.uint8]:
+        """As TileReader."""
+        image = self._kept.get(tile["tile_id"])
+        if image is None:
+            image = self._reader.read(tile)
+            if image.nbytes <= self._room:
+                self._kept[tile["tile_id"]], self._room = image, self._room - image.nbytes
+        return image
+
+    def close(self) -> None:
+        """Close the scene that is open, if one is; what is kept stays."""
+        self._reader.close()
+
+
+def validate(detector: YoloDetector, targets: list[Target], tiles: KeptTiles) -> list[TileResult]:
     """Truth and detections of tiles, on every rank; each looks at its share."""
-    reader, results, mine = TileReader(), [], targets[rank() :: world_size()]
-    for start in range(0, len(mine), _BATCH):
-        chunk = mine[start : start + _BATCH]
-        images = [reader.read(target.tile) for target in chunk]
+    results, mine = [], targets[rank() :: world_size()]
+    for start in range(0, len(mine), _AT_ONCE):
+        chunk = mine[start : start + _AT_ONCE]
+        images = [tiles.read(target.tile) for target in chunk]
         for target, found in zip(chunk, detector.detect(images), strict=True):
             results.append(TileResult(Truth.from_row(target.tile["truth"]), found, _labelled(target.tile)))
-    reader.close()
+    tiles.close()
     return list(chain.from_iterable(gather(results)))
 
 
@@ -63,8 +90,8 @@ def training_losses(job: TrainJob, targets: list[Target]) -> dict[str, float]:
     """The loss of the best weights on the training set, without augmentation, as the test split's is measured."""
     detector = YoloDetector.from_weights(job.folder / WEIGHTS, job.nms)
     reader, mine, sums = TileReader(), targets[rank() :: world_size()], []
-    for start in range(0, len(mine), _BATCH):
-        chunk = mine[start : start + _BATCH]
+    for start in range(0, len(mine), _AT_ONCE):
+        chunk = mine[start : start + _AT_ONCE]
         truths = [Truth(t.boxes, t.class_ids.astype(np.int32), t.class_ids < 0, t.xywhr) for t in chunk]
         sums += detector.losses([target.hide_unknown(reader.read(target.tile)) for target in chunk], truths)
     reader.close()
