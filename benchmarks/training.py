@@ -37,7 +37,7 @@ from softlabel.config import Model, Recipe, Soft
 from softlabel.detectors.soft_loss import soften
 from softlabel.detectors.weights import build_model, default_train_args
 from softlabel.imagery.run import tile
-from softlabel.imagery.scenes import TileReader
+from softlabel.imagery.scenes import TileReader, read_tile
 from softlabel.recipe_file import load_recipe
 from softlabel.store import summary
 from softlabel.training.dataset import TileDataset, looked_up, soft_rows
@@ -110,9 +110,8 @@ class _Steps:
         if self._rows is not None:
             soften(self._model.criterion, Soft(class_targets="vector", weight_power=1.0, ignore_above=0.1), None)
         data = {"names": dict(enumerate(recipe.classes)), "nc": len(recipe.classes), "channels": 3}
-        read = TileReader().read
         options = {"imgsz": hyp.imgsz, "batch_size": hyp.batch, "augment": True, "hyp": hyp, "data": data}
-        self._dataset = TileDataset(targets, read, cache="ram", **options)
+        self._dataset = TileDataset(targets, read_tile, cache="ram", **options)
 
     def step(self, number: int) -> float:
         """Seconds of one; two of one number draw the same."""

@@ -6,6 +6,7 @@ are not looked for, so that a scene reads the same from a folder and from an obj
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -234,12 +235,19 @@ class TileReader:
             )
 
 
-_process_reader = TileReader()
+class _Readers(threading.local):
+    """A reader for each thread that asks."""
+
+    def __init__(self) -> None:
+        self.own = TileReader()
+
+
+_readers = _Readers()
 
 
 def read_tile(row: dict) -> NDArray[np.uint8]:
-    """`TileReader.read` by the reader of this process, which keeps its scene open between calls; for one thread."""
-    return _process_reader.read(row)
+    """`TileReader.read` by the reader of this thread, which keeps its scene open between calls."""
+    return _readers.own.read(row)
 
 
 @contextmanager

@@ -166,7 +166,10 @@ def _freezes(value: Any) -> bool:
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch": (lambda value: _is_count(value, 1), "the number of tiles, for all workers together"),
     "imgsz": (lambda value: _is_count(value, 32) and value % 32 == 0, "a multiple of 32"),
-    "cache": (lambda value: value is None or isinstance(value, bool) or str(value).lower() == "ram", "ram or false"),
+    "cache": (
+        lambda value: value is None or isinstance(value, bool) or str(value).lower() in ("ram", "disk"),
+        "ram, disk or false",
+    ),
     "freeze": (_freezes, "a number of layers, or a list of them"),
     "optimizer": (lambda value: str(value).lower() in map(str.lower, _OPTIMIZERS), f"one of {', '.join(_OPTIMIZERS)}"),
     "workers": (_is_count, "a number of processes"),

@@ -5,33 +5,45 @@ which holds what there is to know of the box (`soft_rows`); after augmentation `
 """
 
 import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.utils import IterableSimpleNamespace
+from ultralytics.utils import LOGGER, NUM_THREADS, IterableSimpleNamespace
 
 from softlabel import rotated
 from softlabel.errors import TrainingError
 from softlabel.training.epochs import Draw, seeded
+from softlabel.training.packed import PackedTiles, num_bytes
 from softlabel.training.targets import Target
 
+_TILES_A_THREAD = 16
+"""Neighbours, which are mostly of one scene: each thread opens it for itself."""
 _MOST_ROWS = 1 << 24  # whole numbers that a float32 can tell apart
 
 
 class TileDataset(YOLODataset):
     """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files.
 
-    ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB. Under ultralytics' task ``obb`` boxes are rotated.
-    Where targets are soft, the class of a box is its row in `soft_rows` instead, and their regions
-    are boxes too.
+    ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB; where tiles are cached, several threads call it.
+    Under ultralytics' task ``obb`` boxes are rotated. Where targets are soft, the class of a box is its row in
+    `soft_rows` instead, and their regions are boxes too.
     """
+
+    # ultralytics': by a tile's number the pixels that are at hand, its size and the size it is scaled to.
+    ims: Any
+    im_hw0: list[Any]
+    im_hw: list[Any]
 
     def __init__(self, targets: Sequence[Target], read: Callable[[dict], NDArray[np.uint8]], **kwargs: object) -> None:
         self._targets = list(targets)
@@ -68,35 +80,66 @@ class TileDataset(YOLODataset):
     def load_image(
         self, i: int, rect_mode: bool = True, resize_short: bool = False
     ) -> tuple[NDArray[np.uint8], tuple[int, int], tuple[int, int]]:
-        """Pixels of a tile as BGR, its longer side scaled to imgsz, with ultralytics' mosaic buffer kept up."""
-        if self.ims[i] is not None:
-            return self.ims[i], self.im_hw0[i], self.im_hw[i]
-        target = self._targets[i]
-        image = np.ascontiguousarray(target.hide_unknown(self._read(target.tile))[..., ::-1])
-        original_hw = image.shape[:2]
-        gain = self.imgsz / max(original_hw)
-        if gain != 1:
-            width, height = (min(round(side * gain), self.imgsz) for side in original_hw[::-1])
-            resized = cv2.resize(image, (max(width, 1), max(height, 1)), interpolation=cv2.INTER_LINEAR)
-            image = resized.astype(np.uint8, copy=False)
-        if self.augment and self.cache != "ram":
-            self._buffer_for_mosaic(i, image, original_hw)
-        return image, original_hw, image.shape[:2]
+        """Pixels of a tile as BGR, its longer side scaled to imgsz; the last ones read are kept for mosaics."""
+        if self.ims[i] is None:
+            image = self._read_scaled(i)
+            if not self.augment:
+                return image, self._size_hw(i), image.shape[:2]
+            self._keep_for_mosaic(i, image)
+        return self.ims[i], self.im_hw0[i], self.im_hw[i]
 
-    def _buffer_for_mosaic(self, i: int, image: NDArray[np.uint8], original_hw: tuple[int, int]) -> None:
-        self.ims[i], self.im_hw0[i], self.im_hw[i] = image, original_hw, image.shape[:2]
+    def _keep_for_mosaic(self, i: int, image: NDArray[np.uint8]) -> None:
+        self.ims[i], self.im_hw0[i], self.im_hw[i] = image, self._size_hw(i), image.shape[:2]
         self.buffer.append(i)
-        if 1 < len(self.buffer) >= self.max_buffer_length:
+        if len(self.buffer) > self.max_buffer_length:
             j = self.buffer.pop(0)
             self.ims[j] = self.im_hw0[j] = self.im_hw[j] = None
 
+    def _read_scaled(self, i: int) -> NDArray[np.uint8]:
+        target = self._targets[i]
+        image = np.ascontiguousarray(target.hide_unknown(self._read(target.tile))[..., ::-1])
+        height, width = self._scaled_hw(i)
+        if image.shape[:2] == (height, width):
+            return image
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+    def _size_hw(self, i: int) -> tuple[int, int]:
+        _, _, width, height = self._targets[i].tile["window"]
+        return height, width
+
+    def _scaled_hw(self, i: int) -> tuple[int, int]:
+        size = self._size_hw(i)
+        height, width = (max(min(round(side * self.imgsz / max(size)), self.imgsz), 1) for side in size)
+        return height, width
+
     def cache_images(self) -> None:
-        """Cache one by one: ultralytics uses threads here, and a GDAL handle must not be shared between threads."""
-        for i in range(self.ni):
-            self.ims[i], self.im_hw0[i], self.im_hw[i] = self.load_image(i)
+        """Read all tiles, by threads: into memory, or for ``disk`` into a file that goes when the training does."""
+        packed = PackedTiles([self._scaled_hw(i) for i in range(self.ni)], on_disk=self.cache == "disk")
+
+        def fill(i: int) -> None:
+            packed[i][:] = self._read_scaled(i)
+
+        with ThreadPool(NUM_THREADS) as pool:
+            for _ in pool.imap_unordered(fill, range(self.ni), _TILES_A_THREAD):
+                pass
+        packed.seal()
+        self.ims = packed
+        self.im_hw0, self.im_hw = ([size(i) for i in range(self.ni)] for size in (self._size_hw, self._scaled_hw))
+
+    def check_cache_ram(self, safety_margin: float = 1.0) -> bool:
+        """Whether memory has room for the tiles."""
+        return self._has_room("memory", psutil.virtual_memory().available, safety_margin)
 
     def check_cache_disk(self, safety_margin: float = 0.1) -> bool:
-        """Never: it would write beside the scenes, under the names of tiles. ``cache=ram`` does work."""
+        """Whether the disk of temporary files has."""
+        folder = tempfile.gettempdir()
+        return self._has_room(folder, shutil.disk_usage(folder).free, safety_margin)
+
+    def _has_room(self, place: str, free: int, safety_margin: float) -> bool:
+        needed = sum(num_bytes(self._scaled_hw(i)) for i in range(self.ni)) * (1 + safety_margin)
+        if needed <= free:
+            return True
+        LOGGER.warning(f"tiles are read every epoch: {place} has {free / 1e9:.1f} GB for them, not {needed / 1e9:.1f}")
         self.cache = None
         return False
 

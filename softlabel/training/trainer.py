@@ -37,7 +37,7 @@ from softlabel.detectors.yolo import YoloDetector
 from softlabel.detectors.yolov5 import YoloV5
 from softlabel.errors import TrainingError
 from softlabel.evaluation.metrics import evaluate
-from softlabel.imagery.scenes import TileReader
+from softlabel.imagery.scenes import read_tile
 from softlabel.store import commit, finish, is_done
 from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
@@ -180,7 +180,7 @@ class SoftLabelTrainer(DetectionTrainer):
         """The training set, or the validation set (whose loader only ultralytics' bookkeeping looks at)."""
         return TileDataset(
             self.targets if mode == "train" else self._val,
-            TileReader().read,
+            read_tile,
             imgsz=self.args.imgsz,
             batch_size=batch,
             augment=mode == "train",

@@ -134,8 +134,8 @@ def test_augmentation_is_as_the_recipe_says(name, value):
     assert usual != changed and str(value) in str(changed)
 
 
-def test_tiles_are_kept_in_memory_where_the_recipe_says():
-    assert all(image is not None for image in tiles().ims)
+def test_tiles_are_kept_where_the_recipe_says():
+    assert all(image is not None for cache in ("ram", True, "disk") for image in tiles(cache=cache).ims)
     assert tiles(cache=False).ims == [None] * 3
 
 
@@ -146,7 +146,7 @@ def test_tiles_are_kept_in_memory_where_the_recipe_says():
         ({"epochs": "many"}, "yolov5n.yaml", "epochs"),
         *(({"batch": value}, "yolov5n.yaml", r"args\.batch is .*: give the number") for value in (-1, 0.7, 8.0, True)),
         *(({"batch": float(value)}, "yolov5n.yaml", "batch") for value in ("inf", "nan")),
-        *(({"cache": value}, "yolov5n.yaml", r"args\.cache is .*: give ram") for value in ("disk", "Disk", "foo", 1)),
+        *(({"cache": value}, "yolov5n.yaml", r"args\.cache is .*: give ram, disk or false") for value in ("foo", 1)),
         *(({"imgsz": value}, "yolov5n.yaml", "imgsz") for value in (0, 100, 640.5, "big", [640, 480])),
         *(({"freeze": value}, "yolov5n.yaml", "freeze") for value in ("10", -1, 1.5, True)),
         ({"optimizer": "adamx"}, "yolov5n.yaml", r"args\.optimizer is adamx: give one of SGD, .*auto"),
@@ -166,6 +166,7 @@ def test_values_that_do_not_go_are_named(args, model, message):
 
 def test_what_is_right_passes():
     check({"epochs": 3, "optimizer": "SGD", "lr0": 0.5, "mosaic": 0.5, "cache": "ram", "dfl": 1.0, "cls_pw": 0.5})
+    check({"cache": "disk"})
     check({"warmup_momentum": 0.5, "optimizer": "SGD", "freeze": [0, "23.cv2"], "imgsz": 96})
     check({name: DEFAULTS[name] for name in KNOWN - set(SET_BY_SOFTLABEL)}, "yolov5n-anchor.yaml")
 

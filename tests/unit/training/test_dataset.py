@@ -1,6 +1,8 @@
 """The training set as ultralytics' losses get it, against ultralytics' own data set of the same images and boxes."""
 
 import random
+import threading
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
 from softlabel import rotated
+from softlabel.training import dataset
 from softlabel.training.dataset import TileDataset
 from softlabel.training.targets import Target
 
@@ -76,3 +79,54 @@ def test_upright_ones_among_them_have_no_angle(written):
     assert (x, y) == pytest.approx((40 / SIZE, 40 / SIZE), abs=1e-3)
     sides = (w, h) if abs(r) < 0.1 else (h, w)
     assert sides == pytest.approx((40 / SIZE, 20 / SIZE), abs=1e-3)
+
+
+def tiles_of(images, cache, **more):
+    boxes = np.zeros((0, 4), np.float32)
+    targets = [
+        Target({"tile_id": name, "window": (0, 0, *image.shape[1::-1])}, boxes, np.zeros(0, np.int64))
+        for name, image in images.items()
+    ]
+    reads = []
+
+    def read(row):
+        reads.append((row["tile_id"], threading.get_ident()))
+        return images[row["tile_id"]]
+
+    return TileDataset(targets, read, **{**settings(cache=cache), "cache": cache, "task": "detect", **more}), reads
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_cache_reads_every_tile_once_and_holds_it_scaled(cache):
+    rng = np.random.default_rng(0)
+    images = {str(i): rng.integers(0, 255, (40 + i, 80, 3), np.uint8) for i in range(20)}
+    kept, reads = tiles_of(images, cache)
+    plain, _ = tiles_of(images, None)
+    for i in range(20):
+        (image, size, scaled), expected = kept.load_image(i), plain.load_image(i)
+        np.testing.assert_array_equal(image, expected[0])
+        assert (size, scaled) == expected[1:] == ((40 + i, 80), image.shape[:2])
+    assert kept[3]["img"].shape == (3, SIZE, SIZE)
+    assert sorted(name for name, _ in reads) == sorted(images)
+    assert threading.get_ident() not in {thread for _, thread in reads}
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_tiles_that_do_not_fit_are_read_when_they_are_needed(cache, monkeypatch):
+    monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * SIZE * SIZE * 3 - 1))
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda folder: SimpleNamespace(free=SIZE * SIZE * 3))
+    warnings = []
+    monkeypatch.setattr(dataset.LOGGER, "warning", warnings.append)
+    tiles, reads = tiles_of({"a": np.zeros((SIZE, SIZE, 3), np.uint8)}, cache)
+    assert tiles.ims == [None] and not reads and len(warnings) == 1
+    assert tiles[0]["img"].shape == (3, SIZE, SIZE) and reads
+
+
+def test_without_a_cache_only_the_last_tiles_are_in_memory():
+    images = {str(i): np.zeros((SIZE, SIZE, 3), np.uint8) for i in range(20)}
+    tiles, reads = tiles_of(images, None, batch_size=1)
+    for i in range(20):
+        tiles.load_image(i)
+    assert [i for i, image in enumerate(tiles.ims) if image is not None] == list(range(12, 20))
+    tiles.load_image(19)
+    assert len(reads) == 20

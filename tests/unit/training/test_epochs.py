@@ -53,7 +53,7 @@ def same(one, other):
     return all(torch.equal(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in ("img", "bboxes", "cls"))
 
 
-@pytest.mark.parametrize("cache", [None, "ram"])
+@pytest.mark.parametrize("cache", [None, "ram", "disk"])
 def test_batches_are_the_same_for_any_number_of_workers(loader_of, cache):
     (alone, _), (shared, _) = (loader_of(workers, dataset(cache)) for workers in (0, 2))
     assert (alone.num_workers, len(alone)) == (0, 3) and shared.num_workers
@@ -62,8 +62,8 @@ def test_batches_are_the_same_for_any_number_of_workers(loader_of, cache):
 
 
 def test_the_cache_changes_no_batch(loader_of):
-    (plain, _), (kept, _) = (loader_of(0, dataset(cache)) for cache in (None, "ram"))
-    assert same(epochs(plain, 2)[1], epochs(kept, 2)[1])
+    plain, *kept = (epochs(loader_of(0, dataset(cache))[0], 2) for cache in (None, "ram", "disk"))
+    assert all(same(a, b) for other in kept for a, b in zip(plain, other, strict=True))
 
 
 def test_no_two_epochs_are_the_same(loader_of):
