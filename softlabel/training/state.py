@@ -44,7 +44,8 @@ def restore(trainer: Any, state: dict) -> None:
     trainer.ema.ema.load_state_dict(state["ema"])
     trainer.ema.updates = state["updates"]
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # nothing where the epochs before were trained without one, on a CPU
+        trainer.scaler.load_state_dict(state["scaler"])
     if trainer.smoothing is not None:
         trainer.smoothing.table = state["smoothing"].to(trainer.device)
     trainer.best_fitness = state["best_fitness"]

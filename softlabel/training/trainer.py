@@ -323,7 +323,7 @@ class SoftLabelTrainer(DetectionTrainer):
         """Ray Train has set up the process group already."""
 
     def _setup_train(self) -> None:
-        with _ddp_without_device_ids() if self.device.type == "cpu" else nullcontext():
+        with _amp_without_a_trial(), _ddp_without_device_ids() if self.device.type == "cpu" else nullcontext():
             super()._setup_train()
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
@@ -394,6 +394,15 @@ def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
     """Width and height of a tile's boxes in pixels of the model's input."""
     gain = imgsz / max(target.tile["window"][2:])
     return (target.boxes[:, 2:] - target.boxes[:, :2]) * gain
+
+
+@contextmanager
+def _amp_without_a_trial() -> Iterator[None]:
+    """Mixed precision where ultralytics has it: on CUDA, but for some GPUs. It would download a model to try it with,
+    and takes a download that fails for a good sign.
+    """
+    with mock.patch("ultralytics.YOLO", side_effect=ConnectionError):
+        yield
 
 
 @contextmanager
