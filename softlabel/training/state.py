@@ -1,5 +1,7 @@
 """What of a training run is on disk after every epoch: enough to go on as if nothing had happened."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,54 @@ def read_state(job: TrainJob, scratch: Path) -> dict | None:
     return state
 
 
-def write_state(job: TrainJob, trainer: Any, **more: Any) -> None:
-    """Commit what a trainer consists of after an epoch: tensors and plain values only, in full precision."""
-    state = {
-        "epoch": trainer.epoch,
-        "model": unwrap_model(trainer.model).state_dict(),
-        "ema": trainer.ema.ema.state_dict(),
-        "updates": trainer.ema.updates,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "smoothing": None if trainer.smoothing is None else trainer.smoothing.table.cpu(),
-        "best_fitness": float(trainer.best_fitness or 0),
-        "stopper": (float(trainer.stopper.best_fitness), int(trainer.stopper.best_epoch)),
-        "best_weights": torch.frombuffer(bytearray((trainer.save_dir / WEIGHTS).read_bytes()), dtype=torch.uint8),
-        **more,
-    }
-    commit(job.folder / STATE, lambda path: torch.save(state, path))
+class StateWriter:
+    """Writes what a trainer consists of after an epoch, while the next one runs.
+
+    Tensors and plain values only, in full precision. What is on disk is at most one epoch behind.
+    """
+
+    def __init__(self, job: TrainJob) -> None:
+        self._path = job.folder / STATE
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def write(self, trainer: Any, **more: Any) -> None:
+        """Begin to commit the trainer as it is now, once the state before is committed."""
+        self.wait()
+        state = {
+            "epoch": trainer.epoch,
+            "model": unwrap_model(trainer.model).state_dict(),
+            "ema": trainer.ema.ema.state_dict(),
+            "updates": trainer.ema.updates,
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "smoothing": None if trainer.smoothing is None else trainer.smoothing.table,
+            "best_fitness": float(trainer.best_fitness or 0),
+            "stopper": (float(trainer.stopper.best_fitness), int(trainer.stopper.best_epoch)),
+            "best_weights": torch.frombuffer(bytearray((trainer.save_dir / WEIGHTS).read_bytes()), dtype=torch.uint8),
+            **more,
+        }
+        self._writing = self._thread.submit(commit, self._path, partial(torch.save, _copied(state)))
+
+    def wait(self) -> None:
+        """Until what was written last is committed.
+
+        Raises:
+            OSError: It cannot be.
+        """
+        if self._writing is not None:
+            self._writing.result()
+
+
+def _copied(value: Any) -> Any:
+    """With every tensor in memory of its own, which training goes on without."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    return value
 
 
 def restore(trainer: Any, state: dict) -> None:

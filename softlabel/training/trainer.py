@@ -44,7 +44,7 @@ from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset, looked_up, soft_rows
 from softlabel.training.epochs import draw_by_epoch
 from softlabel.training.ranks import gather, is_first
-from softlabel.training.state import read_state, restore, write_state
+from softlabel.training.state import StateWriter, read_state, restore
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
 from softlabel.training.validation import KeptTiles, empty_tiles, training_losses, validate, without_empty
 
@@ -69,7 +69,7 @@ def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     set_up()
     for job in jobs:
         if not is_done(job.folder):
-            trainer = train_model(job, cpu_threads, lambda history, seconds: True)
+            trainer = train_model(job, cpu_threads)
             losses = training_losses(job, trainer.targets)
             finish_model(job, {**trainer.summary(), "losses": losses})
 
@@ -87,11 +87,11 @@ def set_up() -> None:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
 
 
-def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelTrainer":
+def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn | None = None) -> "SoftLabelTrainer":
     """Train one model, from the state in its folder if there is one, and leave its best weights there.
 
-    After every epoch its state is committed to that folder, and then ``goes_on`` is asked, by the first rank alone.
-    ``finish_model`` ends it.
+    After every epoch its state is committed to that folder, beside the next one, or if there is a ``goes_on``, before
+    that is asked, by the first rank alone. ``finish_model`` ends it.
 
     Raises:
         Stopped: ``goes_on`` said no.
@@ -105,6 +105,7 @@ def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn) -> "SoftLabelT
         torch.set_num_threads(cpu_threads)
         if state is None or not state["ended"]:
             trainer.train()
+            trainer.state_writer.wait()
             if not trainer.is_complete():
                 raise Stopped
         if is_first():  # only the first rank has them in its scratch folder
@@ -136,10 +137,11 @@ class SoftLabelTrainer(DetectionTrainer):
         job: TrainJob,
         scratch: Path,
         state: dict | None,
-        goes_on: GoesOn,
+        goes_on: GoesOn | None,
     ) -> None:
         context = ray.train.get_context()
         self._job, self._state, self._goes_on = job, state, goes_on
+        self.state_writer = StateWriter(job)
         self._ended = bool(state and state["ended"])
         self._started, self._seconds_before = time.monotonic(), state["seconds"] if state else 0.0
         self._val = without_empty(truth_targets(job.tiles, job.val_split), job.tiles, job.val_split)
@@ -363,8 +365,9 @@ class SoftLabelTrainer(DetectionTrainer):
             + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
             + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
         )
-        write_state(self._job, self, ended=self._ended, history=self._history, seconds=self._seconds())
-        if not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
+        self.state_writer.write(self, ended=self._ended, history=list(self._history), seconds=self._seconds())
+        if self._goes_on and not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
+            self.state_writer.wait()
             self.stop = not self._goes_on(self._history, self._seconds())
         self._share_end()
 

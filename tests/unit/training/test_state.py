@@ -1,16 +1,17 @@
 """What is on disk between two epochs is all that the next one needs."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from softlabel.training.state import read_state, restore, write_state
+from softlabel.training.state import StateWriter, read_state, restore
 from softlabel.training.targets import WEIGHTS
 
 
 def trainer_in(folder, *, mixed):
-    """What write_state and restore know of a trainer, in mixed precision or not."""
+    """What StateWriter and restore know of a trainer, in mixed precision or not."""
     folder.mkdir()
     (folder / WEIGHTS).write_bytes(b"best")
     model = torch.nn.Linear(2, 2)
@@ -34,26 +35,43 @@ def step(trainer):
     trainer.scaler.update()
 
 
+def written(folder, trainer, meanwhile=lambda: None, **more):
+    """The state of a trainer after an epoch, and what it does before the disk has it."""
+    writer, done = StateWriter(SimpleNamespace(folder=folder)), threading.Event()
+    writer._thread.submit(done.wait)
+    writer.write(trainer, **more)
+    meanwhile()
+    done.set()
+    writer.wait()
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_trainer_goes_on_as_if_nothing_had_happened(tmp_path, mixed):
     one, other = (trainer_in(tmp_path / name, mixed=mixed) for name in ("one", "other"))
-    job = SimpleNamespace(folder=tmp_path)
     step(one)
     if mixed:
         one.scaler.update(new_scale=1024.0)  # as after gradients that were too large
-    write_state(job, one, ended=False)
-    restore(other, read_state(job, other.save_dir))
-    assert other.scaler.state_dict() == one.scaler.state_dict() and bool(other.scaler.state_dict()) == mixed
-    for trainer in (one, other):
-        step(trainer)
+    scaler = one.scaler.state_dict()
+    written(tmp_path, one, lambda: step(one), ended=False)
+    state = read_state(SimpleNamespace(folder=tmp_path), other.save_dir)
+    assert state["ended"] is False
+    restore(other, state)
+    assert other.scaler.state_dict() == scaler and bool(scaler) == mixed
+    assert not torch.equal(one.model.weight, other.model.weight)
+    step(other)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_state_that_cannot_be_written_is_no_secret(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        written(tmp_path / "file", trainer_in(tmp_path / "one", mixed=False))
 
 
 def test_a_training_that_began_without_mixed_precision_goes_on_with_it(tmp_path):
     one, other = trainer_in(tmp_path / "cpu", mixed=False), trainer_in(tmp_path / "gpu", mixed=True)
-    job = SimpleNamespace(folder=tmp_path)
-    write_state(job, one)
+    written(tmp_path, one)
     before = other.scaler.state_dict()
-    restore(other, read_state(job, other.save_dir))
+    restore(other, read_state(SimpleNamespace(folder=tmp_path), other.save_dir))
     assert other.scaler.state_dict() == before
     assert torch.equal(other.model.weight, one.model.weight)
