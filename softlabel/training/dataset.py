@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.utils import LOGGER, NUM_THREADS, IterableSimpleNamespace
+from ultralytics.utils import NUM_THREADS, IterableSimpleNamespace
 
 from softlabel import rotated
 from softlabel.errors import TrainingError
+from softlabel.terminal import MARK
 from softlabel.training.epochs import Draw, seeded
 from softlabel.training.packed import PackedTiles, num_bytes
 from softlabel.training.targets import Target
@@ -139,8 +140,12 @@ class TileDataset(YOLODataset):
         needed = sum(num_bytes(self._scaled_hw(i)) for i in range(self.ni)) * (1 + safety_margin)
         if needed <= free:
             return True
-        LOGGER.warning(f"tiles are read every epoch: {place} has {free / 1e9:.1f} GB for them, not {needed / 1e9:.1f}")
         self.cache = None
+        print(
+            f"{MARK}no room for args.cache: {place} has {free / 1e9:.1f} GB free, not {needed / 1e9:.1f}: "
+            "tiles are read every epoch",
+            flush=True,
+        )
         return False
 
 
