@@ -52,7 +52,8 @@ class Labeller:
             ended = time.time()
             busy_s, self._busy_until = ended - max(began, self._busy_until), ended
         self._commit(labels, index, shard)
-        seen = table.filter(pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"])))
+        seen = table.select(["height", "width", "km2"])  # to filter pixels would be to copy them
+        seen = seen.filter(pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"])))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
         row = {
             "job": index,
@@ -98,7 +99,7 @@ class Labeller:
         began = time.time()
         tile_ids, images = table["tile_id"].to_pylist(), images_of(table)
         reasons, retryable = table["reason"].to_pylist(), table["retryable"].to_pylist()
-        empty = set(table.filter(table["empty"])["tile_id"].to_pylist())
+        empty = set(table["tile_id"].filter(table["empty"]).to_pylist())
         truths = _read_truths(job, shard) if job.with_losses else None
         found: list[Detections] = [_NOTHING] * len(tile_ids)
         losses: list[list[float] | None] = [None] * len(tile_ids)

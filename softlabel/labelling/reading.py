@@ -87,10 +87,13 @@ def _as_list(column: pa.Array) -> pa.Array:
 
 def images_of(table: pa.Table) -> list[Image]:
     """The pixels of a table that ``tiles_of`` gave, uint8 (H, W, 3) each, not copied."""
+    (pixels,) = table["pixels"].chunks  # one shard's; a scalar of it would be a copy
+    _, offsets, data = pixels.buffers()
+    starts = np.frombuffer(offsets, np.int64)[pixels.offset : pixels.offset + len(pixels)]
     sizes = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
     return [
-        np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height, width, 3)
-        for pixels, (height, width) in zip(table["pixels"], sizes, strict=True)
+        np.frombuffer(data, np.uint8, height * width * 3, start).reshape(height, width, 3)
+        for start, (height, width) in zip(starts, sizes, strict=True)
     ]
 
 
