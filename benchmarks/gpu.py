@@ -35,7 +35,7 @@ from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.recipe_file import load_recipe
 from softlabel.records import Nms
-from softlabel.store import read_tiles, summary
+from softlabel.store import read_table, read_tiles, summary
 
 _PIECES = 64  # different ones in a scene
 _CLASSES = ["plane", "ship", "car"]
@@ -265,17 +265,30 @@ def pipeline(work: Work) -> Figures:
     from softlabel.labelling.run import label
 
     ray.init(address="local", include_dashboard=True)
-    for readers in _READERS:
+    for readers in _READERS if work.size is _FULL else (None,):
         side = work.size.tiles_on_side // (4 if readers == 1 else 2 if readers else 1)
         recipe, tiles = _scene(work, side)
         execution = {**recipe.execution.model_dump(), "gpus_per_actor": int(work.device.type == "cuda")}
         if work.device.type == "cuda":
-            execution["reader_cpus_per_actor"] = float(readers or len(os.sched_getaffinity(0)) - 2)
+            execution["reader_cpus_per_actor"] = readers
         recipe = recipe.model_copy(update={"execution": recipe.execution.model_validate(execution)})
         job = label_job(recipe, f"readers-{readers or 'all'}", _weights(work), tiles, None)
         (store,) = label(recipe, [job], work.folder)
-        yield {"readers": readers or "all", "tiles": len(read_tiles(tiles)), **(summary(store)["speed"] or {})}
+        found = {"steady_tiles_per_s": _second_half(store), **(summary(store)["speed"] or {})}
+        yield {"readers": readers or "all", "tiles": len(read_tiles(tiles)), **found}
     ray.shutdown()
+
+
+def _second_half(store: Path) -> float | None:
+    """Tiles per second of the shards that were committed last: the first were read while the model was loaded."""
+    stamps = sorted(
+        (path.stat().st_mtime_ns / 1e9, read_table(path).num_rows) for path in store.glob("shard-*.parquet")
+    )
+    half = len(stamps) // 2
+    if not half:
+        return None
+    seconds = stamps[-1][0] - stamps[half - 1][0]
+    return round(sum(count for _, count in stamps[half:]) / max(seconds, 1e-9), 1)
 
 
 # What a transformer, a trainer, a search and an experiment make of it.

@@ -346,7 +346,7 @@ class Execution(_Section):
     )
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
     reader_cpus_per_actor: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="CPUs that read tiles ahead of each labelling actor; null: 2 with GPUs, 0.25 without"
+        None, description="CPUs that read ahead of each labelling actor; null: with GPUs all others, without 0.25"
     )
     batch_size: Annotated[int, Field(gt=0)] | None = Field(
         None, description="tiles per forward pass when labelling; null: on CUDA found by trying, on a CPU 4"

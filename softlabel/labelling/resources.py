@@ -27,8 +27,14 @@ class Resources:
 
     @property
     def reader_cpus_per_actor(self) -> float:
-        """Without GPUs the model needs the CPUs, and reading waits for disks more than it computes."""
-        return self.execution.reader_cpus_per_actor or (2.0 if self.execution.gpus_per_actor else 0.25)
+        """As the recipe says; else without GPUs little, since the model needs the CPUs, and with them all that the
+        actors leave: one core decodes some hundred tiles of 512 px a second, and a GPU labels thousands. Ray Data lets
+        readers wait where the model is slower."""
+        if self.execution.reader_cpus_per_actor is not None:
+            return self.execution.reader_cpus_per_actor
+        if not self.execution.gpus_per_actor:
+            return 0.25
+        return max(1.0, math.floor(sum(self.node_cpus) / self.most_actors - self.cpus_per_actor))
 
     @property
     def cpus_per_reader(self) -> float:

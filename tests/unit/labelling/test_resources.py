@@ -36,9 +36,18 @@ def test_threads_never_pass_what_an_actor_reserves():
     assert resources((64,), actors=1, cpus_per_actor=0.5).threads == 1
 
 
-def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
+def test_a_gpu_is_fed_by_all_cpus_that_are_left():
     found = resources((16,), gpus=2, actors=2, gpus_per_actor=1)
-    assert (found.cpus_per_actor, found.cpus_per_reader, found.readers) == (1, 1, 4)
+    assert (found.cpus_per_actor, found.cpus_per_reader, found.readers) == (1, 1, 14)
+    found = resources((8, 8, 4), gpus=2, actors=[1, 2], gpus_per_actor=1, cpus_per_actor=2)
+    assert (found.cpus_per_actor, found.readers) == (2, 16)
+    found = resources((2,), gpus=2, actors=2, gpus_per_actor=1)
+    assert found.readers == 2
+    with pytest.raises(RecipeError, match="needs 3 CPU"):
+        found.check()
+
+
+def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
     found = resources((16,), gpus=2, actors=4, gpus_per_actor=0.5, reader_cpus_per_actor=3)
     assert (found.cpus_per_reader, found.readers) == (1, 12)
     found.check()
