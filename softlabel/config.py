@@ -171,6 +171,29 @@ class Model(_Section):
     args: dict[str, Any] = Field({}, description="epochs, batch, imgsz, optimizer, lr0, mosaic, close_mosaic, ...")
 
 
+class Supplement(_Section):
+    """Truth beside soft labels: tiles of another set, with the boxes that people drew."""
+
+    split: str | None = Field(
+        None, description="of the tiles with truth; null: train_1 or train_2, whichever the student does not learn from"
+    )
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="of the tiles that an epoch shows; it shows as many as there are with soft labels"
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of its boxes in the loss, where others weigh 1")
+
+    def of(self, split: str) -> str:
+        """The split whose truth a student has that learns from the soft labels of ``split``."""
+        return self.split or {"train_1": "train_2", "train_2": "train_1"}.get(split, "train_1")
+
+
+class SoftTeacher(_Section):
+    """The moving average of the student labels tiles while the student learns (Xu et al., arXiv:2106.09018)."""
+
+    threshold: Fraction = Field(0.5, description="what it finds above is an object")
+    burn_in: Fraction = Field(0.2, description="share of the epochs that learn the stored labels first")
+
+
 class Soft(_Section):
     """What a student's loss makes of labels that are unsure. As it stands here it makes nothing of it: the loss is
     ultralytics' own (YOLOv5's for models with anchors), on boxes above the threshold.
@@ -202,19 +225,29 @@ class Soft(_Section):
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="online label smoothing: share of a class target that the student's right answers make"
     )
+    supplement: Supplement | None = Field(None, description="truth of another set, learned beside the soft labels")
+    soft_teacher: SoftTeacher | None = Field(
+        None, description="tiles of soft labels are labelled anew in training, by the moving average of the student"
+    )
+    rounds: Annotated[int, Field(ge=1)] = Field(
+        1, description="self-training: a student labels its tiles for the next, as long as validation mAP50 rises"
+    )
 
     def of_truth(self) -> "Soft":
         """What of it is about truth alone: for models that are trained on truth beside the students."""
         return Soft(ignore_truth=self.ignore_truth)
 
     def of_labels(self) -> "Soft":
-        """What of it is about soft labels."""
-        return self.model_copy(update={"ignore_truth": False})
+        """What of it is about one student of soft labels, and of truth if there is some beside them."""
+        changed = {"rounds": 1, **({} if self.supplement else {"ignore_truth": False})}
+        return self.model_copy(update=changed)
 
     @model_validator(mode="after")
     def _has_a_use(self) -> "Soft":
         if self.temperature != 1 and self.class_targets == "hard":
             raise ValueError("temperature is of class vectors: set class_targets to vector")
+        if self.soft_teacher and not self.supplement:
+            raise ValueError("soft_teacher keeps to the truth of some tiles: set supplement too")
         return self
 
 

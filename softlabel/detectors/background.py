@@ -33,13 +33,13 @@ def kept_in_regions(
     alike_M = (keeps_MK == keeps_MK[:, :1]).all(1)
     kept = points_P2.new_ones(num_images, len(points_P2), 1)
     for rows in _chunks(alike_M.nonzero().flatten(), len(points_P2)):
-        inside = _inside(points_P2, boxes_M[rows], least)
+        inside = is_inside(points_P2, boxes_M[rows], least)
         lowered = torch.where(inside, keeps_MK[rows, :1], 1.0)
         kept[..., 0].scatter_reduce_(0, images_M[rows, None].expand_as(lowered), lowered, "amin")
     for keeps_K in keeps_MK[~alike_M].unique(dim=0):
         hit = torch.zeros_like(kept[..., 0])
         for rows in _chunks((keeps_MK == keeps_K).all(1).nonzero().flatten(), len(points_P2)):
-            inside = _inside(points_P2, boxes_M[rows], least).to(hit)
+            inside = is_inside(points_P2, boxes_M[rows], least).to(hit)
             hit.scatter_reduce_(0, images_M[rows, None].expand_as(inside), inside, "amax")
         kept = torch.where(hit[..., None] > 0, torch.minimum(kept, keeps_K), kept)
     return kept
@@ -55,12 +55,33 @@ def far_weight(overlaps: torch.Tensor, least: float) -> torch.Tensor:
     return least + (1 - least) * torch.exp(-50 * torch.exp(-20 * overlaps))
 
 
+def trusted(
+    batch: Mapping[str, torch.Tensor],
+    points_P2: torch.Tensor,
+    size_wh: torch.Tensor,
+    least: float,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    """Soft Teacher's weight of background (Xu et al., arXiv:2106.09018): in tiles that a teacher labels while the
+    student learns, that teacher's own score of background at the same place; elsewhere 1.
+
+    Args:
+        batch: ``teacher_idx`` (M,) and ``teacher_bboxes``, the parts of such tiles, as regions in `kept_in_regions`.
+        points_P2: As there, as are ``size_wh`` and ``least``.
+        scores: (B, P, 1 or K), the teacher's of an object: of each class, or with anchors the objectness.
+    """
+    boxes = batch["teacher_bboxes"]
+    parts = {"region_idx": batch["teacher_idx"], "region_bboxes": boxes, "region_keeps": boxes.new_zeros(len(boxes), 1)}
+    elsewhere = kept_in_regions(parts, points_P2, size_wh, least, len(scores))
+    return elsewhere + (1 - elsewhere) * (1 - scores)
+
+
 def _chunks(rows: torch.Tensor, num_points: int) -> tuple[torch.Tensor, ...]:
     return rows.split(max(1, _CHUNK // max(num_points, 1))) if len(rows) else ()
 
 
-def _inside(points_P2: torch.Tensor, boxes: torch.Tensor, least: float) -> torch.Tensor:
-    """(boxes, P) bool, of upright or rotated boxes."""
+def is_inside(points_P2: torch.Tensor, boxes: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+    """(boxes, P) bool, of upright or rotated boxes that are at least ``least`` wide and high."""
     offset = points_P2[None] - boxes[:, None, :2]
     if boxes.shape[1] == 5:
         cos, sin = boxes[:, 4, None].cos(), boxes[:, 4, None].sin()

@@ -1,7 +1,8 @@
 """A model's own training loss, softened: class vectors as targets, weights of boxes, background that counts less.
 
 What a batch brings besides ultralytics' keys is made by softlabel.training.soft: ``vectors`` (T, K) and ``weights``
-(T,) of its objects, and the regions that softlabel.detectors.background reads. Each object counts as ultralytics'
+(T,) of its objects, and the regions that softlabel.detectors.background reads; and where a teacher labels beside, by
+softlabel.training.soft_teacher ``teacher_scores`` (B, A, K) at each anchor point (with anchors one objectness a cell). Each object counts as ultralytics'
 assigner or YOLOv5's anchors say; of its losses
 
 - the class loss compares with its vector, times the alignment score where the stock loss has the one-hot of its class
@@ -23,7 +24,7 @@ from torch import nn
 from ultralytics.utils.metrics import batch_probiou, box_iou
 
 from softlabel.config import Soft
-from softlabel.detectors.background import far_weight, kept_in_regions
+from softlabel.detectors.background import far_weight, kept_in_regions, trusted
 from softlabel.detectors.smoothing import OnlineSmoothing
 from softlabel.detectors.yolov5_loss import AnchorLoss
 
@@ -87,9 +88,11 @@ class _SoftHead:
         _, predicted, points, labels_BN1, boxes_BN, mask_BN1 = inputs
         _, _, scores_BAK, self._is_object, index_BA = outputs
         self._alignment = scores_BAK.sum(-1, keepdim=True)
-        background = kept_in_regions(
-            self._batch, points, self._size_wh, self._criterion.assigner.stride_val, len(index_BA)
-        )
+        least = self._criterion.assigner.stride_val
+        background = kept_in_regions(self._batch, points, self._size_wh, least, len(index_BA))
+        if "teacher_scores" in self._batch:
+            scores = self._batch["teacher_scores"].to(background)
+            background = background * trusted(self._batch, points, self._size_wh, least, scores)
         if self._soft.background_far < 1:
             overlaps_BA = _overlaps(predicted, boxes_BN, mask_BN1)
             background = background * far_weight(overlaps_BA, self._soft.background_far)[..., None]

@@ -15,7 +15,7 @@ from ultralytics.utils.metrics import bbox_iou, box_iou
 from ultralytics.utils.ops import xywh2xyxy
 
 from softlabel.config import HARD, Soft
-from softlabel.detectors.background import far_weight, kept_in_regions
+from softlabel.detectors.background import far_weight, kept_in_regions, trusted
 from softlabel.detectors.smoothing import OnlineSmoothing
 
 # Of objectness on each level, fine ones first: they have more empty cells. Three levels have weights of their own.
@@ -174,6 +174,12 @@ class AnchorLoss:
         else:
             scores = out[..., 5:].sigmoid()
             kept = (kept[:, None] * scores).sum(-1) / scores.sum(-1).clamp(min=1e-9)
+        if "teacher_scores" in batch:
+            before = sum(feature[0, ..., 4].numel() for feature in feats[:level])
+            objectness = batch["teacher_scores"].to(out)[:, before : before + out[0, ..., 4].numel(), 0]
+            by_cell = objectness.view(len(out), -1, height * width).transpose(1, 2)  # the anchors in the classes' place
+            weights = trusted(batch, corners + 0.5, size_wh, least, by_cell)
+            kept = kept * weights.transpose(1, 2).reshape(out.shape[:-1])
         if self.soft.background_far < 1:
             overlaps = self._overlaps(out, corners, self._anchors[level].to(out), objects.targets)
             kept = kept * far_weight(overlaps, self.soft.background_far)

@@ -8,6 +8,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from ultralytics.data.augment import Compose, Mosaic
+from ultralytics.data.augment import BaseMixTransform, Compose, Mosaic
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import NUM_THREADS, IterableSimpleNamespace
 
 from softlabel import rotated
 from softlabel.errors import TrainingError
 from softlabel.terminal import MARK
-from softlabel.training.epochs import Draw, seeded
+from softlabel.training.epochs import Draw, Mixture, seeded
 from softlabel.training.packed import PackedTiles, num_bytes
 from softlabel.training.targets import Target
 
@@ -38,7 +39,8 @@ class TileDataset(YOLODataset):
 
     ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB; where tiles are cached, several threads call it.
     Under ultralytics' task ``obb`` boxes are rotated. Where targets are soft, the class of a box is its row in
-    `soft_rows` instead, and their regions are boxes too.
+    `soft_rows` instead, and their regions are boxes too. Mosaics and the like mix tiles as ``mixture`` does; None
+    leaves that to ultralytics.
     """
 
     # ultralytics': by a tile's number the pixels that are at hand, its size and the size it is scaled to.
@@ -46,9 +48,15 @@ class TileDataset(YOLODataset):
     im_hw0: list[Any]
     im_hw: list[Any]
 
-    def __init__(self, targets: Sequence[Target], read: Callable[[dict], NDArray[np.uint8]], **kwargs: object) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        read: Callable[[dict], NDArray[np.uint8]],
+        mixture: Mixture | None = None,
+        **kwargs: object,
+    ) -> None:
         self._targets = list(targets)
-        self._read = read
+        self._read, self._mixture = read, mixture
         super().__init__(img_path="", **kwargs)
 
     def get_img_files(self, img_path: str) -> list[str]:
@@ -74,8 +82,11 @@ class TileDataset(YOLODataset):
         Else they would be of those that the same worker has just read.
         """
         transforms = super().build_transforms(hyp)
-        for mosaic in _mosaics(transforms):
-            mosaic.buffer_enabled = False
+        for mix in _mixes(transforms):
+            if isinstance(mix, Mosaic):
+                mix.buffer_enabled = False
+            if self._mixture and self._mixture.truth:
+                mix.get_indexes = partial(_partners, self._mixture, mix.n - 1 if isinstance(mix, Mosaic) else None)
         return transforms
 
     def load_image(
@@ -149,13 +160,18 @@ class TileDataset(YOLODataset):
         return False
 
 
-def _mosaics(transform: Any) -> Iterator[Mosaic]:
+def _mixes(transform: Any) -> Iterator[BaseMixTransform]:
     """All in a transform, which may be a list of others or have some to be done before it."""
-    if isinstance(transform, Mosaic):
+    if isinstance(transform, BaseMixTransform):
         yield transform
     for inner in [*getattr(transform, "transforms", []), getattr(transform, "pre_transform", None)]:
         if inner is not None:
-            yield from _mosaics(inner)
+            yield from _mixes(inner)
+
+
+def _partners(mixture: Mixture, count: int | None) -> int | list[int]:
+    """As ultralytics' ``get_indexes``: several numbers for a mosaic, else one."""
+    return mixture.partner() if count is None else [mixture.partner() for _ in range(count)]
 
 
 def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
@@ -181,9 +197,10 @@ def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
 
 
 def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
-    """(rows, 2 + K) float32: tile after tile its boxes, then its regions.
+    """(rows, 3 + K) float32: tile after tile its boxes, then its regions.
 
-    A box's row is its class, its weight and its class vector; a region's -1, 0 and what it keeps of each class.
+    A box's row is its class, whether it is of soft labels, its weight and its class vector; a region's -1, the same, 0
+    and what it keeps of each class.
 
     Raises:
         TrainingError: There are more rows than a float32 can tell apart.
@@ -191,8 +208,10 @@ def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
     rows = []
     for target in targets:
         if (soft := target.soft) is not None:
-            rows.append(np.column_stack([target.class_ids, soft.weights, soft.vectors]))
-            rows.append(np.column_stack([np.full(len(soft.keeps), -1), np.zeros(len(soft.keeps)), soft.keeps]))
+            boxes, regions = len(soft.weights), len(soft.keeps)
+            stored = np.full(boxes + regions, not target.supplements)
+            rows.append(np.column_stack([target.class_ids, stored[:boxes], soft.weights, soft.vectors]))
+            rows.append(np.column_stack([np.full(regions, -1), stored[boxes:], np.zeros(regions), soft.keeps]))
     found = np.concatenate(rows).astype(np.float32)
     if len(found) > _MOST_ROWS:
         raise TrainingError(
@@ -205,9 +224,9 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
     """An augmented batch whose ``cls`` are rows of `soft_rows`, with what they stand for.
 
     Returns:
-        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K) and
-        ``weights`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
-        softlabel.detectors.background reads them.
+        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K),
+        ``weights`` (T,) and ``is_stored`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
+        softlabel.detectors.background reads them, with ``region_is_stored``.
     """
     found = rows[batch["cls"].view(-1).long()]
     is_object = found[:, 0] >= 0
@@ -217,9 +236,11 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
         "batch_idx": index[is_object],
         "cls": found[is_object, :1],
         "bboxes": boxes[is_object],
-        "weights": found[is_object, 1],
-        "vectors": found[is_object, 2:],
+        "is_stored": found[is_object, 1] > 0,
+        "weights": found[is_object, 2],
+        "vectors": found[is_object, 3:],
         "region_idx": index[~is_object],
         "region_bboxes": boxes[~is_object],
-        "region_keeps": found[~is_object, 2:],
+        "region_is_stored": found[~is_object, 1] > 0,
+        "region_keeps": found[~is_object, 3:],
     }

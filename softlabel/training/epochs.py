@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class Draw(NamedTuple):
@@ -24,6 +25,31 @@ class Draw(NamedTuple):
     seed: int
 
 
+class Mixture(NamedTuple):
+    """A data set's tiles by their numbers: first ``soft`` ones with soft labels (or all, where there are no others),
+    then ``truth`` ones that supplement them. Of an epoch, which is as long as the first are many, these make a ``share``.
+    """
+
+    soft: int
+    truth: int = 0
+    share: float = 0.0
+
+    def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """The tiles of an epoch; each comes once, or one that there are too few of as often as the others."""
+        if not self.truth:
+            return generator.permutation(self.soft)
+        wanted = round(self.soft * self.share)
+        soft = generator.permutation(self.soft)[: self.soft - wanted]
+        truth = np.concatenate([generator.permutation(self.truth) for _ in range(math.ceil(wanted / self.truth))])
+        return generator.permutation(np.concatenate([soft, self.soft + truth[:wanted]]))
+
+    def partner(self) -> int:
+        """A tile to mix with another, by the random numbers that ultralytics draws."""
+        if self.truth and random.random() < self.share:
+            return self.soft + random.randrange(self.truth)
+        return random.randrange(self.soft)
+
+
 class EpochBatches:
     """The batches of one rank, epoch after epoch without an end. Every rank has as many: some tiles come twice for it.
 
@@ -31,11 +57,11 @@ class EpochBatches:
         epoch: The one, from 0, that a new iterator begins with. An iterator counts by itself from there.
     """
 
-    def __init__(self, num_tiles: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(self, mixture: Mixture, batch_size: int, seed: int, rank: int, world_size: int) -> None:
         self.epoch = 0
-        self._num_tiles, self._batch_size = num_tiles, batch_size
+        self._mixture, self._batch_size = mixture, batch_size
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._per_rank = math.ceil(num_tiles / world_size)
+        self._per_rank = math.ceil(mixture.soft / world_size)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -51,15 +77,15 @@ class EpochBatches:
     def _draws(self, epoch: int) -> list[Draw]:
         generator = np.random.default_rng([self._seed % 2**32, epoch])
         total = self._per_rank * self._world_size
-        order = np.resize(generator.permutation(self._num_tiles), total)  # the first ones again at the end
+        order = np.resize(self._mixture.order(generator), total)  # the first ones again at the end
         seeds = generator.integers(1 << 32, size=total)
         mine = slice(self._rank, None, self._world_size)
         return [Draw(*pair) for pair in zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)]
 
 
-def draw_by_epoch(loader: Any, seed: int, rank: int = 0, world_size: int = 1) -> EpochBatches:
+def draw_by_epoch(loader: Any, mixture: Mixture, seed: int, rank: int = 0, world_size: int = 1) -> EpochBatches:
     """Let ultralytics' endless loader of a TileDataset take its batches from the EpochBatches that is returned."""
-    batches = EpochBatches(len(loader.dataset), loader.batch_size, seed, rank, world_size)
+    batches = EpochBatches(mixture, loader.batch_size, seed, rank, world_size)
     loader.batch_sampler.sampler = batches  # what it would repeat, without a word on the epoch
     return batches
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.calibration import calibration_of
-from softlabel.config import HARD, Execution, Model, Recipe, Soft, Threshold, default_iou
+from softlabel.config import HARD, Execution, Model, Recipe, Soft, Supplement, Threshold, default_iou
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
@@ -34,6 +34,7 @@ def train_job(
     Raises:
         WeightsError: The weights to start from do not exist.
         StoreError: There is no calibration where the recipe says.
+        RecipeError: ``soft.supplement`` names no other training set.
     """
     weights = Path(model.weights).resolve() if model.weights else None
     if weights and not weights.is_file():
@@ -42,6 +43,8 @@ def train_job(
     calibration = calibration_of(recipe) if soft_labels else None
     if soft is None:
         soft = recipe.train.soft.of_labels() if soft_labels else recipe.train.soft.of_truth()
+    if soft.supplement:
+        _check_supplement(soft.supplement, tiles, split)
     inputs = {
         "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
         "model": model.model,
@@ -96,6 +99,16 @@ def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | N
         threshold=settings.threshold if store else None,
         soft=None if store else settings.soft,
     )
+
+
+def _check_supplement(supplement: Supplement, tiles: Path, split: str) -> None:
+    other, splits = supplement.of(split), summary(tiles)["splits"]
+    if other not in splits:
+        raise RecipeError(f"train.soft.supplement.split: no {other} among {', '.join(splits)}: name a split with truth")
+    if other == split or other.startswith(("val", "test")):
+        raise RecipeError(
+            f"train.soft.supplement.split is {other}, which the student learns from or is judged by: name another"
+        )
 
 
 def _check_truth(soft: Soft) -> None:

@@ -5,7 +5,7 @@ softlabel.training.dataset brings it through the augmentation, softlabel.detecto
 Shape suffixes: N boxes, M regions, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,18 @@ def label_softness(
         weights.astype(np.float32),
         rotated.drawn(found.boxes, found.xywhr)[regions].astype(np.float32),
         np.repeat(keeps[regions, None], num_classes, axis=1).astype(np.float32),
+    )
+
+
+def with_parts(softness: Softness, width: int, height: int) -> Softness:
+    """With regions that cover the whole tile, and where background counts as ever: so it is known after augmentation
+    which places are of this tile."""
+    parts = _parts(width, height).astype(np.float32)
+    keeps = np.ones((len(parts), softness.keeps.shape[1]), np.float32)
+    return replace(
+        softness,
+        regions=np.concatenate([softness.regions, parts]),
+        keeps=np.concatenate([softness.keeps, keeps]),
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from softlabel.config import HARD, Soft, Threshold
 from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Detections, Nms, Truth, detections_from_row
 from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
-from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, truth_softness
+from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, truth_softness, with_parts
 
 WEIGHTS = "weights.safetensors"
 """What a finished training step leaves in its folder, beside done.json."""
@@ -39,6 +39,7 @@ class Target:
     unknown: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     xywhr: NDArray[np.float32] | None = None
     soft: Softness | None = None
+    supplements: bool = False
 
     def hide_unknown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The tile's pixels (rows, columns, bands), those of unknown objects in the grey of the padding.
@@ -99,12 +100,29 @@ class TrainJob:
             )
             if soften and not any(target.soft.weights.any() for target in targets if target.soft):
                 raise TrainingError(f"{self.name}: every label weighs 0: lower train.soft.weight_power")
+            if self.soft.soft_teacher:
+                targets = [_with_parts(target) for target in targets]
+            targets += self._supplement()
         if finds_rotated(self.model) and all(target.xywhr is None for target in targets):
             raise TrainingError(
                 f"{self.name}: {self.model} learns rotated boxes, and those of {self.soft_labels or self.tiles} are "
                 "upright: train a model as yolo11n.yaml, or give truth in DOTA's form or labels of an -obb model"
             )
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
+
+    def _supplement(self) -> list[Target]:
+        """Truth beside the soft labels."""
+        supplement = self.soft.supplement
+        if supplement is None:
+            return []
+        targets = truth_targets(self.tiles, supplement.of(self.split), self.soft, len(self.classes))
+        return [
+            replace(
+                target, supplements=True, soft=replace(target.soft, weights=target.soft.weights * supplement.weight)
+            )
+            for target in targets
+            if target.soft
+        ]
 
     def _soften(self, found: Detections, kept: NDArray[np.bool_]) -> Softness:
         low = self.soft.ignore_above
@@ -116,6 +134,11 @@ class TrainJob:
         if isinstance(threshold, dict):
             return np.array([threshold[name] for name in self.classes], np.float32)
         return threshold
+
+
+def _with_parts(target: Target) -> Target:
+    width, height = target.tile["window"][2:]
+    return replace(target, soft=with_parts(target.soft, width, height)) if target.soft else target
 
 
 def truth_targets(tiles: Path, split: str, soft: Soft = HARD, num_classes: int = 0) -> list[Target]:

@@ -42,8 +42,9 @@ from softlabel.store import commit, finish, is_done
 from softlabel.terminal import MARK
 from softlabel.training.anchors import fit_anchors
 from softlabel.training.dataset import TileDataset, looked_up, soft_rows
-from softlabel.training.epochs import draw_by_epoch
+from softlabel.training.epochs import Mixture, draw_by_epoch
 from softlabel.training.ranks import gather, is_first
+from softlabel.training.soft_teacher import Relabeller
 from softlabel.training.state import StateWriter, read_state, restore
 from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_empty, truth_targets
 from softlabel.training.validation import KeptTiles, empty_tiles, training_losses, validate, without_empty
@@ -145,11 +146,11 @@ class SoftLabelTrainer(DetectionTrainer):
         self._ended = bool(state and state["ended"])
         self._started, self._seconds_before = time.monotonic(), state["seconds"] if state else 0.0
         self._val = without_empty(truth_targets(job.tiles, job.val_split), job.tiles, job.val_split)
-        # Labelling has looked at the pixels of soft labels' tiles already.
-        self.targets = job.targets() if job.soft_labels else without_empty(job.targets(), job.tiles, job.split)
+        self.targets, self._mixture = _targets(job)
         self._history: list[dict] = list(state["history"]) if state else []
         self.smoothing = OnlineSmoothing(job.soft.smoothing, len(job.classes)) if job.soft.smoothing else None
         self._rows = soft_rows(self.targets) if job.soft != HARD else None
+        self._relabeller = _relabeller(job)
         device = ray.train.torch.get_device()
         overrides = {
             **default_train_args(job.model),
@@ -183,6 +184,7 @@ class SoftLabelTrainer(DetectionTrainer):
         return TileDataset(
             self.targets if mode == "train" else self._val,
             read_tile,
+            self._mixture if mode == "train" else None,
             imgsz=self.args.imgsz,
             batch_size=batch,
             augment=mode == "train",
@@ -197,7 +199,7 @@ class SoftLabelTrainer(DetectionTrainer):
         """ultralytics', whose workers live through the epochs; that of the training set by epoch, reproducibly."""
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
         if mode == "train":
-            self._batches = draw_by_epoch(loader, self.args.seed, self._rank, self.world_size)
+            self._batches = draw_by_epoch(loader, self._mixture, self.args.seed, self._rank, self.world_size)
         return loader
 
     def get_model(self, cfg: str | None = None, weights: object = None, verbose: bool = False) -> DetectionModel:
@@ -249,7 +251,12 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def preprocess_batch(self, batch: dict) -> dict:
         """ultralytics', with what the labels are worth."""
-        return super().preprocess_batch(batch if self._rows is None else looked_up(batch, self._rows))
+        if self._rows is None:
+            return super().preprocess_batch(batch)
+        batch = super().preprocess_batch(looked_up(batch, self._rows))
+        if self._relabeller is None or self.epoch < self._relabeller.begins(self.epochs):
+            return batch
+        return self._relabeller(self.ema.ema, batch)
 
     def get_class_counts(self) -> np.ndarray:
         """Boxes per class, for ``cls_pw``; a label of the dataset may be a row of a table instead."""
@@ -303,6 +310,7 @@ class SoftLabelTrainer(DetectionTrainer):
             "world_size": self.world_size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "train_tiles": len(self.targets),
+            "supplement_tiles": self._mixture.truth,
             "empty_tiles": self._num_empty(),
             "train_boxes": sum(len(target.boxes) for target in self.targets),
             "rank_digests": last["rank_digests"],
@@ -386,6 +394,27 @@ class SoftLabelTrainer(DetectionTrainer):
     def _say(self, text: str) -> None:
         if is_first():
             print(f"{MARK}{self._job.name}: {text}", flush=True)
+
+
+def _targets(job: TrainJob) -> tuple[list[Target], Mixture]:
+    """The training set, without empty tiles, and how it is mixed."""
+    targets = job.targets()
+    if job.soft_labels is None:
+        targets = without_empty(targets, job.tiles, job.split)
+        return targets, Mixture(len(targets))
+    # Labelling has looked at the pixels of soft labels' tiles already.
+    soft, truth = ([one for one in targets if one.supplements is which] for which in (False, True))
+    if job.soft.supplement is None:
+        return soft, Mixture(len(soft))
+    truth = without_empty(truth, job.tiles, job.soft.supplement.of(job.split))
+    return [*soft, *truth], Mixture(len(soft), len(truth), job.soft.supplement.share)
+
+
+def _relabeller(job: TrainJob) -> Relabeller | None:
+    if job.soft.soft_teacher is None:
+        return None
+    is_rotated = finds_rotated(job.model)
+    return Relabeller(job.soft.soft_teacher, job.soft, len(job.classes), job.nms, is_rotated=is_rotated)
 
 
 def _in_memory(cache: bool | str | None) -> bool:

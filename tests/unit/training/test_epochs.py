@@ -10,7 +10,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.build import build_dataloader
 
 from softlabel.training.dataset import TileDataset
-from softlabel.training.epochs import EpochBatches, draw_by_epoch, seeded
+from softlabel.training.epochs import EpochBatches, Mixture, draw_by_epoch, seeded
 from softlabel.training.targets import Target
 
 SIZE, TILES, BATCH = 64, 10, 4
@@ -21,13 +21,14 @@ def read(row):
     return np.random.RandomState(int(row["tile_id"])).randint(0, 255, (SIZE, SIZE, 3), np.uint8)
 
 
-def dataset(cache=None, **args):
+def dataset(cache=None, mixture=None, **args):
     targets = [
         Target({"tile_id": str(i), "window": (0, 0, SIZE, SIZE)}, np.array([[9, 9, 40, 50]], np.float32), np.array([1]))
         for i in range(TILES)
     ]
     hyp = get_cfg(overrides={"mixup": 0.3, "cutmix": 0.3, **args})
-    return TileDataset(targets, read, imgsz=SIZE, batch_size=BATCH, augment=True, hyp=hyp, cache=cache, data=DATA)
+    fixed = {"imgsz": SIZE, "batch_size": BATCH, "augment": True, "cache": cache, "data": DATA}
+    return TileDataset(targets, read, mixture, hyp=hyp, **fixed)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def loader_of():
     def make(workers, data=None):
         loader = build_dataloader(dataset() if data is None else data, BATCH, workers, device="cpu")
         made.append(loader)
-        return loader, draw_by_epoch(loader, seed=7)
+        return loader, draw_by_epoch(loader, Mixture(len(loader.dataset)), seed=7)
 
     yield make
     for loader in made:
@@ -114,7 +115,7 @@ def test_closing_the_mosaic_begins_the_epoch_anew(loader_of, workers):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_the_tiles_of_an_epoch(world_size):
-    ranks = [EpochBatches(5, 2, 1, rank, world_size) for rank in range(world_size)]
+    ranks = [EpochBatches(Mixture(5), 2, 1, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     epochs = [[next(batches) for _ in range(len(one))] for one in ranks for batches in [iter(one)]]
     assert len({sum(map(len, epoch)) for epoch in epochs}) == 1
@@ -122,6 +123,36 @@ def test_ranks_share_the_tiles_of_an_epoch(world_size):
     counts = Counter(draw.tile for draw in drawn)
     assert set(counts) == set(range(5)) and max(counts.values()) - min(counts.values()) <= 1
     assert len({draw.seed for draw in drawn}) == len(drawn)
+
+
+def test_an_epoch_has_its_share_of_truth_and_is_no_longer_for_it():
+    mixture = Mixture(soft=40, truth=6, share=0.4)
+    seen = Counter()
+    for epoch in range(20):
+        order = mixture.order(np.random.default_rng(epoch))
+        truth, counts = order[order >= 40], Counter(order.tolist())
+        assert len(order) == 40 and len(truth) == 16
+        assert set(truth.tolist()) == set(range(40, 46)) and max(counts[i] for i in range(40, 46)) == 3
+        assert max(counts[i] for i in range(40)) == 1
+        assert np.diff(np.flatnonzero(order >= 40)).max() < 16  # the two are mixed
+        seen.update(order[order < 40].tolist())
+    assert len(seen) == 40
+    random.seed(0)
+    partners = np.array([mixture.partner() for _ in range(2000)])
+    assert 0.35 < (partners >= 40).mean() < 0.45 and set(partners.tolist()) == set(range(46))
+    assert Mixture(7).order(np.random.default_rng(3)).tolist() == np.random.default_rng(3).permutation(7).tolist()
+
+
+@pytest.mark.parametrize("args", [{"mosaic": 1.0}, {"mosaic": 0.0, "mixup": 1.0, "cutmix": 0.0}])
+def test_tiles_are_mixed_with_others_by_the_same_share(args):
+    mixed = dataset(mixture=Mixture(soft=2, truth=TILES - 2, share=0.5), **args)
+    asked, plainly = [], mixed.get_image_and_label
+    mixed.get_image_and_label = lambda index: asked.append(index) or plainly(index)
+    for i in range(100):
+        mixed[i % 2]
+    others = [index for index in asked if index >= 2]
+    partners = len(asked) - 100  # a tile itself is asked for too
+    assert 0.4 < len(others) / partners < 0.6
 
 
 def test_the_training_s_own_draws_are_left_alone():

@@ -155,6 +155,56 @@ def test_a_dropped_label_leaves_nothing_behind(job):
     assert [len(t.boxes) for t in job().targets()] == [2] * 12
 
 
+@pytest.fixture
+def mixed(tmp_path):
+    """Makes a job on three tiles of soft labels, and two with truth in the other training set."""
+    truth = [
+        {"box": (10, 10, 30, 30), "class_id": 2, "visible": 1.0, "ignore": False},
+        {"box": (2, 2, 9, 9), "class_id": 0, "visible": 0.1, "ignore": True},
+    ]
+    soft = [made_tile("s", (64 * i, 0, 64, 64), Detections(BOXES, SCORES), split="train_2") for i in range(3)]
+    drawn = [made_tile("t", (64 * i, 0, 64, 64), split="train_1", truth=truth) for i in range(2)]
+    store = made_store(tmp_path, [*soft, *drawn], splits=["train_2"])
+
+    def make(**soft):
+        paths = ("s", tmp_path, tuple(CLASSES), "yolov5n.yaml", None, {}, tmp_path / "tiles-made")
+        return TrainJob(*paths, "train_2", "val_1", store, 0.5, None, 1.0, 0, Nms(), Soft(**soft))
+
+    return make
+
+
+def test_truth_of_the_other_training_set_supplements_soft_labels(mixed):
+    targets = mixed(supplement={"weight": 2.0}, ignore_truth=True, weight_power=1.0).targets()
+    assert [target.supplements for target in targets] == [False] * 3 + [True] * 2
+    for target in targets[3:]:
+        np.testing.assert_array_equal(target.boxes, [[10, 10, 30, 30]])
+        np.testing.assert_array_equal(target.soft.weights, [2.0])
+        np.testing.assert_array_equal(target.soft.vectors, [[0, 0, 1]])
+        np.testing.assert_array_equal(target.soft.regions, [[5.5, 5.5, 7, 7, 0]])
+    np.testing.assert_allclose(targets[0].soft.weights, [0.8, 0.6], rtol=1e-6)
+    rows = soft_rows(targets)
+    assert rows[:, 1].tolist() == [1] * 6 + [0] * 4  # per tile two labels; truth and its region
+
+
+def test_places_of_tiles_with_soft_labels_are_known_to_a_soft_teacher(mixed):
+    targets = mixed(supplement={}, soft_teacher={}, ignore_above=0.1).targets()
+    whole = looked_up(_plain_batch(targets), soft_rows(targets))
+    is_part = whole["region_is_stored"] & (whole["region_keeps"] == 1).all(1)
+    assert whole["region_idx"][is_part].long().bincount(minlength=5).tolist() == [16, 16, 16, 0, 0]
+    area = whole["region_bboxes"][is_part][:, 2:4].prod(1).sum()
+    assert float(area) == pytest.approx(3)
+    assert whole["is_stored"].tolist() == [True] * 6 + [False] * 2
+
+
+def _plain_batch(targets):
+    """What a data set without augmentation gives."""
+    data = {"names": dict(enumerate(CLASSES)), "nc": 3, "channels": 3}
+    image = np.zeros((64, 64, 3), np.uint8)
+    hyp = get_cfg(overrides={"mosaic": 0.0})
+    dataset = TileDataset(targets, lambda tile: image, imgsz=64, augment=False, batch_size=4, hyp=hyp, data=data)
+    return dataset.collate_fn([dataset[i] for i in range(len(targets))])
+
+
 def test_truth_of_unknown_class_is_a_region_instead_of_grey_pixels(tmp_path):
     drawn = [((10, 10, 30, 30), -1, True), ((40, 40, 50, 50), 1, False)]
     truth = [{"box": box, "class_id": k, "visible": 1.0, "ignore": ignore} for box, k, ignore in drawn]

@@ -10,7 +10,7 @@ from ultralytics.data import build
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import checks, downloads
 
-from softlabel.training.epochs import EpochBatches
+from softlabel.training.epochs import EpochBatches, Mixture
 from softlabel.training.trainer import SoftLabelTrainer
 
 
@@ -42,13 +42,14 @@ def test_mixed_precision_is_decided_without_a_download(device, gpu, mixed, monke
 def test_tiles_come_by_epoch_in_pinned_memory_where_there_is_a_gpu(monkeypatch):
     trainer, made = alone("cuda"), []
     trainer.args = SimpleNamespace(workers=2, seed=3, compile=False)
+    trainer._mixture = Mixture(9)
     trainer._rank, trainer.world_size, trainer.epoch = 0, 1, 2
     monkeypatch.setattr(build, "get_torch_device_backend", lambda device: SimpleNamespace(device_count=lambda: 1))
     monkeypatch.setattr(SoftLabelTrainer, "build_dataset", lambda self, *args: made.append(args) or list(range(9)))
     loader = trainer.get_dataloader("train_1", 4, rank=-1)
     trainer._begin_epoch()
     assert loader.pin_memory and loader.num_workers and len(loader) == 3
-    expected = EpochBatches(9, 4, 3, 0, 1)
+    expected = EpochBatches(Mixture(9), 4, 3, 0, 1)
     expected.epoch = 2
     assert next(iter(loader.batch_sampler)) == next(iter(expected))
     assert isinstance(next(iter(trainer.get_dataloader("val_1", 4, rank=-1, mode="val").batch_sampler))[0], int)

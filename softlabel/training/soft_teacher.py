@@ -1,0 +1,142 @@
+"""A student's moving average labels tiles anew while the student learns: Xu et al., "End-to-End Semi-Supervised Object
+Detection with Soft Teacher" (arXiv:2106.09018), for one-stage models.
+
+What is theirs: the teacher sees a tile weakly augmented, the student the same tile strongly; what the teacher finds
+above a threshold is an object; background's class loss is weighted by the teacher's own background score; tiles with
+truth come beside in a set ratio (`train.soft.supplement`).
+
+What is not: weakly augmented is a tile as ultralytics augments it, strongly with its colours changed and pieces erased
+on top (the list of Unbiased Teacher, Liu et al., arXiv:2102.09480), so that boxes need not be carried from one view to
+the other. Weights of background are not scaled to a mean of 1. Boxes are not jittered to see which are reliable
+(`train.soft.localisation_power` weighs stored ones). The first epochs learn the stored labels.
+
+Shape suffixes: B images, T objects, M regions, P places.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from softlabel.config import Soft, SoftTeacher
+from softlabel.detectors.background import is_inside
+from softlabel.detectors.nms import suppressed
+from softlabel.detectors.rotated_nms import suppressed_rotated
+from softlabel.records import PAD_VALUE, Detections, Nms
+from softlabel.training.soft import label_softness
+
+_PER_OBJECT = ("batch_idx", "cls", "bboxes", "weights", "vectors")
+_PER_REGION = ("region_idx", "region_bboxes", "region_keeps")
+_GREY = PAD_VALUE / 255
+_STRONG = v2.Compose(
+    [
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 2.0))], p=0.5),
+        v2.RandomErasing(p=0.7, scale=(0.05, 0.2), ratio=(0.3, 3.3), value=_GREY),
+        v2.RandomErasing(p=0.5, scale=(0.02, 0.2), ratio=(0.1, 6.0), value=_GREY),
+        v2.RandomErasing(p=0.3, scale=(0.02, 0.2), ratio=(0.05, 8.0), value=_GREY),
+    ]
+)
+
+
+class Relabeller:
+    """Puts the labels of a student's moving average in the place of stored ones.
+
+    Args:
+        settings: From when, and what is an object.
+        soft: What an object's class and score make of its targets.
+        num_classes: K.
+        nms: How the student is validated; ``settings.threshold`` is in its floor's place.
+        is_rotated: Whether the student finds rotated boxes.
+    """
+
+    def __init__(self, settings: SoftTeacher, soft: Soft, num_classes: int, nms: Nms, *, is_rotated: bool) -> None:
+        self._settings, self._soft, self._num_classes = settings, soft, num_classes
+        self._nms = Nms(settings.threshold, nms.iou, nms.max_det)
+        self._is_rotated = is_rotated
+
+    def begins(self, epochs: int) -> int:
+        """The first epoch, from 0, of ``epochs`` that it works in."""
+        return math.ceil(self._settings.burn_in * epochs)
+
+    def __call__(self, teacher: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as `softlabel.training.dataset.looked_up` made it, on the student's device, with other labels.
+
+        Args:
+            teacher: The moving average, ready for inference.
+            batch: ``img`` (B, 3, H, W) in [0, 1]; ``is_stored`` (T,) and ``region_is_stored`` (M,) say what is of
+                soft labels; a stored region that keeps all background is a part of a tile with soft labels.
+
+        Returns:
+            The batch with strongly augmented images, objects and regions of truth, what the teacher found in tiles with
+            soft labels, and what softlabel.detectors.background.trusted reads.
+        """
+        images = batch["img"]
+        is_part = batch["region_is_stored"] & (batch["region_keeps"] == 1).all(1)
+        index, parts = batch["region_idx"][is_part], batch["region_bboxes"][is_part]
+        with torch.no_grad(), _one_to_many(teacher):
+            decoded = teacher(images)[0].float()
+        found = [self._objects(i, decoded[i], parts[index == i], images) for i in range(len(images))]
+        merged = {key: batch[key][~batch["is_stored"]] for key in _PER_OBJECT}
+        merged = {key: torch.cat([merged[key], *(one[key].to(merged[key]) for one in found)]) for key in merged}
+        order = merged["batch_idx"].argsort(stable=True)  # the loss wants the objects of an image together
+        end = 4 + self._num_classes
+        has_objectness = decoded.shape[1] > end and not self._is_rotated
+        return {
+            **batch,
+            **{key: values[order] for key, values in merged.items()},
+            **{key: batch[key][~batch["region_is_stored"]] for key in _PER_REGION},
+            "img": _strong(images, index.unique().long()),
+            "teacher_idx": index,
+            "teacher_bboxes": parts,
+            "teacher_scores": (decoded[:, end:] if has_objectness else decoded[:, 4:end]).transpose(1, 2),
+        }
+
+    def _objects(
+        self, image: int, decoded: torch.Tensor, parts: torch.Tensor, images: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """What the teacher found in an image's tiles with soft labels, as a batch has it."""
+        rows = (suppressed_rotated if self._is_rotated else suppressed)(decoded, self._num_classes, self._nms)
+        height, width = images.shape[2:]
+        size = rows.new_tensor([width, height] * 2)
+        centres = (rows[:, :2] + rows[:, 2:4]) / 2 / size[:2]
+        rows = rows[is_inside(centres, parts.to(rows)).any(0)] if len(parts) else rows[:0]
+        numbers, end = rows.cpu().numpy(), 4 + self._num_classes
+        boxes, scores = numbers[:, :4], numbers[:, 4:end]
+        objectness = numbers[:, end] if numbers.shape[1] > end and not self._is_rotated else None
+        found = Detections(boxes, scores, objectness=objectness)
+        everything = np.ones(len(boxes), bool)
+        soft = label_softness(found, everything, ~everything, self._num_classes, self._soft, calibrated=False)
+        xywh = torch.cat(((rows[:, :2] + rows[:, 2:4]) / 2, rows[:, 2:4] - rows[:, :2]), 1) / size
+        return {
+            "batch_idx": torch.full((len(rows),), image),
+            "cls": torch.from_numpy(found.class_ids)[:, None],
+            "bboxes": torch.cat((xywh, rows[:, end:]), 1) if self._is_rotated else xywh,
+            "weights": torch.from_numpy(soft.weights),
+            "vectors": torch.from_numpy(soft.vectors),
+        }
+
+
+def _strong(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The images, those that are ``chosen`` strongly augmented."""
+    augmented = images.clone()
+    for i in chosen.tolist():
+        augmented[i] = _STRONG(images[i])
+    return augmented
+
+
+@contextmanager
+def _one_to_many(model: Any) -> Iterator[None]:
+    """v10 and 26: class vectors and NMS need the one-to-many head, as where they label."""
+    head = model.model[-1]
+    before = getattr(head, "end2end", False)
+    if before:
+        head.end2end = False
+    yield
+    if before:
+        head.end2end = True
