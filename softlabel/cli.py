@@ -176,6 +176,7 @@ def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.training.arguments import check_models, check_soft
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
+    from softlabel.workflows.self_training import in_one_launch, self_train
 
     check_models(recipe.train)
     check_soft(recipe, [recipe.train.threshold] if _soft(recipe) else [])
@@ -183,6 +184,8 @@ def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
     with ray_session(run_dir, verbose=verbose):
         train(recipe, [job], run_dir)
+        rounds = {"student": recipe.train.soft.rounds}
+        job = self_train(recipe, run_dir, {"student": job}, rounds, in_one_launch(recipe, run_dir))["student"]
     print(job.folder)
 
 

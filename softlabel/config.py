@@ -338,6 +338,8 @@ class Search(_Section):
         if not self.space:
             raise ValueError("space is empty: name a recipe key, such as train.threshold")
         for key in self.space:
+            if key == "train.soft.rounds":
+                raise ValueError("space names train.soft.rounds: a search's students are of one round: remove it")
             if not key.startswith(("train.threshold", "train.student.", "train.soft.")):
                 raise ValueError(
                     f"space names {key}: it may vary train.threshold, and keys below train.student and train.soft"

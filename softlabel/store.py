@@ -29,6 +29,8 @@ DONE = "done.json"
 STORE = "store.json"
 """What a store of soft labels was made from."""
 TILES_FILE = "tiles.parquet"
+NO_SPLIT = "none"
+"""The name, for who asks, of tiles that are in no split: where truth covers a part of the scenes only, all others."""
 SHARD_TILES = 64
 """Tiles per row group of the tiles file: what labelling takes, and commits, at once."""
 
@@ -112,7 +114,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None) -> list[dict]:
-    """The tile rows of a finished tile step, those of ``splits`` (null: all), in their order.
+    """The tile rows of a finished tile step, those of ``splits`` (null: all; NO_SPLIT: in none), in their order.
 
     Raises:
         StoreError: The table is missing, broken, or no table of tiles.
@@ -121,8 +123,12 @@ def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[
     if not (table.schema.equals(TILES) or table.schema.equals(TILES_OF_FORMAT_4)):
         raise StoreError(f"{folder / TILES_FILE} is no table of tiles: delete it and run its step again")
     if splits is not None:
-        table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
+        table = table.filter(_is_in(table["split"], splits))
     return (table.select(columns) if columns else table).to_pylist()
+
+
+def _is_in(split: pa.ChunkedArray, splits: Iterable[str]) -> pa.ChunkedArray:
+    return pc.is_in(split, pa.array([None if name == NO_SPLIT else name for name in splits], pa.string()))
 
 
 def num_tile_shards(folder: Path) -> int:
@@ -136,7 +142,7 @@ def num_tile_shards(folder: Path) -> int:
 
 
 def read_tile_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterable[str] | None) -> pa.Table:
-    """The rows of one shard's tiles, those of ``splits`` (null: all), in their order.
+    """The rows of one shard's tiles, those of ``splits`` as `read_tiles` has them, in their order.
 
     Raises:
         StoreError: The file is missing, broken, or no table of tiles.
@@ -145,7 +151,7 @@ def read_tile_shard(folder: Path, shard: int, columns: Iterable[str], splits: It
     with _tiles_file(folder) as file:
         table = file.read_row_group(shard, columns=sorted({*wanted, "split"}))
     if splits is not None:
-        table = table.filter(pc.is_in(table["split"], pa.array(list(splits), pa.string())))
+        table = table.filter(_is_in(table["split"], splits))
     return table.select(wanted)
 
 

@@ -26,11 +26,14 @@ class LoneTraining:
         monkeypatch.setattr(SoftLabelTrainer, "_say", lambda self, text: None)
         self._tiles, self._folder, self._monkeypatch = tiles, folder, monkeypatch
 
-    def train(self, name, workers, cache, until=EPOCHS):
-        """Losses by epoch and weights, None if it was left ``until`` then; and what was seen at the end of epochs."""
+    def train(self, name, workers, cache, until=EPOCHS, **of_job):
+        """Losses by epoch and weights, None if it was left ``until`` then; and what was seen at the end of epochs.
+
+        ``of_job`` is what else its job has, as soft labels.
+        """
         model = tiny_recipe().train.student.model_copy(update={"args": {**ARGS, "cache": cache}})
         folder, tiles = self._folder / name, self._tiles
-        job = train_job(tiny_recipe(), folder, name, model, tiles=tiles, split="train_1", val_split="val_1")
+        job = train_job(tiny_recipe(), folder, name, model, tiles=tiles, split="train_1", val_split="val_1", **of_job)
         seen = []
 
         class WithWorkers(SoftLabelTrainer):

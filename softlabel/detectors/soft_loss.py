@@ -2,8 +2,8 @@
 
 What a batch brings besides ultralytics' keys is made by softlabel.training.soft: ``vectors`` (T, K) and ``weights``
 (T,) of its objects, and the regions that softlabel.detectors.background reads; and where a teacher labels beside, by
-softlabel.training.soft_teacher ``teacher_scores`` (B, A, K) at each anchor point (with anchors one objectness a cell). Each object counts as ultralytics'
-assigner or YOLOv5's anchors say; of its losses
+softlabel.training.soft_teacher ``teacher_scores`` (B, A, K) at each anchor point (with anchors one objectness a cell).
+Each object counts as ultralytics' assigner or YOLOv5's anchors say; of its losses
 
 - the class loss compares with its vector, times the alignment score where the stock loss has the one-hot of its class
   times that,

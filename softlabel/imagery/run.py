@@ -24,7 +24,7 @@ from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import TILES
-from softlabel.store import SHARD_TILES, TILES_FILE
+from softlabel.store import NO_SPLIT, SHARD_TILES, TILES_FILE
 from softlabel.terminal import progress, say
 
 REJECTED_FILE = "rejected.jsonl"
@@ -42,7 +42,7 @@ class _Tally:
     size_sum: np.ndarray = field(default_factory=lambda: np.zeros(2))
 
     def add(self, row: dict) -> None:
-        split = row["split"] or "none"
+        split = row["split"] or NO_SPLIT
         classes = [box["class_id"] for box in row["truth"] or [] if not box["ignore"]]
         self.tiles[split] += 1
         self.boxes[split].update(classes)
@@ -297,7 +297,7 @@ def _unplaced_in_words(unplaced: list[Scene]) -> list[str]:
 
 
 def _headline(step: Path, summary: dict) -> str:
-    splits = ", ".join(f"{'in no split' if name == 'none' else name} {n}" for name, n in summary["splits"].items())
+    splits = ", ".join(f"{'in no split' if name == NO_SPLIT else name} {n}" for name, n in summary["splits"].items())
     boxes = ", ".join(f"{name} {count}" for name, count in summary["boxes"].items())
     lost = f"{summary['scenes_rejected']} scenes and {summary['truth_rejected']} truth rows rejected"
     leak = f"; {summary['groups_in_two_splits']} groups lie in two splits" if summary["groups_in_two_splits"] else ""

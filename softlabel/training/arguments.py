@@ -114,6 +114,11 @@ def check_soft(recipe: Recipe, thresholds: Iterable[Threshold]) -> None:
         RecipeError: Naming the key.
     """
     soft, model = recipe.train.soft, recipe.train.student.model
+    if soft.rounds > 1 and recipe.train.calibration:
+        raise RecipeError(
+            "train.soft.rounds is above 1, and train.calibration is of the teacher's scores alone: later rounds learn "
+            "from a student's labels: remove one of them"
+        )
     if len(recipe.classes) == 1:
         if soft.smoothing:
             raise RecipeError(

@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
 class Mixture(NamedTuple):
     """A data set's tiles by their numbers: first ``soft`` ones with soft labels (or all, where there are no others),
-    then ``truth`` ones that supplement them. Of an epoch, which is as long as the first are many, these make a ``share``.
+    then ``truth`` ones that supplement them. These make a ``share`` of an epoch, which has as many tiles as ``soft``.
     """
 
     soft: int

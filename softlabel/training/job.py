@@ -112,10 +112,10 @@ def _check_supplement(supplement: Supplement, tiles: Path, split: str) -> None:
 
 
 def _check_truth(soft: Soft) -> None:
-    """Refuse what is made of scores, which truth has none of."""
-    of_scores = Soft(**soft.model_dump(exclude={"ignore_truth", "background_far", "smoothing"}))
-    if wrong := of_scores.model_dump(exclude_defaults=True):
-        raise RecipeError(f"train.soft.{next(iter(wrong))} is made of scores, and truth has none: remove it")
+    """Refuse what is made of soft labels."""
+    of_labels = Soft(**soft.model_dump(exclude={"ignore_truth", "background_far", "smoothing"}))
+    if wrong := of_labels.model_dump(exclude_defaults=True):
+        raise RecipeError(f"train.soft.{next(iter(wrong))} is about soft labels, and these are truth: remove it")
 
 
 def validation_split(tiles: Path, split: str, labels: str) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import softlabel
@@ -22,6 +23,7 @@ from softlabel.training.job import train_job, validation_split
 from softlabel.training.targets import WEIGHTS, TrainJob
 from softlabel.workflows.experiment import Steps
 from softlabel.workflows.search import teacher_for
+from softlabel.workflows.self_training import self_train
 
 PLAIN, TRUTH = "plain", "truth"
 
@@ -51,7 +53,15 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
     }
     with steps.next(f"train {len(jobs)} students"):
         failed = train_side_by_side(recipe, list(jobs.values()), run_dir)
-    trained = {key: job for key, job in jobs.items() if job.name not in failed}
+        trained = {key: job for key, job in jobs.items() if job.name not in failed}
+        rounds = {key: 1 if key[0] == TRUTH else ways[key[0]].train.soft.rounds for key in trained}
+
+        def again(more: Sequence[TrainJob]) -> set[str]:
+            failures = train_side_by_side(recipe, more, run_dir)
+            failed.update(failures)
+            return set(failures)
+
+        trained = self_train(recipe, run_dir, trained, rounds, again)
     with steps.next("label the test split with every student"):
         found = label(
             recipe, [label_job(recipe, j.name, j.folder / WEIGHTS, tiles, ["test"]) for j in trained.values()], run_dir

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from softlabel.training.arguments import check_models, check_soft
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, TrainJob
+from softlabel.workflows.self_training import in_one_launch, self_train
 
 _OVERLAYS = 8
 _OTHER = {1: 2, 2: 1}
@@ -54,6 +55,7 @@ class _Student:
     train_set: int
     teacher: str | None = None
     source: str | None = None
+    rounds: int = 1
 
     @property
     def weights(self) -> Path:
@@ -79,6 +81,7 @@ def experiment(recipe: Recipe, run_dir: Path) -> dict:
     students = soft_models(recipe, run_dir, tiles, stores)
     with steps.next(f"train {_names(students)} on soft labels"):
         train(recipe, [student.job for student in students], run_dir)
+        students = _after_rounds(recipe, run_dir, students)
     models = [*truths.values(), *students, *(t for i, t in teachers.items() if t.job != truths[i].job)]
     with steps.next("label the test split with every model"):
         jobs = [label_job(recipe, model.job.name, model.weights, tiles, ["test"], with_losses=True) for model in models]
@@ -124,25 +127,34 @@ def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, 
 def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, dict[int, Path]]) -> list[_Student]:
     """A student per source of labels, threshold and training set, on these labels only; if ``train.soft`` says
     something, one that learns plainly and one by it."""
-    students, by_recipe = [], recipe.train.soft.of_labels()
-    ways = [HARD] if by_recipe == HARD else [HARD, by_recipe]
-    for source, threshold, number, soft in itertools.product(stores, recipe.train.thresholds, _OTHER, ways):
+    students, plain = [], (HARD, 1)
+    by_recipe = recipe.train.soft.of_labels(), recipe.train.soft.rounds
+    ways = [plain] if by_recipe == plain else [plain, by_recipe]
+    for source, threshold, number, way in itertools.product(stores, recipe.train.thresholds, _OTHER, ways):
         split, store = f"train_{number}", stores[source][number]
         name = "soft" if source == wording.TEACHER else source
         job = train_job(
             recipe,
             run_dir,
-            f"{name}_{number}_at_{threshold:g}{'' if soft == HARD else '_softly'}",
+            f"{name}_{number}_at_{threshold:g}{'' if way == plain else '_softly'}",
             recipe.train.student,
             tiles=tiles,
             split=split,
             val_split=validation_split(tiles, split, "soft"),
             soft_labels=store,
             threshold=threshold,
-            soft=soft,
+            soft=way[0],
         )
-        students.append(_Student(job, number, summary(store)["name"], source))
+        students.append(_Student(job, number, summary(store)["name"], source, way[1]))
     return students
+
+
+def _after_rounds(recipe: Recipe, run_dir: Path, students: list[_Student]) -> list[_Student]:
+    """Of each the best round of self-training."""
+    first = {student.job.name: student.job for student in students}
+    rounds = {student.job.name: student.rounds for student in students}
+    best = self_train(recipe, run_dir, first, rounds, in_one_launch(recipe, run_dir))
+    return [replace(student, job=best[student.job.name]) for student in students]
 
 
 def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> dict[int, LabelJob]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from made_stores import made_tile, write_tiles
 
 from softlabel.errors import StoreError
 from softlabel.store import (
@@ -14,6 +15,8 @@ from softlabel.store import (
     read_json,
     read_soft_labels,
     read_table,
+    read_tile_shard,
+    read_tiles,
     step_dir,
     summary,
     write_json,
@@ -80,3 +83,12 @@ def test_a_newer_format_is_refused(tmp_path):
     write_json(tmp_path / "done.json", {"format_version": 99})
     with pytest.raises(StoreError, match="format_version 99"):
         summary(tmp_path)
+
+
+def test_tiles_in_no_split_have_a_name(tmp_path):
+    splits = ["train_1", None, "test", None]
+    tiles = write_tiles(tmp_path, [made_tile(f"s{i}", (0, 0, 64, 64), split=one) for i, one in enumerate(splits)])
+    for asked, expected in ((None, "0123"), (["none"], "13"), (["none", "test"], "123"), (["train_1"], "0")):
+        found = [row["scene_id"] for row in read_tiles(tiles, asked)]
+        assert found == [f"s{i}" for i in expected]
+        assert read_tile_shard(tiles, 0, ["scene_id"], asked)["scene_id"].to_pylist() == found

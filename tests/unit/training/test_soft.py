@@ -14,6 +14,7 @@ from softlabel import rotated
 from softlabel.config import Recipe, Soft
 from softlabel.errors import RecipeError, TrainingError
 from softlabel.records import Detections, Nms, Truth
+from softlabel.store import finish
 from softlabel.training.arguments import check_soft
 from softlabel.training.dataset import TileDataset, looked_up, soft_rows
 from softlabel.training.job import recipe_train_job, train_job
@@ -348,6 +349,9 @@ def test_what_has_no_use_is_refused(made, thresholds, problem):
         ({"ignore_above": {"car": 0.1}}, "ignore_above names car: give each of `classes` one"),
         ({"smoothing": 1}, "less than 1"),
         ({"weigh": 1}, "Extra inputs"),
+        ({"soft_teacher": {}}, "soft_teacher keeps to the truth of some tiles: set supplement too"),
+        ({"supplement": {"share": 1}}, "less than 1"),
+        ({"rounds": 0}, "greater than or equal to 1"),
     ],
 )
 def test_a_recipe_says_what_is_wrong_with_its_softness(soft, problem):
@@ -356,6 +360,50 @@ def test_a_recipe_says_what_is_wrong_with_its_softness(soft, problem):
 
 
 def test_what_is_made_of_scores_is_refused_for_truth(tmp_path):
-    for soft in ({"weight_power": 1}, {"class_targets": "vector"}, {"ignore_above": 0.1}, {"background_doubt": 1}):
-        with pytest.raises(RecipeError, match=rf"train\.soft\.{next(iter(soft))} is made of scores"):
+    some = ({"weight_power": 1}, {"class_targets": "vector"}, {"ignore_above": 0.1}, {"background_doubt": 1})
+    for soft in (*some, {"supplement": {}}, {"rounds": 2}):
+        with pytest.raises(RecipeError, match=rf"train\.soft\.{next(iter(soft))} is about soft labels"):
             recipe_train_job(recipe(**soft), tmp_path, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("supplement", "split", "problem"),
+    [
+        ({"split": "train_3"}, "train_2", "no train_3 among train_1, train_2, val_1: name a split with truth"),
+        ({"split": "train_2"}, "train_2", "is train_2, which the student learns from or is judged by: name another"),
+        ({"split": "val_1"}, "train_2", "is val_1, which"),
+        ({}, "train_1", None),
+        ({}, "none", None),
+    ],
+)
+def test_a_supplement_is_another_training_set(tmp_path, supplement, split, problem):
+    store = made_store(tmp_path, [made_tile("s", (0, 0, 64, 64), split=split, truth=[])])
+    finish(tmp_path / "tiles-made", {"splits": {"train_1": 1, "train_2": 1, "val_1": 1}})
+    asked = recipe(supplement=supplement)
+
+    def job():
+        splits = {"split": split, "val_split": "val_1"}
+        return train_job(
+            asked,
+            tmp_path,
+            "s",
+            asked.train.student,
+            tiles=tmp_path / "tiles-made",
+            soft_labels=store,
+            threshold=0.3,
+            **splits,
+        )
+
+    if problem is None:
+        assert job().soft.supplement.of(split) == {"train_1": "train_2"}.get(split, "train_1")
+    else:
+        with pytest.raises(RecipeError, match=rf"train\.soft\.supplement\.split.*{problem}"):
+            job()
+
+
+def test_later_rounds_know_nothing_of_the_teacher_s_calibration():
+    asked = recipe(rounds=2)
+    train = asked.train.model_copy(update={"calibration": "calibration.json"})
+    with pytest.raises(RecipeError, match=r"train\.soft\.rounds is above 1, and train\.calibration"):
+        check_soft(asked.model_copy(update={"train": train}), [0.3])
+    assert asked.train.soft.of_labels() == Soft()  # a student's own round
