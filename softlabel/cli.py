@@ -391,5 +391,25 @@ def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
     from softlabel.dry_run import plan
 
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
+    if verb in _TRAIN:
+        _check_training(verb, recipe)
     for line in plan(recipe, trains=verb in _TRAIN, labels=verb == "label"):
         print(f"# {line}")
+
+
+def _check_training(verb: str, recipe: Recipe) -> None:
+    """Refuse what would be refused only once the run has begun, and say what is to be compared."""
+    from softlabel.training.arguments import check_soft
+    from softlabel.training.ways import in_words
+
+    match verb:
+        case "experiment" | "demo":
+            check_soft(recipe, recipe.train.thresholds)
+        case "train" if _soft(recipe):
+            check_soft(recipe, [recipe.train.threshold])
+        case "search":
+            from softlabel.search.run import check_space
+
+            check_space(recipe)
+        case "compare":
+            print(f"# {in_words(recipe)}")

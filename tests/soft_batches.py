@@ -1,8 +1,12 @@
 """Batches with soft labels, models to take their loss, and that loss."""
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from ultralytics.cfg import get_cfg
 
+from softlabel.config import Soft
+from softlabel.detectors.smoothing import OnlineSmoothing
 from softlabel.detectors.soft_loss import soften
 from softlabel.detectors.weights import build_model, default_train_args, finds_rotated
 
@@ -52,3 +56,52 @@ def losses(model, batch, soft=None, smoothing=None):
     loss.sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return loss.detach(), torch.cat([grad.flatten() for grad in grads])
+
+
+def of_rank(rank, world_size, names, meeting_point, answers):
+    """One rank's gradients of softened losses under DDP, as ultralytics scales it, after an epoch of smoothing.
+
+    Each rank has the same tiles, so that the normalisers of its loss are those of all ranks together: they are per rank
+    in ultralytics' losses and in YOLOv5's.
+    """
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size)
+    for name in names:
+        answers.put((name, world_size, *_second_gradient(name, world_size)))
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _second_gradient(name, world_size):
+    model, smoothing = made(name), OnlineSmoothing(0.5, NUM_CLASSES)
+    model.criterion = model.init_criterion()
+    soften(model.criterion, Soft(background_far=0.25, smoothing=0.5), smoothing)
+    whole = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    batch = soft_batch_of(name, copies=2 // world_size)
+    for epoch in range(2):
+        model.zero_grad()
+        if epoch:  # the sums of the first one, added up as the trainer does
+            sums = smoothing.sums.clone()
+            if world_size > 1:
+                dist.all_reduce(sums)
+            smoothing.end_epoch(sums)
+        loss, _ = whole(batch)
+        (loss.sum() * world_size).backward()
+    grads = {key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None}
+    return grads, smoothing.table.numpy()
+
+
+def soft_batch_of(name, copies):
+    """A batch whose labels are soft in every way, its images so often one after the other."""
+    batch = batch_of(name, regions=5)
+    generator = torch.Generator().manual_seed(1)
+    batch["vectors"] = torch.rand(9, NUM_CLASSES, generator=generator)
+    batch["weights"] = torch.rand(9, generator=generator)
+    batch["region_keeps"] = torch.rand(5, NUM_CLASSES, generator=generator).round(decimals=1)
+    again = [
+        {key: values + NUM_IMAGES * i if key.endswith("_idx") else values for key, values in batch.items()}
+        for i in range(copies)
+    ]
+    return {key: torch.cat([one[key] for one in again]) for key in batch}

@@ -6,26 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import softlabel
-from softlabel.config import HARD, Recipe
-from softlabel.errors import RecipeError
+from softlabel.config import Recipe
 from softlabel.evaluation.methods import Student, method_rows
 from softlabel.evaluation.run import evaluate_store, numbers, tile_results
 from softlabel.imagery.run import tile
 from softlabel.labelling.job import label_job, recipe_label_job
 from softlabel.labelling.run import label
-from softlabel.recipe_file import dump_recipe, with_values
+from softlabel.recipe_file import dump_recipe
 from softlabel.report.methods import format_methods, write_methods_report
 from softlabel.search.worker_groups import train_side_by_side
 from softlabel.store import read_tiles, summary, write_json, write_text
 from softlabel.terminal import say
-from softlabel.training.arguments import check_models, check_soft
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.targets import WEIGHTS, TrainJob
+from softlabel.training.ways import PLAIN, TRUTH, ways
 from softlabel.workflows.experiment import Steps
 from softlabel.workflows.search import teacher_for
 from softlabel.workflows.self_training import self_train
-
-PLAIN, TRUTH = "plain", "truth"
 
 
 def compare(recipe: Recipe, run_dir: Path) -> dict:
@@ -38,7 +35,7 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
     Raises:
         RecipeError: A method's values make no student, or nothing can be compared.
     """
-    ways = _ways(recipe)
+    by_name = ways(recipe)
     steps = Steps(run_dir, total=7)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     with steps.next("tiles"):
@@ -49,12 +46,12 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
         stores = {split: label(taught[split], [recipe_label_job(taught[split], tiles)], run_dir)[0] for split in taught}
     jobs = {
         (name, split, seed): _job(way, run_dir, tiles, name, split, seed, stores[split])
-        for (name, way), split, seed in itertools.product(ways.items(), stores, _seeds(recipe))
+        for (name, way), split, seed in itertools.product(by_name.items(), stores, _seeds(recipe))
     }
     with steps.next(f"train {len(jobs)} students"):
         failed = train_side_by_side(recipe, list(jobs.values()), run_dir)
         trained = {key: job for key, job in jobs.items() if job.name not in failed}
-        rounds = {key: 1 if key[0] == TRUTH else ways[key[0]].train.soft.rounds for key in trained}
+        rounds = {key: 1 if key[0] == TRUTH else by_name[key[0]].train.soft.rounds for key in trained}
 
         def again(more: Sequence[TrainJob]) -> set[str]:
             failures = train_side_by_side(recipe, more, run_dir)
@@ -75,7 +72,7 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
         results = {
             "name": recipe.name,
             "classes": list(recipe.classes),
-            "methods": {name: recipe.compare.methods.get(name, {}) for name in ways},
+            "methods": {name: recipe.compare.methods.get(name, {}) for name in by_name},
             "drop": recipe.compare.drop,
             "seeds": list(_seeds(recipe)),
             "rows": rows,
@@ -94,22 +91,6 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
 
 def _seeds(recipe: Recipe) -> range:
     return range(recipe.seed, recipe.seed + recipe.compare.seeds)
-
-
-def _ways(recipe: Recipe) -> dict[str, Recipe]:
-    """A recipe per method, the plain one first and truth last; all that can be wrong with them is said here."""
-    check_models(recipe.train)
-    if recipe.train.soft != HARD:
-        raise RecipeError("train.soft changes the plain students that methods are compared with: move it to a method")
-    ways = {PLAIN: recipe}
-    for name, values in recipe.compare.methods.items():
-        try:
-            ways[name] = with_values(recipe, values)
-            check_models(ways[name].train)
-            check_soft(ways[name], [ways[name].train.threshold])
-        except RecipeError as error:
-            raise RecipeError(f"compare.methods.{name}: {error}") from None
-    return {**ways, TRUTH: recipe}
 
 
 def _taught(recipe: Recipe, run_dir: Path, tiles: Path, split: str) -> Recipe:

@@ -1,11 +1,13 @@
 """Softened losses: equal to the stock ones where nothing is soft, to plain loops and cases worked out by hand else."""
 
 import math
+import multiprocessing
+import queue
 
 import numpy as np
 import pytest
 import torch
-from soft_batches import ANCHORS, NUM_CLASSES, NUM_IMAGES, SIZE, batch_of, losses, made
+from soft_batches import ANCHORS, NUM_CLASSES, NUM_IMAGES, SIZE, batch_of, losses, made, of_rank
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from softlabel import rotated
@@ -302,3 +304,29 @@ def test_a_model_smooths_its_labels_by_its_own_right_answers(name):
     torch.testing.assert_close(smoothing.table.sum(1), torch.ones(NUM_CLASSES))
     second = losses(made(name), batch, Soft(), smoothing)
     assert not torch.allclose(second[0], stock[0])
+
+
+# --- several ranks ---
+
+
+def test_two_ranks_have_the_gradient_of_one_with_the_tiles_of_both(tmp_path):
+    """With two processes of torch.distributed; the class targets of the second epoch come from both ranks' first."""
+    names, context = ("yolov8n.yaml", ANCHORS), multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    ranks = [(0, 2, names, tmp_path / "meet", answers), (1, 2, names, tmp_path / "meet", answers)]
+    started = [context.Process(target=of_rank, args=args, daemon=True) for args in ranks]
+    for process in started:
+        process.start()
+    of_rank(0, 1, names, "", alone := queue.Queue())
+    of_two = [answers.get(timeout=300) for _ in range(4)]
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    for name, _, expected, table in [alone.get() for _ in names]:
+        assert np.abs(table - np.eye(NUM_CLASSES)).max() > 0.01
+        largest = max(np.abs(grad).max() for grad in expected.values())
+        for _, _, grads, seen in [answer for answer in of_two if answer[0] == name]:
+            np.testing.assert_allclose(seen, table, rtol=1e-5)
+            assert grads.keys() == expected.keys()
+            for key, grad in grads.items():
+                np.testing.assert_allclose(grad, expected[key], rtol=1e-3, atol=1e-6 * largest, err_msg=key)

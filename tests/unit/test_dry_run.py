@@ -118,3 +118,33 @@ def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path, ca
     for flags in ([], ["--dry-run"]):
         assert main(["label", "--config", str(path), "--run-dir", str(tmp_path / "run"), *flags]) == 2
         assert "best.pt cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "problem"),
+    [
+        (
+            "compare",
+            {"compare": {"methods": {"up": {"train.soft.ignore_above": 0.5}}}},
+            "methods.up: train.soft",
+        ),
+        (
+            "train",
+            {"train": {"soft": {"ignore_above": 0.4}}},
+            "ignore_above is 0.4 for car, not below its threshold of 0.3",
+        ),
+        ("experiment", {"train": {"soft": {"ignore_above": 0.4}}}, "not below its threshold of 0.3"),
+        ("search", {"search": {"space": {"train.student.args.rect": {"choices": [True]}}}}, "rect has no effect"),
+        ("compare", {"compare": {"methods": {"low": {"train.threshold": 0.1}}, "seeds": 3}}, None),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(verb, changes, problem, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(tiny_recipe(**changes)))
+    code = main([verb, "--config", str(path), "--run-dir", str(tmp_path / "run"), "--dry-run"])
+    said = capsys.readouterr()
+    if problem:
+        assert code == 2 and problem in said.err
+    else:
+        assert code == 0 and "# students: 18, 3 ways by 3 seeds on train_1, train_2; more where" in said.out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,38 @@
+"""The ways to train that `softlabel compare` compares, each as a recipe of its own."""
+
+from softlabel.config import HARD, Recipe
+from softlabel.errors import RecipeError
+from softlabel.recipe_file import with_values
+from softlabel.training.arguments import check_models, check_soft
+
+PLAIN, TRUTH = "plain", "truth"
+
+
+def ways(recipe: Recipe) -> dict[str, Recipe]:
+    """A recipe by the name of each way: the plain one first, then ``compare.methods``, and truth last.
+
+    Raises:
+        RecipeError: All that can be known to be wrong with them before anything is done.
+    """
+    check_models(recipe.train)
+    if recipe.train.soft != HARD:
+        raise RecipeError("train.soft changes the plain students that methods are compared with: move it to a method")
+    found = {PLAIN: recipe}
+    for name, values in recipe.compare.methods.items():
+        try:
+            found[name] = with_values(recipe, values)
+            check_models(found[name].train)
+            check_soft(found[name], [found[name].train.threshold])
+        except RecipeError as error:
+            raise RecipeError(f"compare.methods.{name}: {error}") from None
+    return {**found, TRUTH: recipe}
+
+
+def in_words(recipe: Recipe) -> str:
+    """How many students they are."""
+    count, settings = len(ways(recipe)), recipe.compare
+    total = count * settings.seeds * len(settings.splits)
+    return (
+        f"students: {total}, {count} ways by {settings.seeds} seeds on {', '.join(settings.splits)}; "
+        "more where a way has train.soft.rounds"
+    )
