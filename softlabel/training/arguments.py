@@ -107,14 +107,19 @@ def check_models(train: Train) -> None:
         check_train_args(model.args, f"train.{role}", model.model)
 
 
-def check_soft(recipe: Recipe, thresholds: Iterable[Threshold]) -> None:
+def check_soft(recipe: Recipe, thresholds: Iterable[Threshold], num_classes: int | None = None) -> None:
     """Refuse a ``train.soft`` that the student's loss has no use for, or that contradicts a threshold.
+
+    Args:
+        recipe: What says so.
+        thresholds: Of its students.
+        num_classes: The student's, where they are not the recipe's.
 
     Raises:
         RecipeError: Naming the key.
     """
     soft, model = recipe.train.soft, recipe.train.student.model
-    if len(recipe.classes) == 1:
+    if (num_classes or len(recipe.classes)) == 1:
         if soft.smoothing:
             raise RecipeError(
                 "train.soft.smoothing has no use: with one class there is no other to share with: remove it"

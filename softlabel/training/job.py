@@ -6,6 +6,7 @@ from typing import Any
 
 from softlabel.calibration import calibration_of
 from softlabel.config import HARD, Execution, Model, Recipe, Soft, Threshold, default_iou
+from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
@@ -25,11 +26,13 @@ def train_job(
     subset: float = 1.0,
     soft: Soft | None = None,
     drop: float = 0.0,
+    class_map: ClassMap | None = None,
 ) -> TrainJob:
     """One model to train on a split's truth, or on its soft labels above a threshold; on a share of them (``subset``).
 
     ``soft`` is what it makes of unsure labels. Not given it is ``train.soft`` on soft labels, and what that says of
-    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random.
+    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random. ``class_map`` is of
+    soft labels whose classes are finer than the recipe's.
 
     Raises:
         WeightsError: The weights to start from do not exist.
@@ -61,7 +64,7 @@ def train_job(
     return TrainJob(
         name=name,
         folder=step_dir(run_dir, f"train-{name}", inputs),
-        classes=recipe.classes,
+        classes=tuple(name for name, _ in class_map.becomes) if class_map else recipe.classes,
         model=model.model,
         weights=weights,
         args=dict(model.args),
@@ -76,11 +79,15 @@ def train_job(
         nms=nms,
         soft=soft,
         drop=drop,
+        class_map=class_map,
     )
 
 
-def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None) -> TrainJob:
-    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth."""
+def recipe_train_job(
+    recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None, class_map: ClassMap | None = None
+) -> TrainJob:
+    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth.
+    ``class_map`` is of labels whose classes are finer than the recipe's."""
     settings = recipe.train
     if store is None:
         _check_truth(settings.soft)
@@ -95,6 +102,7 @@ def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | N
         soft_labels=store,
         threshold=settings.threshold if store else None,
         soft=None if store else settings.soft,
+        class_map=class_map,
     )
 
 
