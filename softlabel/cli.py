@@ -177,8 +177,10 @@ def _subtype(arguments: argparse.Namespace) -> None:
 def _attribute(arguments: argparse.Namespace) -> "Attribute":
     by, needs = arguments.by, {"colour": (), "classifier": ("model",), "prompts": ("model", "prompts")}
     for flag in ("model", "prompts"):
-        if (getattr(arguments, flag) is not None) != (flag in needs[by]):
-            raise RecipeError(f"--by {by} takes {'no' if flag not in needs[by] else 'a'} --{flag}")
+        given = getattr(arguments, flag) is not None
+        if given != (flag in needs[by]):
+            remedy = f"no --{flag}: remove it" if given else f"a --{flag}: give one"
+            raise RecipeError(f"--by {by} takes {remedy}")
     if by == "colour":
         from softlabel.results.colour import Colour
 

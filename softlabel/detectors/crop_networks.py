@@ -91,6 +91,8 @@ class _Prompted(CropNetwork):
             if length > most:
                 raise RecipeError(f"the prompt {phrasing!r} has {length} tokens, the model reads {most}: shorten it")
         tokens = tokenizer(list(phrasings), padding="max_length", max_length=most, return_tensors="pt")
+        if self._model.config.model_type == "siglip":
+            tokens.pop("attention_mask", None)  # it was trained without one, whatever its tokenizer gives
         with torch.inference_mode():
             return normalize(self._model.get_text_features(**tokens.to(self._device)).pooler_output, dim=-1)
 
