@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import softlabel
 from softlabel.config import Recipe
@@ -16,9 +17,13 @@ from softlabel.recipe_file import dump_recipe, load_recipe
 from softlabel.session import LOG, Terminated, ray_session
 from softlabel.terminal import say
 
+if TYPE_CHECKING:
+    from softlabel.results.subtype import Attribute
+
 # Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
 # recipe is answered at once.
 
+_STORE = "a label-*, fused-* or subtypes-* folder of a run"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_recipe(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.config, arguments.set)
+    if recipe.train.store and arguments.verb in _TRAIN and arguments.verb != "train":
+        raise RecipeError(
+            f"train.store is for `softlabel train` alone, and {arguments.verb} labels by itself: remove it"
+        )
     run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
@@ -152,6 +161,39 @@ def _fuse(arguments: argparse.Namespace) -> None:
         fuse(*asked)
 
 
+def _subtype(arguments: argparse.Namespace) -> None:
+    from softlabel.results.run import subtype
+    from softlabel.results.stores import open_store
+    from softlabel.results.subtype import subtype_job
+
+    open_store(arguments.store)  # before a model is fetched for nothing
+    job = subtype_job(arguments.store, arguments.split_class, _attribute(arguments))
+    _check_writable(job.run_dir)
+    _name_log(job.run_dir, arguments.verbose)
+    with ray_session(job.run_dir, verbose=arguments.verbose):
+        subtype(job, retry_rejected=arguments.retry_rejected)
+
+
+def _attribute(arguments: argparse.Namespace) -> "Attribute":
+    by, needs = arguments.by, {"colour": (), "classifier": ("model",), "prompts": ("model", "prompts")}
+    for flag in ("model", "prompts"):
+        given = getattr(arguments, flag) is not None
+        if given != (flag in needs[by]):
+            remedy = f"no --{flag}: remove it" if given else f"a --{flag}: give one"
+            raise RecipeError(f"--by {by} takes {remedy}")
+    if by == "colour":
+        from softlabel.results.colour import Colour
+
+        return Colour()
+    from softlabel.detectors.crops import crop_classifier, prompted_crops
+
+    if by == "classifier":
+        return crop_classifier(arguments.model)
+    from softlabel.workflows.vocabulary import read_vocabulary
+
+    return prompted_crops(arguments.model, read_vocabulary(arguments.prompts))
+
+
 def _tile(recipe: Recipe, run_dir: Path) -> None:
     print(_tiles(recipe, run_dir))
 
@@ -173,15 +215,22 @@ def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool
 
 
 def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
+    from softlabel.results.chosen import chosen_labels
     from softlabel.training.arguments import check_models, check_soft
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
     from softlabel.workflows.self_training import in_one_launch, self_train
 
     check_models(recipe.train)
-    check_soft(recipe, [recipe.train.threshold] if _soft(recipe) else [])
+    chosen = chosen_labels(recipe)  # a mistake in it is said before scenes are read
+    finer = chosen.class_map if chosen else None
+    check_soft(recipe, [recipe.train.threshold] if _soft(recipe) else [], len(finer.becomes) if finer else None)
     tiles = _tiles(recipe, run_dir)
-    job = recipe_train_job(recipe, run_dir, tiles, _store(recipe, run_dir, tiles) if _soft(recipe) else None)
+    if chosen:
+        store: Path | None = chosen.of(tiles)
+    else:
+        store = _store(recipe, run_dir, tiles) if _soft(recipe) else None
+    job = recipe_train_job(recipe, run_dir, tiles, store, finer)
     with ray_session(run_dir, verbose=verbose):
         train(recipe, [job], run_dir)
         rounds = {"student": recipe.train.soft.rounds}
@@ -259,7 +308,12 @@ _WEIGHTS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "describe": _describe,
     "import-weights": _import_weights,
 }
-_STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {"export": _export, "fuse": _fuse, "show": _show}
+_STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "export": _export,
+    "fuse": _fuse,
+    "show": _show,
+    "subtype": _subtype,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,8 +333,7 @@ def _parser() -> argparse.ArgumentParser:
         if name not in _WITHOUT_RAY:
             _add_verbose(verb)
         if name == "label":
-            purpose = "read again the tiles whose failure may have been transient"
-            verb.add_argument("--retry-rejected", action="store_true", help=purpose)
+            _add_retry_rejected(verb)
         if name == "categorize":
             purpose = "text file: a class name per line, or `name: phrasing, phrasing`"
             verb.add_argument("--vocabulary", type=Path, required=True, metavar="FILE", help=purpose)
@@ -296,12 +349,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(verbs)
     _add_export(verbs)
     _add_fuse(verbs)
+    _add_subtype(verbs)
     return parser
 
 
 def _add_verbose(verb: argparse.ArgumentParser) -> None:
     purpose = "print what Ray and other libraries say instead of writing it to the log"
     verb.add_argument("--verbose", action="store_true", help=purpose)
+
+
+def _add_retry_rejected(verb: argparse.ArgumentParser) -> None:
+    purpose = "read again the tiles whose failure may have been transient"
+    verb.add_argument("--retry-rejected", action="store_true", help=purpose)
 
 
 def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -318,7 +377,7 @@ def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentPars
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "count a store of soft labels, and draw its most doubtful tiles for a look and for correction"
     verb = verbs.add_parser("show", help=purpose, description=purpose)
-    verb.add_argument("store", type=_local, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
     verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: STORE/show)")
     verb.add_argument("--doubtful", type=int, default=24, metavar="N", help="how many tiles to draw (default: 24)")
 
@@ -326,7 +385,7 @@ def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a data set of tiles"
     verb = verbs.add_parser("export", help=purpose, description=purpose)
-    verb.add_argument("store", type=_local, metavar="STORE", help="a label-* or fused-* folder of a run")
+    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
     formats = ("geoparquet", "geojson", "coco", "yolo", "yolo-obb", "dota")
     verb.add_argument("--format", choices=formats, default="geoparquet")
     verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
@@ -340,10 +399,27 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "fuse the labels of several teachers over the same tiles into one store"
     verb = verbs.add_parser("fuse", help=purpose, description=purpose)
-    verb.add_argument("stores", type=_local, nargs="+", metavar="STORE", help="label-* or fused-* folders of a run")
+    verb.add_argument(
+        "stores", type=_local, nargs="+", metavar="STORE", help="label-*, fused-* or subtypes-* folders of a run"
+    )
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
     verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
+    _add_verbose(verb)
+
+
+def _add_subtype(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    purpose = "split a class of a store into finer ones (red cars, white cars) by what its boxes show"
+    verb = verbs.add_parser("subtype", help=purpose, description=purpose)
+    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
+    verb.add_argument("--class", dest="split_class", required=True, metavar="NAME", help="the class to split")
+    purpose = "colour of its pixels, an image classifier's classes, or prompts that a CLIP or SigLIP compares it with"
+    verb.add_argument("--by", choices=("colour", "classifier", "prompts"), default="colour", help=purpose)
+    purpose = "of classifier and prompts: a folder of transformers with .safetensors, or a name on the hub"
+    verb.add_argument("--model", metavar="MODEL", help=purpose)
+    purpose = "of prompts: text file, a finer class per line, or `name: phrasing, phrasing`"
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help=purpose)
+    _add_retry_rejected(verb)
     _add_verbose(verb)
 
 

@@ -266,6 +266,11 @@ class Train(_Section):
     threshold: Threshold = Field(
         0.3, description="for `softlabel train` alone: labels above it, strictly; one number, or one for each class"
     )
+    store: str | None = Field(
+        None,
+        description="for `softlabel train` alone: labels to learn from, a label-*, fused-* or subtypes-* folder; null: "
+        "those that `label` makes",
+    )
     calibration: str | None = Field(
         None, description="what `softlabel calibrate` wrote: soft labels' scores are mapped by it before the threshold"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from softlabel.config import Execution, Label, Recipe
+from softlabel.detectors.class_map import listed
 from softlabel.detectors.engine_choice import CPU_BATCH, resolve
 from softlabel.detectors.teachers import recipe_teacher
 from softlabel.errors import SceneError
@@ -13,6 +14,7 @@ from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
 from softlabel.labelling.resources import Resources
+from softlabel.results.chosen import chosen_labels
 from softlabel.training.arguments import check_models
 
 _SAMPLE = 20
@@ -23,16 +25,21 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
 
     Args:
         recipe: What would run.
-        trains: Whether models would be trained, and their arguments must do.
+        trains: Whether models would be trained, and their arguments and ``train.store`` must do if that is here.
         labels: Whether ``label.weights`` would label, and must be a teacher if it is here.
 
     Raises:
         SceneError: There are no scenes, or none of the sample can be read.
-        RecipeError: The engine cannot run here, a train argument has no effect, or the teacher has other classes.
+        RecipeError: The engine cannot run here, a train argument has no effect, or the teacher or ``train.store`` has
+            other classes.
+        StoreError: ``train.store`` is no finished store.
         WeightsError: The teacher cannot be read.
     """
     if trains:
         check_models(recipe.train)
+        here = recipe.train.store and Path(recipe.train.store).is_dir()
+        if here and (chosen := chosen_labels(recipe)):
+            yield f"labels: {chosen.store.folder}, of the classes {listed(chosen.store.classes)}"
     if labels and recipe.label.weights and Path(recipe.label.weights).is_file():
         recipe_teacher(recipe)
     settings = recipe.tiles

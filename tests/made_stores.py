@@ -1,5 +1,8 @@
 """Stores written by hand: tiles with the boxes a test wants, on disk as labelling leaves them."""
 
+from collections import Counter
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,3 +77,19 @@ def made_store(run_dir, made, **options):
     shards = {key: options[key] for key in ("shard_tiles",) if key in options}
     write_tiles(run_dir, made, **shards)
     return write_store(run_dir, made, **options)
+
+
+def write_finer(job, read, *, shards=None, again=False):
+    """The store of a SubtypeJob as the tasks of `softlabel subtype` write it, without Ray; unfinished if only some
+    shards are written. What was counted."""
+    from softlabel.results import run
+    from softlabel.results.stores import num_shards
+    from softlabel.results.subtype import subtype_shard
+
+    write_json(job.output / "store.json", job.identity())
+    batch = {"first": [0], "stop": [shards or num_shards(job.store)]}
+    told = run._write_shards(job.output, partial(subtype_shard, job, read), again, batch)
+    counts = Counter({key: count for key, (count,) in told.items()})
+    if not shards:
+        run._finish_store("subtypes", job.output, job.store, counts)
+    return counts

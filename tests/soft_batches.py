@@ -79,7 +79,7 @@ def _second_gradient(name, world_size):
     model.criterion = model.init_criterion()
     soften(model.criterion, Soft(background_far=0.25, smoothing=0.5), smoothing)
     whole = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    batch = soft_batch_of(name, copies=2 // world_size)
+    batch = soft_batch_of(name, copies=4 // world_size)
     for epoch in range(2):
         model.zero_grad()
         if epoch:  # the sums of the first one, added up as the trainer does

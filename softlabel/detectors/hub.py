@@ -3,6 +3,7 @@
 Imports neither torch nor transformers, since drivers ask here.
 """
 
+from collections.abc import Container
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from softlabel.detectors.families import FAMILIES
 from softlabel.errors import WeightsError
-from softlabel.store import read_json
+from softlabel.store import digest, file_digest, read_json
 
 _FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weights
 
@@ -18,6 +19,11 @@ _FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weigh
 def model_files(folder: Path) -> list[Path]:
     """All that decides what a model answers."""
     return sorted(path for pattern in _FILES for path in folder.glob(pattern))
+
+
+def content_digest(folder: Path) -> str:
+    """10 hex digits of all that decides what a model answers."""
+    return digest({path.name: file_digest(path) for path in model_files(folder)})
 
 
 def is_file(weights: str) -> bool:
@@ -37,19 +43,48 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a model: one of this machine, or a hub's ``name`` or ``name@revision`` in the local cache, where it
-    is put if it is not there.
+    """The folder of a detector: one of this machine, or a hub's ``name`` or ``name@revision`` in the local cache, where
+    it is put if it is not there.
 
     Raises:
         WeightsError: There is no such folder and no such name, the hub cannot be reached, or it is of no known family.
     """
+    known = ", ".join(name for name, family in FAMILIES.items() if "transformers" in family.libraries)
+    return _checked(model, f"give one of {known}", FAMILIES)
+
+
+def any_folder(model: str) -> Path:
+    """As ``local_folder``, of a model of any family of transformers.
+
+    Raises:
+        WeightsError: As ``local_folder``, but for the family.
+    """
+    return _checked(model, "give a folder as its save_pretrained makes it")
+
+
+def _checked(model: str, remedy: str, known: Container[str] | None = None) -> Path:
     if Path(model).is_dir():
         folder = Path(model).resolve()
     else:
         name, _, revision = model.partition("@")
         folder = _from_hub(name, revision or None)
-    _check(folder, model)
+    config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if not kind or (known is not None and kind not in known):
+        raise WeightsError(f"{model} is {kind or 'no model that transformers knows'}: {remedy}")
+    if not list(folder.glob("*.safetensors")):
+        raise WeightsError(f"{model} has no .safetensors, and no other weights are read: convert them, or give another")
     return folder
+
+
+def lasting_name(model: str, folder: Path) -> Path | str:
+    """What names the same model on another machine: the folder, or the hub's ``name@revision``.
+
+    Args:
+        model: As the user gave it.
+        folder: As ``local_folder`` gives it.
+    """
+    return folder if Path(model).is_dir() else f"{model.partition('@')[0]}@{folder.name}"
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -64,13 +99,3 @@ def _from_hub(name: str, revision: str | None) -> Path:
             f"{name} is no folder here, and the hub gave no such model ({type(error).__name__}: {reason}): "
             "download it where there is a network, and give its folder"
         ) from None
-
-
-def _check(folder: Path, model: str) -> None:
-    config = folder / "config.json"
-    kind = read_json(config).get("model_type") if config.exists() else None
-    if kind not in FAMILIES:
-        known = ", ".join(name for name, family in FAMILIES.items() if "transformers" in family.libraries)
-        raise WeightsError(f"{model} is {kind or 'no model that transformers knows'}: give one of {known}")
-    if not list(folder.glob("*.safetensors")):
-        raise WeightsError(f"{model} has no .safetensors, and no other weights are read: convert them, or give another")

@@ -18,7 +18,7 @@ from softlabel.detectors.header import Header
 from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
-from softlabel.store import digest, file_digest
+from softlabel.store import file_digest
 
 
 def weights_teacher(
@@ -76,7 +76,7 @@ def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str |
         WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
         RecipeError: It knows other classes than the recipe, or the engine cannot run it.
     """
-    from softlabel.detectors.hub import class_names, local_folder, model_type
+    from softlabel.detectors.hub import class_names, lasting_name, local_folder, model_type
 
     settings, folder = recipe.label, local_folder(model)
     family = model_type(folder)
@@ -90,7 +90,7 @@ def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str |
     fingerprint = _folder_fingerprint(folder, recipe.classes, nms, precision)
     if mapped is not None:
         fingerprint["class_map"] = mapped.identity()
-    weights = folder if Path(model).is_dir() else f"{model.partition('@')[0]}@{folder.name}"
+    weights = lasting_name(model, folder)
     return Teacher(family, weights, fingerprint, len(recipe.classes), None, nms, engine, precision, class_map=mapped)
 
 
@@ -101,7 +101,8 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
         WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
         RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
     """
-    from softlabel.detectors.hub import local_folder, model_type  # reading tasks, which import this, do without
+    # Reading tasks, which import this, do without.
+    from softlabel.detectors.hub import lasting_name, local_folder, model_type
 
     settings, found = recipe.label, recipe.label.open_vocabulary
     if found is None:
@@ -118,7 +119,7 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     nms = settings.nms(FAMILIES[family].iou)
     return Teacher(
         family,
-        folder if Path(found.model).is_dir() else f"{found.model.partition('@')[0]}@{folder.name}",
+        lasting_name(found.model, folder),
         open_vocabulary_fingerprint(folder, recipe.classes, queries, nms, precision),
         queries.num_classes,
         None,
@@ -200,7 +201,7 @@ def weights_fingerprint(
         "engine": "onnxruntime" if header.family == "onnx" else engine,
         "precision": precision,
         "nms": asdict(nms),
-        "versions": _versions([*FAMILIES[header.family].libraries, *extra]),
+        "versions": library_versions([*FAMILIES[header.family].libraries, *extra]),
     }
 
 
@@ -220,17 +221,17 @@ def open_vocabulary_fingerprint(
 
 
 def _folder_fingerprint(folder: Path, classes: Sequence[str], nms: Nms, precision: str) -> dict:
-    from softlabel.detectors.hub import model_files, model_type
+    from softlabel.detectors.hub import content_digest, model_type
 
     family = model_type(folder)
     return {
-        "weights": digest({path.name: file_digest(path) for path in model_files(folder)}),
+        "weights": content_digest(folder),
         "architecture": family,
         "classes": list(classes),
         "engine": "pytorch",
         "precision": precision,
         "nms": asdict(nms),
-        "versions": _versions(FAMILIES[family].libraries),
+        "versions": library_versions(FAMILIES[family].libraries),
     }
 
 
@@ -239,7 +240,7 @@ def _architecture(yaml: dict) -> str:
     return f"{yaml.get('yaml_file', 'model')}:{yaml.get('scale', '')}:nc={yaml.get('nc')}"
 
 
-def _versions(libraries: Sequence[str]) -> dict[str, str]:
+def library_versions(libraries: Sequence[str]) -> dict[str, str]:
     """Their major and minor numbers."""
     return {name: ".".join(version(name).split(".")[:2]) for name in libraries}
 

@@ -152,11 +152,15 @@ def reason_group(reason: str, tile_id: str) -> str:
 
 
 def teacher_facts(teacher: dict) -> dict[str, str]:
-    """A teacher's fingerprint, or that of several fused, as names and words; classes are told elsewhere."""
-    left_out = ("fused", "classes", "versions", "class_map")
+    """A teacher's fingerprint, that of several fused, or of one whose class was split, as names and words; classes are
+    told elsewhere."""
+    left_out = ("fused", "classes", "versions", "class_map", "subtyped", "by", "class")
     facts = {key: wording.plain(value) for key, value in teacher.items() if key not in left_out}
     if "class_map" in teacher:
         facts["class_map"] = _mapped(teacher["class_map"])
+    if "subtyped" in teacher:
+        facts = {**teacher_facts(teacher["subtyped"]), **facts}
+        facts[f"{teacher['class']} split by"] = teacher["by"]["attribute"]
     for i, fused in enumerate(teacher.get("fused", ()), start=1):
         facts[f"teacher {i}"] = ", ".join(f"{key} {value}" for key, value in teacher_facts(fused).items())
     return facts

@@ -44,6 +44,7 @@ class FuseJob:
             "splits": None if first.splits is None else list(first.splits),
             "with_losses": False,
             "rejected": [summary(store.folder)[REJECTED] for store in self.stores],
+            **({"parents": first.parents} if first.parents else {}),
         }
 
     @property
@@ -100,6 +101,7 @@ def _check_alike(first: Store, other: Store) -> None:
         "tiles": (first.tiles.name, other.tiles.name),
         "splits": (first.splits, other.splits),
         "classes": (first.classes, other.classes),
+        "parents": (first.parents, other.parents),
     }
     differing = [f"{name}: {one} and {two}" for name, (one, two) in what.items() if one != two]
     if differing:

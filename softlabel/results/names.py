@@ -18,11 +18,14 @@ def safe_name(text: str) -> str:
 
 
 def teacher_name(teacher: dict) -> str:
-    """A store's teacher in short: digest of the weights and architecture, of each with its weight if several are fused.
+    """A store's teacher in short: digest of the weights and architecture, of each with its weight if several are fused,
+    and what its class was split by if one was.
 
     Args:
         teacher: The fingerprint in ``store.json``.
     """
+    if "subtyped" in teacher:
+        return f"{teacher_name(teacher['subtyped'])}, {teacher['class']} by {teacher['by']['attribute']}"
     if "fused" not in teacher:
         return f"{teacher['weights']} {teacher['architecture']}"
     pairs = zip(teacher["weights"], teacher["fused"], strict=True)

@@ -17,16 +17,17 @@ import pyarrow.compute as pc
 import ray
 
 import softlabel
-from softlabel.errors import SceneError, StoreError
-from softlabel.imagery.scenes import TileReader
+from softlabel.errors import SceneError, SoftlabelError, StoreError
+from softlabel.imagery.scenes import TileReader, read_tile
 from softlabel.lease import Lease
 from softlabel.records import EMPTY, LABELLED, REJECTED, Detections
 from softlabel.results import datasets, geo
-from softlabel.results.fuse import FuseJob, fuse_job, fuse_shard
+from softlabel.results.fuse import fuse_job, fuse_shard
 from softlabel.results.merge import Method
 from softlabel.results.names import teacher_name
 from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all, read_shard
+from softlabel.results.subtype import SubtypeJob, subtype_shard
 from softlabel.store import (
     DONE,
     STORE,
@@ -49,7 +50,10 @@ FAILED = "failed.jsonl"
 
 _MAX_SHARDS = 16  # in a task: about a thousand tiles
 _TASKS_PER_CPU = 4
+_GPU_SHARE = 0.25  # of a task whose crops go through a model: it spends most of its time on pixels
+_MAX_UNREAD = 0.05  # share of the labelled tiles whose scenes are gone: as label.max_rejected_fraction is by default
 _STATUSES = (LABELLED, EMPTY, REJECTED)
+_COUNTED = ("boxes", "saturated", "retryable")
 _REJECTED_COLUMNS = ["tile_id", "reason", "retryable"]
 
 
@@ -104,12 +108,50 @@ def fuse(stores: Sequence[Path], weights: Sequence[float], threshold: float, iou
     """
     job = fuse_job(stores, weights, threshold, iou, run_dir)
     if not is_done(job.output):
-        write_json(job.output / STORE, job.identity())
-        with Lease(job.output) as lease:
-            _finish_fused(job, _spread(job.stores[0], partial(_fuse_shards, job), "fuse", lease)[0])
+        _write_store("fused", job.output, job.identity(), job.stores[0], partial(fuse_shard, job))
     counts = summary(job.output)
     say(f"{counts['boxes']} boxes of {len(job.stores)} teachers (of {_tiles_in_words(counts)}) in {job.output}")
     return job.output
+
+
+def subtype(job: SubtypeJob, *, retry_rejected: bool = False) -> Path:
+    """Split a class of a store into finer ones (softlabel.results.subtype), beside it.
+
+    A tile whose scene can no longer be read is rejected with its reason. Done before, it is not done again; what was
+    begun goes on where it was.
+
+    Args:
+        job: Which class of which store, by what.
+        retry_rejected: Take up again the shards with tiles that could not be read.
+
+    Returns:
+        The new store's folder, which every reader of a store takes.
+
+    Raises:
+        StoreError: Another run is writing the result, the store is broken or the model cannot be loaded; or, once all
+            is done, more than a twentieth of the labelled tiles could not be read.
+    """
+    again = retry_rejected and is_done(job.output) and bool(summary(job.output)["retryable"])
+    if again or not is_done(job.output):
+        gpus = _GPU_SHARE if job.attribute.runs_model and ray.cluster_resources().get("GPU") else 0.0
+        make = partial(subtype_shard, job, read_tile)
+        _write_store("subtypes", job.output, job.identity(), job.store, make, gpus=gpus, again=again)
+    counts = summary(job.output)
+    say(f"{counts['boxes']} boxes with finer classes (of {_tiles_in_words(counts)}) in {job.output}")
+    _check_unread(job, counts)
+    return job.output
+
+
+def _check_unread(job: SubtypeJob, counts: dict) -> None:
+    before = summary(job.store.folder)
+    unread = counts[REJECTED] - before[REJECTED]
+    if not unread:
+        return
+    remedy = f"see {job.output / 'rejected'}, and bring their scenes back and run the same with --retry-rejected"
+    problem = f"{unread} of {before[LABELLED]} labelled tiles could not be read and were rejected: {remedy}"
+    if unread > _MAX_UNREAD * before[LABELLED]:
+        raise StoreError(problem)
+    say(problem)
 
 
 @dataclass(frozen=True)
@@ -135,7 +177,11 @@ def _claim(output: Path, made_from: dict) -> None:
 
 
 def _spread(
-    store: Store, task: Callable[[dict], dict[str, list]], description: str, lease: Lease | None = None
+    store: Store,
+    task: Callable[[dict], dict[str, list]],
+    description: str,
+    lease: Lease | None = None,
+    gpus: float = 0.0,
 ) -> tuple[Counter[str], list[dict[str, str]]]:
     """Run a task over all shards, in groups of consecutive ones; the sum of its counts, and what ``failed``."""
     shards = num_shards(store)
@@ -144,7 +190,7 @@ def _spread(
     work = [{"first": first, "stop": min(first + size, shards)} for first in range(0, shards, size)]
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts tiles, not blocks
     results = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
-        partial(_told, task), batch_size=1, num_cpus=1
+        partial(_told, task), batch_size=1, num_cpus=1, num_gpus=gpus or None
     )
     counts: Counter[str] = Counter()
     failures: list[dict[str, str]] = []
@@ -166,7 +212,7 @@ def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, lis
     """What a task returns; a user's mistake that it meets goes to the driver as a word, which Ray would bury."""
     try:
         return {**task(batch), "mistake": [""]}
-    except StoreError as error:
+    except SoftlabelError as error:
         return {"mistake": [str(error)]}
 
 
@@ -263,29 +309,71 @@ def _tiles_in_words(counts: dict[str, int]) -> str:
     return f"{counts[LABELLED]} labelled tiles{empty}, {counts[REJECTED]} rejected"
 
 
-def _fuse_shards(job: FuseJob, batch: dict) -> dict[str, list]:
+def _write_store(
+    name: str,
+    folder: Path,
+    identity: dict,
+    source: Store,
+    make: Callable[[int], pa.Table],
+    *,
+    gpus: float = 0.0,
+    again: bool = False,
+) -> None:
+    """Write a store of the tiles of another, a shard of rows by ``make``; go on where an earlier run left it.
+
+    Args:
+        name: What it is called in its summary, and the work on a terminal.
+        folder: Where to.
+        identity: What determines it.
+        source: A store of the same tiles.
+        make: The rows of a shard, none where it has no tile.
+        gpus: What a task reserves.
+        again: Whether it is done, and shards with tiles that may be had another time are made anew.
+    """
+    write_json(folder / STORE, identity)
+    with Lease(folder) as lease:
+        if again:
+            (folder / DONE).unlink(missing_ok=True)
+        counts, _ = _spread(source, partial(_write_shards, folder, make, again), name, lease, gpus)
+        _finish_store(name, folder, source, counts)
+
+
+def _write_shards(folder: Path, make: Callable[[int], pa.Table], again: bool, batch: dict) -> dict[str, list]:
     counts: Counter[str] = Counter()
     for shard in range(int(batch["first"][0]), int(batch["stop"][0])):
-        path = shard_file(job.output, shard)
-        table = read_table(path) if path.exists() else fuse_shard(job, shard)
+        table = _written(shard_file(folder, shard), partial(make, shard), again)
         if not len(table):
             continue
-        if not path.exists():
-            write_table(path, table)
         counts.update(table["status"].to_pylist())
         counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py()
         counts["saturated"] += pc.sum(table["saturated"]).as_py()
-    return _as_row(counts, ("boxes", "saturated"))
+        counts["retryable"] += pc.sum(table["retryable"]).as_py()
+    return _as_row(counts, _COUNTED)
 
 
-def _finish_fused(job: FuseJob, counts: Counter[str]) -> None:
+def _written(path: Path, make: Callable[[], pa.Table], again: bool) -> pa.Table:
+    """The rows of a shard that is there, else made and, where there are any, committed."""
+    if path.exists():
+        table = read_table(path)
+        if not (again and pc.any(table["retryable"]).as_py()):
+            return table
+    table = make()
+    if len(table):
+        write_table(path, table)
+    return table
+
+
+def _finish_store(name: str, folder: Path, source: Store, counts: Counter[str]) -> None:
     """Write the view of what was rejected, and mark the store done."""
     rejected = []
-    for shard in range(num_shards(job.stores[0])):
-        if (path := shard_file(job.output, shard)).exists():
+    for shard in range(num_shards(source)):
+        if (path := shard_file(folder, shard)).exists():
             table = read_table(path)
             rejected.append(table.filter(pc.equal(table["status"], REJECTED)).select(_REJECTED_COLUMNS))
+    view = folder / "rejected" / "rejected.parquet"
+    view.unlink(missing_ok=True)
     if counts[REJECTED]:
-        write_table(job.output / "rejected" / "rejected.parquet", pa.concat_tables(rejected))
-    counted = {name: counts[name] for name in (*_STATUSES, "boxes", "saturated")}
-    finish(job.output, {"name": "fused", "requested": job.stores[0].num_tiles, **counted})
+        write_table(view, pa.concat_tables(rejected))
+    finish(
+        folder, {"name": name, "requested": source.num_tiles, **{key: counts[key] for key in (*_STATUSES, *_COUNTED)}}
+    )

@@ -1,7 +1,7 @@
 """A finished store read shard by shard, each tile with what was found in it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,14 @@ from softlabel.store import (
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store. ``tiles`` is the folder of its tiles; ``splits`` None is every tile."""
+    """A finished store. ``tiles`` is the folder of its tiles; ``splits`` None is every tile; ``parents`` says which
+    class of the recipe a finer one is one of, if a class was split (softlabel.results.subtype)."""
 
     folder: Path
     tiles: Path
     teacher: dict
     splits: tuple[str, ...] | None
+    parents: dict[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -64,7 +66,7 @@ def open_store(folder: Path) -> Store:
         StoreError: The folder is no store, the store is not finished, or its tiles are gone.
     """
     if not (folder / STORE).is_file():
-        raise StoreError(f"{folder} is no store of soft labels: give the label-* or fused-* folder of a run")
+        raise StoreError(f"{folder} is no store of soft labels: give a label-*, fused-* or subtypes-* folder")
     if not is_done(folder):
         raise StoreError(f"{folder} is not finished: run the command that makes it again")
     summary(folder)
@@ -74,7 +76,8 @@ def open_store(folder: Path) -> Store:
     if not (tiles / TILES_FILE).is_file():
         raise StoreError(f"{folder} needs its tiles beside it: no {TILES_FILE} in {tiles}")
     splits = made_from["splits"]
-    return Store(folder, tiles, made_from["teacher"], None if splits is None else tuple(splits))
+    splits = None if splits is None else tuple(splits)
+    return Store(folder, tiles, made_from["teacher"], splits, made_from.get("parents", {}))
 
 
 def num_shards(store: Store) -> int:
@@ -124,13 +127,16 @@ def read_all(store: Store) -> Iterator[LabelledTile]:
 
 
 def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
-    """What was found per tile, without the objectness (it is in the scores): by array, since a box may have a list of
-    60 numbers and a shard 64,000 boxes."""
+    """What was found per tile: by array, since a box may have a list of 60 numbers and a shard 64,000 boxes."""
     ends = np.cumsum(pc.list_value_length(table["boxes"]).to_numpy())[:-1]
     boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
     scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
     saturated = table["saturated"].to_pylist()
-    found = [Detections(*arrays) for arrays in zip(boxes, scores, saturated, strict=True)]
+    objectness: Sequence[np.ndarray | None] = [None] * len(table)
+    if table["objectness"].null_count < len(table):  # tiles that were not labelled have none, and no box
+        flat = pc.fill_null(table["objectness"], []).combine_chunks().flatten()
+        objectness = np.split(flat.to_numpy(zero_copy_only=False), ends)
+    found = [Detections(*arrays) for arrays in zip(boxes, scores, saturated, objectness, strict=True)]
     if "xywhr" not in table.column_names or table["xywhr"].null_count == len(table):  # format 4, or all upright
         return found
     # Tiles that were not labelled have no box, turned or not.

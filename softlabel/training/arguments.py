@@ -107,8 +107,13 @@ def check_models(train: Train) -> None:
         check_train_args(model.args, f"train.{role}", model.model)
 
 
-def check_soft(recipe: Recipe, thresholds: Iterable[Threshold]) -> None:
+def check_soft(recipe: Recipe, thresholds: Iterable[Threshold], num_classes: int | None = None) -> None:
     """Refuse a ``train.soft`` that the student's loss has no use for, or that contradicts a threshold.
+
+    Args:
+        recipe: What says so.
+        thresholds: Of its students.
+        num_classes: The student's, where they are not the recipe's.
 
     Raises:
         RecipeError: Naming the key.
@@ -119,7 +124,7 @@ def check_soft(recipe: Recipe, thresholds: Iterable[Threshold]) -> None:
             "train.soft.rounds is above 1, and train.calibration is of the teacher's scores alone: later rounds learn "
             "from a student's labels: remove one of them"
         )
-    if len(recipe.classes) == 1:
+    if (num_classes or len(recipe.classes)) == 1:
         if soft.smoothing:
             raise RecipeError(
                 "train.soft.smoothing has no use: with one class there is no other to share with: remove it"

@@ -6,6 +6,7 @@ from typing import Any
 
 from softlabel.calibration import calibration_of
 from softlabel.config import HARD, Execution, Model, Recipe, Soft, Supplement, Threshold, default_iou
+from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import RecipeError, WeightsError
 from softlabel.store import digest, file_digest, step_dir, summary
 from softlabel.training.targets import TrainJob
@@ -25,11 +26,13 @@ def train_job(
     subset: float = 1.0,
     soft: Soft | None = None,
     drop: float = 0.0,
+    class_map: ClassMap | None = None,
 ) -> TrainJob:
     """One model to train on a split's truth, or on its soft labels above a threshold; on a share of them (``subset``).
 
     ``soft`` is what it makes of unsure labels. Not given it is ``train.soft`` on soft labels, and what that says of
-    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random.
+    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random. ``class_map`` is of
+    soft labels whose classes are finer than the recipe's.
 
     Raises:
         WeightsError: The weights to start from do not exist.
@@ -64,7 +67,7 @@ def train_job(
     return TrainJob(
         name=name,
         folder=step_dir(run_dir, f"train-{name}", inputs),
-        classes=recipe.classes,
+        classes=tuple(name for name, _ in class_map.becomes) if class_map else recipe.classes,
         model=model.model,
         weights=weights,
         args=dict(model.args),
@@ -79,14 +82,20 @@ def train_job(
         nms=nms,
         soft=soft,
         drop=drop,
+        class_map=class_map,
     )
 
 
-def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None) -> TrainJob:
-    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth."""
+def recipe_train_job(
+    recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None, class_map: ClassMap | None = None
+) -> TrainJob:
+    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth.
+    ``class_map`` is of labels whose classes are finer than the recipe's."""
     settings = recipe.train
     if store is None:
         _check_truth(settings.soft)
+    elif class_map:
+        _check_finer(settings.soft)
     return train_job(
         recipe,
         run_dir,
@@ -98,7 +107,15 @@ def recipe_train_job(recipe: Recipe, run_dir: Path, tiles: Path, store: Path | N
         soft_labels=store,
         threshold=settings.threshold if store else None,
         soft=None if store else settings.soft,
+        class_map=class_map,
     )
+
+
+def _check_finer(soft: Soft) -> None:
+    """Refuse what needs truth, or labels by students, of classes that the recipe does not have."""
+    for key, is_set in (("supplement", soft.supplement is not None), ("rounds", soft.rounds > 1)):
+        if is_set:
+            raise RecipeError(f"train.soft.{key} is of the recipe's classes, and train.store's are finer: remove it")
 
 
 def _check_supplement(supplement: Supplement, tiles: Path, split: str) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from softlabel.boxes import iou_matrix
 from softlabel.calibration import Calibration
 from softlabel.config import HARD, Soft, Threshold
+from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Detections, Nms, Truth, detections_from_row
 from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
@@ -63,7 +64,11 @@ def _inside(boxes_N4: NDArray[np.float32], size_hw: tuple[int, ...]) -> NDArray[
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One model to train. It names the splits it may see, and no other is ever read."""
+    """One model to train. It names the splits it may see, and no other is ever read.
+
+    ``class_map`` says which of the recipe's classes each of ``classes`` is one of, where these are finer; None: they
+    are the recipe's. Truth, thresholds and validation know the recipe's alone.
+    """
 
     name: str
     folder: Path
@@ -82,6 +87,7 @@ class TrainJob:
     nms: Nms
     soft: Soft = HARD
     drop: float = 0.0
+    class_map: ClassMap | None = None
 
     def targets(self) -> list[Target]:
         """The training set.
@@ -132,7 +138,8 @@ class TrainJob:
 
     def _per_class(self, threshold: Threshold) -> float | NDArray[np.float32]:
         if isinstance(threshold, dict):
-            return np.array([threshold[name] for name in self.classes], np.float32)
+            parents = dict(self.class_map.becomes) if self.class_map else {}
+            return np.array([threshold[parents.get(name) or name] for name in self.classes], np.float32)
         return threshold
 
 

@@ -269,11 +269,18 @@ class SoftLabelTrainer(DetectionTrainer):
             self.smoothing.end_epoch(torch.stack(sums).sum(0))
 
     def validate(self) -> tuple[dict | None, float | None]:
-        """mAP of the EMA model on the validation split's truth, by the metric that fills every table."""
+        """mAP of the EMA model on the validation split's truth, by the metric that fills every table.
+
+        Where the student's classes are finer than truth's, the best score of a class's finer ones is that class's.
+        """
         for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, src=0)
         detector = YoloDetector(copy.deepcopy(self.ema.ema), self.args.imgsz, self._job.nms, self.device)
-        metrics = evaluate(validate(detector, self._val, self._val_tiles), self._job.classes)
+        classes = self._job.classes
+        if self._job.class_map is not None:
+            classes = self._job.class_map.classes
+            detector.map_classes(self._job.class_map.columns)
+        metrics = evaluate(validate(detector, self._val, self._val_tiles), classes)
         if self.best_fitness is None or self.best_fitness < metrics.map50:
             self.best_fitness = metrics.map50
         return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50

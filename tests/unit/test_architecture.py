@@ -45,6 +45,7 @@ RAY = {
 TRAINING_LOOPS = {"training/trainer.py", "training/validation.py", "search/worker_groups.py"}
 """What runs in the workers of Ray Train: they read tiles and judge what they train."""
 TRANSFORMERS = {
+    "detectors/crop_networks.py",
     "detectors/detr.py",
     "detectors/grounding_dino.py",
     "detectors/omdet_turbo.py",

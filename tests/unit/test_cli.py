@@ -54,6 +54,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, words, message)
         ["show"],
         ["export", "runs/label-1", "--output"],
         ["fuse", "runs/label-1"],
+        ["subtype"],
     ],
     ids=lambda words: words[0],
 )

@@ -1,0 +1,13 @@
+"""Split a class of a store into finer ones by what its boxes show, into a store beside it.
+
+ray job submit --working-dir . -- python jobs/subtype.py /shared/runs/demo/label-a-* --class car --by colour
+
+Models look at the crops with --by classifier and --by prompts; --model names one.
+"""
+
+import sys
+
+from softlabel.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["subtype", *sys.argv[1:]]))
