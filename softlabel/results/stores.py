@@ -124,8 +124,8 @@ def read_all(store: Store) -> Iterator[LabelledTile]:
 
 
 def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
-    """What was found per tile, without the objectness (it is in the scores): by array, since a box may have a list of
-    60 numbers and a shard 64,000 boxes."""
+    """What was found per tile, without objectness (it is in the scores) and agreement: by array, since a box may have a
+    list of 60 numbers and a shard 64,000 boxes."""
     ends = np.cumsum(pc.list_value_length(table["boxes"]).to_numpy())[:-1]
     boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
     scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
