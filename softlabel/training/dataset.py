@@ -181,9 +181,10 @@ def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
 
 
 def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
-    """(rows, 2 + K) float32: tile after tile its boxes, then its regions.
+    """(rows, 3 + K) float32: tile after tile its boxes, then its regions.
 
-    A box's row is its class, its weight and its class vector; a region's -1, 0 and what it keeps of each class.
+    A box's row is its class, its weight, its box weight and its class vector; a region's -1, 0, 0 and what it keeps of
+    each class.
 
     Raises:
         TrainingError: There are more rows than a float32 can tell apart.
@@ -191,8 +192,8 @@ def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
     rows = []
     for target in targets:
         if (soft := target.soft) is not None:
-            rows.append(np.column_stack([target.class_ids, soft.weights, soft.vectors]))
-            rows.append(np.column_stack([np.full(len(soft.keeps), -1), np.zeros(len(soft.keeps)), soft.keeps]))
+            rows.append(np.column_stack([target.class_ids, soft.weights, soft.box_weights, soft.vectors]))
+            rows.append(np.column_stack([np.tile([-1, 0, 0], (len(soft.keeps), 1)), soft.keeps]))
     found = np.concatenate(rows).astype(np.float32)
     if len(found) > _MOST_ROWS:
         raise TrainingError(
@@ -205,8 +206,8 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
     """An augmented batch whose ``cls`` are rows of `soft_rows`, with what they stand for.
 
     Returns:
-        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K) and
-        ``weights`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
+        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K),
+        ``weights`` and ``box_weights`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
         softlabel.detectors.background reads them.
     """
     found = rows[batch["cls"].view(-1).long()]
@@ -218,8 +219,9 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
         "cls": found[is_object, :1],
         "bboxes": boxes[is_object],
         "weights": found[is_object, 1],
-        "vectors": found[is_object, 2:],
+        "box_weights": found[is_object, 2],
+        "vectors": found[is_object, 3:],
         "region_idx": index[~is_object],
         "region_bboxes": boxes[~is_object],
-        "region_keeps": found[~is_object, 2:],
+        "region_keeps": found[~is_object, 3:],
     }
