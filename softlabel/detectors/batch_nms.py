@@ -53,7 +53,7 @@ class Kept:
     Attributes:
         rows: (B, M, C + 1), of each image as `softlabel.detectors.nms.suppressed` gives them.
         count: (B,) how many of them, from the first on.
-        effort: (B, 3) blocks, rounds and room that the image needs.
+        effort: (B, 3) blocks, rounds and room that the image needs; where one was too little the others are guesses.
     """
 
     rows: torch.Tensor
