@@ -94,7 +94,8 @@ def _made_soft(target: Target, num_classes: int, seed: int) -> Softness:
     scores = generator.uniform(0.3, 0.9, count).astype(np.float32)
     regions = rotated.upright(target.boxes) + np.array([*generator.normal(0, 20, 2), 0, 0, 0], np.float32)
     vectors = np.eye(num_classes, dtype=np.float32)[target.class_ids] * scores[:, None]
-    return Softness(vectors, scores, regions.astype(np.float32), np.zeros((count, num_classes), np.float32))
+    keeps = np.zeros((count, num_classes), np.float32)
+    return Softness(vectors, scores, np.ones_like(scores), regions.astype(np.float32), keeps)
 
 
 class _Steps:

@@ -208,6 +208,11 @@ class Soft(_Section):
     weight_power: Annotated[float, Field(ge=0)] = Field(
         0.0, description="a box weighs its score to this power in the loss; 0: all weigh 1"
     )
+    localisation_power: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a box's box, DFL and angle losses weigh its agreement to this power, how well the teacher's "
+        "candidates for it overlapped; 0: all weigh 1",
+    )
     ignore_above: Threshold | None = Field(
         None, description="labels between this and the threshold are neither object nor background; null: background"
     )

@@ -29,8 +29,8 @@ def fuse_tile(detections: Sequence[Detections], weights: Sequence[float], thresh
         iou: Boxes of a class above it are one object.
 
     Returns:
-        Best score first; saturated if any teacher was; without objectness, which not every teacher has. Rotated if any
-        teacher's are: upright ones then have the angle 0.
+        Best score first; saturated if any teacher was; without objectness, which not every teacher has, and agreement,
+        which is of one teacher's candidates. Rotated if any teacher's are: upright ones then have the angle 0.
     """
     above = [found.above(threshold) for found in detections]
     finders = [(found, float(weight)) for found, weight in zip(above, weights, strict=True) if len(found.boxes)]

@@ -73,9 +73,10 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
 
     ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
     to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``xywhr`` is null where
-    boxes are upright; else ``boxes`` are the hulls of these, clipped to the tile. ``saturated`` says that
-    max_det cut the list. ``losses`` (optional, for evaluation) holds per loss term the sum over the tile, and then per
-    term the normaliser that a mean over many tiles divides by.
+    boxes are upright; else ``boxes`` are the hulls of these, clipped to the tile. ``agreement`` is as of Detections,
+    NaN or null where nothing is known. ``saturated`` says that max_det cut the list. ``losses`` (optional, for
+    evaluation) holds per loss term the sum over the tile, and then per term the normaliser that a mean over many tiles
+    divides by.
     """
     return pa.schema(
         [
@@ -84,6 +85,7 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
             pa.field("scores", pa.list_(pa.list_(pa.float32(), num_classes)), nullable=False),
             pa.field("objectness", pa.list_(pa.float32())),
             pa.field("xywhr", pa.list_(XYWHR)),
+            pa.field("agreement", pa.list_(pa.float32())),
             pa.field("saturated", pa.bool_(), nullable=False),
             pa.field("losses", pa.list_(pa.float32())),
             pa.field("status", pa.string(), nullable=False),
@@ -107,7 +109,9 @@ class Detections:
     """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending.
 
     ``objectness`` (N,) is part of the scores already; None where the model has none. ``xywhr`` (N, 5) are
-    rotated boxes, of which ``boxes`` are the upright hulls; None where boxes are upright.
+    rotated boxes, of which ``boxes`` are the upright hulls; None where boxes are upright. ``agreement`` (N,) in
+    [0, 1] is how well the candidates that NMS threw away agreed with a box (softlabel.detectors.agreement): NaN where
+    it had none, None where there is no NMS, boxes are fused, or a store is of format 5 or before.
     """
 
     boxes: NDArray[np.float32]
@@ -115,12 +119,12 @@ class Detections:
     saturated: bool = False
     objectness: NDArray[np.float32] | None = None
     xywhr: NDArray[np.float32] | None = None
+    agreement: NDArray[np.float32] | None = None
 
-    def at(self, index: NDArray[np.bool_] | NDArray[np.int64]) -> "Detections":
+    def at(self, index: NDArray[np.bool_] | NDArray[np.int64] | slice) -> "Detections":
         """Some of them, by a mask or in another order."""
-        objectness = None if self.objectness is None else self.objectness[index]
-        xywhr = None if self.xywhr is None else self.xywhr[index]
-        return Detections(self.boxes[index], self.scores[index], self.saturated, objectness, xywhr)
+        others = (None if one is None else one[index] for one in (self.objectness, self.xywhr, self.agreement))
+        return Detections(self.boxes[index], self.scores[index], self.saturated, *others)
 
     @property
     def best(self) -> NDArray[np.float32]:
@@ -133,9 +137,10 @@ class Detections:
         return self.scores.argmax(axis=1) if len(self.scores) else np.zeros(0, np.int64)
 
     def above(self, threshold: float | NDArray[np.float32]) -> "Detections":
-        """Those whose best score is strictly above ``threshold``: the same as labelling at it.
+        """Those whose best score is strictly above ``threshold``: the same as labelling at it, box for box.
 
-        One threshold for all, or (K,) one per class; the best class's counts.
+        Their agreement is not: candidates below the threshold have a say in it too. One threshold for all, or (K,) one
+        per class; the best class's counts.
         """
         return self.at(self.is_above(threshold))
 
@@ -212,6 +217,7 @@ def soft_labels_table(
         ),
         "objectness": [one.objectness for one in found],
         "xywhr": [None if one.xywhr is None else list(one.xywhr) for one in found],
+        "agreement": [one.agreement for one in found],
         "saturated": [one.saturated for one in found],
         "losses": list(losses),
         "status": [
@@ -235,4 +241,6 @@ def detections_from_row(row: dict) -> Detections:
     objectness = None if row["objectness"] is None else np.array(row["objectness"], np.float32)
     rotated = row.get("xywhr")  # a store of format 4 or before has none
     xywhr = None if rotated is None else np.array(rotated, np.float32).reshape(-1, 5)
-    return Detections(boxes, scores, row["saturated"], objectness, xywhr)
+    agreed = row.get("agreement")  # a store of format 5 or before has none
+    agreement = None if agreed is None else np.array(agreed, np.float32)
+    return Detections(boxes, scores, row["saturated"], objectness, xywhr, agreement)

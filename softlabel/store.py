@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from softlabel.errors import StoreError
 from softlabel.records import TILES, TILES_OF_FORMAT_4
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
-engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside upright ones."""
+engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside upright ones;
+6: how well the candidates of a box agreed."""
 _HASHED_VERSION = 4
 """Part of every step's hash: the last version that made steps of the same inputs other than they were."""
 DONE = "done.json"

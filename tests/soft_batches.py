@@ -32,6 +32,7 @@ def batch_of(model, seed=0, objects=9, regions=0):
         "bboxes": boxes(objects),
         "vectors": torch.eye(NUM_CLASSES)[class_ids],
         "weights": torch.ones(objects),
+        "box_weights": torch.ones(objects),
         "region_idx": torch.randint(0, NUM_IMAGES, (regions,), generator=generator).float(),
         "region_bboxes": boxes(regions),
         "region_keeps": torch.ones(regions, NUM_CLASSES),
@@ -98,7 +99,7 @@ def soft_batch_of(name, copies):
     batch = batch_of(name, regions=5)
     generator = torch.Generator().manual_seed(1)
     batch["vectors"] = torch.rand(9, NUM_CLASSES, generator=generator)
-    batch["weights"] = torch.rand(9, generator=generator)
+    batch["weights"], batch["box_weights"] = torch.rand(2, 9, generator=generator)
     batch["region_keeps"] = torch.rand(5, NUM_CLASSES, generator=generator).round(decimals=1)
     again = [
         {key: values + NUM_IMAGES * i if key.endswith("_idx") else values for key, values in batch.items()}

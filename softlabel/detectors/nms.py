@@ -3,8 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from softlabel.detectors.agreement import agreement_upright
 from softlabel.records import Nms
 
 MAX_CANDIDATES = 30_000  # of a tile, best first, as ultralytics has it: NMS grows with their square
@@ -32,7 +34,7 @@ def suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tenso
         nms: Floor, IoU and how many.
 
     Returns:
-        (N, 4 + K) or (N, 4 + K + 1), boxes as xyxy.
+        (N, 4 + K + 1) or (N, 4 + K + 2), boxes as xyxy, and last their agreement (softlabel.detectors.agreement).
     """
     best, class_ids = decoded[4 : 4 + num_classes].max(0)
     chosen = (best > nms.floor).nonzero().flatten()
@@ -45,13 +47,26 @@ def suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tenso
     while len(kept := _kept(boxes[:tried], best[:tried], class_ids[:tried], nms.iou)) < most and tried < len(best):
         tried *= 2
     kept = kept[:most]
-    return torch.cat((boxes[kept], rows[kept, 4:]), 1)
+    seen = num_seen(kept, len(best), nms)
+    agreed = agreement_upright(boxes[:seen], class_ids[:seen], best[:seen], kept, limit_of(nms.iou))
+    return torch.cat((boxes[kept], rows[kept, 4:], agreed[:, None]), 1)
+
+
+def num_seen(kept: torch.Tensor, num_candidates: int, nms: Nms) -> int:
+    """How many candidates count for agreement: where max_det cuts, those up to the first box that it cuts off."""
+    return int(kept[nms.max_det]) + 1 if len(kept) > nms.max_det else num_candidates
 
 
 def corners(xywh: torch.Tensor) -> torch.Tensor:
     """(..., 4) centre and size to xyxy."""
     half = xywh[..., 2:4] / 2
     return torch.cat((xywh[..., :2] - half, xywh[..., :2] + half), -1)
+
+
+def limit_of(iou: float) -> float:
+    """The float32 that float32 numbers are above where they are above ``iou``."""
+    limit = np.float32(iou)
+    return float(limit if float(limit) <= iou else np.nextafter(limit, np.float32(-1)))
 
 
 def _kept(boxes: torch.Tensor, best: torch.Tensor, class_ids: torch.Tensor, iou: float) -> torch.Tensor:

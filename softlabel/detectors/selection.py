@@ -1,6 +1,6 @@
 """What becomes of a network's answer: the boxes that are kept, in pixels of their tiles, with their class vectors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -88,12 +88,17 @@ class Selection:
         boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32)).astype(np.float32)
         # A box wholly in the padding has no area in the tile.
         inside = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-        objectness = rows_NC[inside, end] if rows_NC.shape[1] > end and not self.rotated else None
-        scores = np.ascontiguousarray(rows_NC[inside, 4:end])
-        everything = Detections(boxes[inside], scores, False, objectness, None if xywhr is None else xywhr[inside])
+        has_objectness = rows_NC.shape[1] > end + 1 and not self.rotated
+        everything = Detections(
+            boxes[inside],
+            np.ascontiguousarray(rows_NC[inside, 4:end]),
+            objectness=rows_NC[inside, end] if has_objectness else None,
+            xywhr=None if xywhr is None else xywhr[inside],
+            agreement=rows_NC[inside, -1] if self.nms.iou < 1 else None,
+        )
         ends = np.cumsum(np.bincount(image[inside], minlength=len(count)))
         return [
-            _part(everything, start, stop, bool(more))
+            replace(everything.at(slice(start, stop)), saturated=bool(more))
             for start, stop, more in zip([0, *ends[:-1]], ends, count > self.nms.max_det, strict=True)
         ]
 
@@ -106,9 +111,3 @@ class Selection:
         none = torch.zeros_like(scores[:, 0])
         mapped = [scores[:, list(places)].amax(1) if places else none for places in columns]
         return torch.cat((boxes, torch.stack(mapped, 1), rest), 1), len(columns)
-
-
-def _part(found: Detections, start: int, stop: int, saturated: bool) -> Detections:
-    objectness = None if found.objectness is None else found.objectness[start:stop]
-    xywhr = None if found.xywhr is None else found.xywhr[start:stop]
-    return Detections(found.boxes[start:stop], found.scores[start:stop], saturated, objectness, xywhr)

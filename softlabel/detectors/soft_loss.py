@@ -1,17 +1,18 @@
 """A model's own training loss, softened: class vectors as targets, weights of boxes, background that counts less.
 
-What a batch brings besides ultralytics' keys is made by softlabel.training.soft: ``vectors`` (T, K) and ``weights``
-(T,) of its objects, and the regions that softlabel.detectors.background reads; and where a teacher labels beside, by
-softlabel.training.soft_teacher ``teacher_scores`` (B, A, K) at each anchor point (with anchors one objectness a cell).
-Each object counts as ultralytics' assigner or YOLOv5's anchors say; of its losses
+What a batch brings besides ultralytics' keys is made by softlabel.training.soft: ``vectors`` (T, K), ``weights`` and
+``box_weights`` (T,) of its objects, and the regions that softlabel.detectors.background reads. Where a teacher labels
+beside, softlabel.training.soft_teacher brings its ``teacher_scores``, (B, A, K) at each anchor point, or with anchors
+an objectness for each of a cell. Each object counts as ultralytics' assigner or YOLOv5's anchors say; of its losses
 
 - the class loss compares with its vector, times the alignment score where the stock loss has the one-hot of its class
   times that,
 - box, class, objectness, DFL and angle losses are multiplied by its weight,
+- box, DFL and angle losses besides by its box weight,
 
 and background's class loss (objectness with anchors) is multiplied by what counts there. What the sums are divided by
-stays the stock loss's, so that an object of weight 0.5 counts half of what it would. With one-hot vectors, weights of
-1 and no regions nothing changes.
+stays the stock loss's, so that an object of weight 0.5 counts half of what it would. With one-hot vectors, weights
+and box weights of 1 and no regions nothing changes.
 
 Shape suffixes: B images, A anchor points, N objects of the fullest image, K classes.
 """
@@ -71,7 +72,8 @@ class _SoftHead:
             vectors = self._smoothing.mixed(vectors, class_ids)
         self._batch = batch
         self._vectors_BNK = _padded(batch["batch_idx"], vectors, num_images)
-        self._weights_BN = _padded(batch["batch_idx"], batch["weights"], num_images)
+        weights = torch.stack((batch["weights"], batch["weights"] * batch["box_weights"]), 1)
+        self._weights_BN2 = _padded(batch["batch_idx"], weights, num_images)
         return self._stock_loss(preds, batch)
 
     def _without_tiny(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,7 +83,7 @@ class _SoftHead:
             return batch
         sizes = boxes[:, 2:4].mul(self._size_wh.to(boxes))
         kept = (sizes >= 2).all(1)
-        per_object = ("batch_idx", "cls", "bboxes", "vectors", "weights")
+        per_object = ("batch_idx", "cls", "bboxes", "vectors", "weights", "box_weights")
         return {**batch, **{key: batch[key][kept] for key in per_object}}
 
     def _after_assigner(self, _module: nn.Module, inputs: tuple, outputs: tuple) -> None:
@@ -97,15 +99,15 @@ class _SoftHead:
             overlaps_BA = _overlaps(predicted, boxes_BN, mask_BN1)
             background = background * far_weight(overlaps_BA, self._soft.background_far)[..., None]
         if not labels_BN1.shape[1]:  # no object in the batch
-            self._targets, self._weights_BA = scores_BAK, torch.ones_like(self._alignment[..., 0])
+            self._targets, self._box_weights_BA = scores_BAK, torch.ones_like(self._alignment[..., 0])
             self._factors, self._labels = background, torch.zeros_like(index_BA, dtype=torch.long)
             return
         index_BA = index_BA.long()
         image = torch.arange(len(index_BA), device=index_BA.device)[:, None]
         self._labels = labels_BN1[image, index_BA, 0].long()
         self._targets = self._vectors_BNK.to(scores_BAK)[image, index_BA] * self._alignment
-        self._weights_BA = self._weights_BN.to(scores_BAK)[image, index_BA]
-        self._factors = torch.where(self._is_object[..., None], self._weights_BA[..., None], background)
+        weights_BA, self._box_weights_BA = self._weights_BN2.to(scores_BAK)[image, index_BA].unbind(-1)
+        self._factors = torch.where(self._is_object[..., None], weights_BA[..., None], background)
 
     def _class_targets(self, _module: nn.Module, inputs: tuple) -> tuple:
         logits, hard = inputs
@@ -119,12 +121,12 @@ class _SoftHead:
 
     def _weighted_boxes(self, _module: nn.Module, inputs: tuple) -> tuple:
         *before, scores_BAK, scores_sum, is_object, size, stride = inputs
-        return *before, scores_BAK * self._weights_BA[..., None], scores_sum, is_object, size, stride
+        return *before, scores_BAK * self._box_weights_BA[..., None], scores_sum, is_object, size, stride
 
     def _weighted_angles(
         self, predicted: torch.Tensor, boxes: torch.Tensor, is_object: torch.Tensor, weight: torch.Tensor, *more: Any
     ) -> torch.Tensor:
-        return self._stock_angle_loss(predicted, boxes, is_object, weight * self._weights_BA[is_object], *more)
+        return self._stock_angle_loss(predicted, boxes, is_object, weight * self._box_weights_BA[is_object], *more)
 
 
 def _padded(batch_idx: torch.Tensor, values: torch.Tensor, num_images: int) -> torch.Tensor:

@@ -76,11 +76,13 @@ def assign(targets_T6: torch.Tensor, anchors_A2: torch.Tensor, height: int, widt
 
 @dataclass(frozen=True)
 class _Objects:
-    """What a batch has: targets (T, 6) image, class, box; per target a class vector (T, K) and a weight (T,)."""
+    """What a batch has: targets (T, 6) image, class, box; per target a class vector (T, K), a weight (T,), and one of
+    the box loss alone (T,), which the other is part of."""
 
     targets: torch.Tensor
     vectors: torch.Tensor
     weights: torch.Tensor
+    box_weights: torch.Tensor
 
     @property
     def class_ids(self) -> torch.Tensor:
@@ -144,11 +146,13 @@ class AnchorLoss:
         targets = torch.cat([column.to(device, torch.float32) for column in columns], 1)
         if "vectors" not in batch:
             vectors = one_hot(targets[:, 1].long(), self._num_classes).to(targets)
-            return _Objects(targets, vectors, torch.ones_like(targets[:, 0]))
+            weights = torch.ones_like(targets[:, 0])
+            return _Objects(targets, vectors, weights, weights)
         vectors = batch["vectors"].to(targets)
         if self.smoothing:
             vectors = self.smoothing.mixed(vectors, targets[:, 1].long())
-        return _Objects(targets, vectors, batch["weights"].to(targets))
+        weights = batch["weights"].to(targets)
+        return _Objects(targets, vectors, weights, weights * batch["box_weights"].to(targets))
 
     def _background(
         self, level: int, feats: Sequence[torch.Tensor], objects: _Objects, batch: Mapping[str, torch.Tensor]
@@ -209,7 +213,7 @@ class AnchorLoss:
         xy = cells[:, :2].sigmoid() * 2 - 0.5
         wh = (cells[:, 2:4].sigmoid() * 2) ** 2 * found.anchor_wh
         ciou = bbox_iou(torch.cat((xy, wh), 1), found.box, CIoU=True).view(-1)
-        box = ((1 - ciou) * weights).sum() * self._box
+        box = ((1 - ciou) * objects.box_weights[found.target]).sum() * self._box
         last = _last(out, found)
         has_object = last >= 0
         objectness, counted = torch.zeros_like(out[..., 4]), torch.ones_like(out[..., 4]) * background

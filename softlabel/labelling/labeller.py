@@ -148,7 +148,7 @@ class Labeller:
 
 
 def _together(before: pa.Table, after: pa.Table) -> pa.Table:
-    """The rows of two tables; one of format 4 lacks rotated boxes."""
+    """The rows of two tables; one of format 4 lacks rotated boxes, one of format 5 agreement."""
     tables = [before.replace_schema_metadata(), after.replace_schema_metadata()]
     return pa.concat_tables(tables, promote_options="default").select(after.column_names)
 

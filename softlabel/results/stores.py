@@ -1,12 +1,13 @@
 """A finished store read shard by shard, each tile with what was found in it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from softlabel.errors import StoreError
 from softlabel.records import LABELLED, REJECTED, TILES, Detections
@@ -131,17 +132,23 @@ def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
     ends = np.cumsum(pc.list_value_length(table["boxes"]).to_numpy())[:-1]
     boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
     scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
-    saturated = table["saturated"].to_pylist()
-    objectness: Sequence[np.ndarray | None] = [None] * len(table)
-    if table["objectness"].null_count < len(table):  # tiles that were not labelled have none, and no box
-        flat = pc.fill_null(table["objectness"], []).combine_chunks().flatten()
-        objectness = np.split(flat.to_numpy(zero_copy_only=False), ends)
-    found = [Detections(*arrays) for arrays in zip(boxes, scores, saturated, objectness, strict=True)]
-    if "xywhr" not in table.column_names or table["xywhr"].null_count == len(table):  # format 4, or all upright
-        return found
-    # Tiles that were not labelled have no box, turned or not.
-    turned = np.split(_values(pc.fill_null(table["xywhr"], [])).reshape(-1, 5), ends)
-    return [replace(one, xywhr=xywhr) for one, xywhr in zip(found, turned, strict=True)]
+    turned, objectness, agreement = (_of_boxes(table, name, ends) for name in ("xywhr", "objectness", "agreement"))
+    return [
+        Detections(box, score, saturated, its_objectness, xywhr, agreed)
+        for box, score, saturated, its_objectness, xywhr, agreed in zip(
+            boxes, scores, table["saturated"].to_pylist(), objectness, turned, agreement, strict=True
+        )
+    ]
+
+
+def _of_boxes(table: pa.Table, name: str, ends: NDArray[np.int64]) -> Sequence[NDArray[np.float32] | None]:
+    """A column with one value for each box, tile by tile; None where the store has none, as those of older formats."""
+    if name not in table.column_names or table[name].null_count == len(table):
+        return [None] * len(table)
+    filled = pc.fill_null(table[name], []).combine_chunks().flatten()  # tiles that were not labelled have no box
+    if pa.types.is_fixed_size_list(filled.type):
+        return np.split(filled.flatten().to_numpy(zero_copy_only=False).reshape(-1, filled.type.list_size), ends)
+    return np.split(filled.to_numpy(zero_copy_only=False), ends)
 
 
 def _values(column: pa.ChunkedArray) -> np.ndarray:

@@ -197,10 +197,10 @@ def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
 
 
 def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
-    """(rows, 3 + K) float32: tile after tile its boxes, then its regions.
+    """(rows, 4 + K) float32: tile after tile its boxes, then its regions.
 
-    A box's row is its class, whether it is of soft labels, its weight and its class vector; a region's -1, the same, 0
-    and what it keeps of each class.
+    A box's row is its class, whether it is of soft labels, its weight, its box weight and its class vector; a region's
+    is -1, the same, 0, 0 and what it keeps of each class.
 
     Raises:
         TrainingError: There are more rows than a float32 can tell apart.
@@ -210,8 +210,10 @@ def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
         if (soft := target.soft) is not None:
             boxes, regions = len(soft.weights), len(soft.keeps)
             stored = np.full(boxes + regions, not target.supplements)
-            rows.append(np.column_stack([target.class_ids, stored[:boxes], soft.weights, soft.vectors]))
-            rows.append(np.column_stack([np.full(regions, -1), stored[boxes:], np.zeros(regions), soft.keeps]))
+            rows.append(
+                np.column_stack([target.class_ids, stored[:boxes], soft.weights, soft.box_weights, soft.vectors])
+            )
+            rows.append(np.column_stack([np.full(regions, -1), stored[boxes:], np.zeros((regions, 2)), soft.keeps]))
     found = np.concatenate(rows).astype(np.float32)
     if len(found) > _MOST_ROWS:
         raise TrainingError(
@@ -225,8 +227,8 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
 
     Returns:
         The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K),
-        ``weights`` (T,) and ``is_stored`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
-        softlabel.detectors.background reads them, with ``region_is_stored``.
+        ``weights``, ``box_weights`` and ``is_stored`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps``
+        as softlabel.detectors.background reads them, with ``region_is_stored``.
     """
     found = rows[batch["cls"].view(-1).long()]
     is_object = found[:, 0] >= 0
@@ -238,9 +240,10 @@ def looked_up(batch: dict, rows: torch.Tensor) -> dict:
         "bboxes": boxes[is_object],
         "is_stored": found[is_object, 1] > 0,
         "weights": found[is_object, 2],
-        "vectors": found[is_object, 3:],
+        "box_weights": found[is_object, 3],
+        "vectors": found[is_object, 4:],
         "region_idx": index[~is_object],
         "region_bboxes": boxes[~is_object],
         "region_is_stored": found[~is_object, 1] > 0,
-        "region_keeps": found[~is_object, 3:],
+        "region_keeps": found[~is_object, 4:],
     }

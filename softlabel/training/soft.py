@@ -26,14 +26,16 @@ a tenth or less is left in the image, and the whole tile as one box would be for
 
 @dataclass(frozen=True)
 class Softness:
-    """Of a tile's boxes a class vector each, (N, K) in [0, 1], and a weight, (N,) >= 0; and regions.
+    """Of a tile's boxes a class vector each, (N, K) in [0, 1], and two weights, (N,) >= 0; and regions.
 
+    ``weights`` are of all losses of a box, ``box_weights`` besides of those of where it lies: box, DFL and angle.
     ``regions`` (M, 5) are rotated boxes in pixels of the tile, ``keeps`` (M, K) in [0, 1] what background's loss of
     each class counts inside: 0 is no background there.
     """
 
     vectors: NDArray[np.float32]
     weights: NDArray[np.float32]
+    box_weights: NDArray[np.float32]
     regions: NDArray[np.float32]
     keeps: NDArray[np.float32]
 
@@ -74,6 +76,7 @@ def label_softness(
     return Softness(
         vectors.astype(np.float32),
         weights.astype(np.float32),
+        _box_weights(boxes, soft.localisation_power),
         rotated.drawn(found.boxes, found.xywhr)[regions].astype(np.float32),
         np.repeat(keeps[regions, None], num_classes, axis=1).astype(np.float32),
     )
@@ -89,6 +92,13 @@ def with_parts(softness: Softness, width: int, height: int) -> Softness:
         regions=np.concatenate([softness.regions, parts]),
         keeps=np.concatenate([softness.keeps, keeps]),
     )
+
+
+def _box_weights(boxes: Detections, power: float) -> NDArray[np.float32]:
+    """(N,) in [0, 1]: their agreement to a power; 1 where it is not known, which says nothing against a box."""
+    if boxes.agreement is None or not power:
+        return np.ones(len(boxes.boxes), np.float32)
+    return (np.where(np.isnan(boxes.agreement), 1, boxes.agreement) ** power).astype(np.float32)
 
 
 def truth_softness(tile: dict, truth: Truth, num_classes: int, soft: Soft) -> Softness:
@@ -108,7 +118,7 @@ def truth_softness(tile: dict, truth: Truth, num_classes: int, soft: Soft) -> So
             keeps = np.concatenate([keeps, np.repeat(labelled[None], len(parts), axis=0)])
     vectors = np.eye(num_classes, dtype=np.float32)[class_ids]
     weights = np.ones(len(class_ids), np.float32)
-    return Softness(vectors, weights, regions.astype(np.float32), keeps.astype(np.float32))
+    return Softness(vectors, weights, weights, regions.astype(np.float32), keeps.astype(np.float32))
 
 
 def _parts(width: int, height: int) -> NDArray[np.float32]:

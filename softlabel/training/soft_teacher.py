@@ -8,7 +8,7 @@ truth come beside in a set ratio (`train.soft.supplement`).
 What is not: weakly augmented is a tile as ultralytics augments it, strongly with its colours changed and pieces erased
 on top (the list of Unbiased Teacher, Liu et al., arXiv:2102.09480), so that boxes need not be carried from one view to
 the other. Weights of background are not scaled to a mean of 1. Boxes are not jittered to see which are reliable
-(`train.soft.localisation_power` weighs stored ones). The first epochs learn the stored labels.
+(`train.soft.localisation_power` weighs them by their candidates). The first epochs learn the stored labels.
 
 Shape suffixes: B images, T objects, M regions, P places.
 """
@@ -29,7 +29,7 @@ from softlabel.detectors.rotated_nms import suppressed_rotated
 from softlabel.records import PAD_VALUE, Detections, Nms
 from softlabel.training.soft import label_softness
 
-_PER_OBJECT = ("batch_idx", "cls", "bboxes", "weights", "vectors")
+_PER_OBJECT = ("batch_idx", "cls", "bboxes", "weights", "box_weights", "vectors")
 _PER_REGION = ("region_idx", "region_bboxes", "region_keeps")
 _GREY = PAD_VALUE / 255
 _STRONG = v2.Compose(
@@ -108,16 +108,17 @@ class Relabeller:
         rows = rows[is_inside(centres, parts.to(rows)).any(0)] if len(parts) else rows[:0]
         numbers, end = rows.cpu().numpy(), 4 + self._num_classes
         boxes, scores = numbers[:, :4], numbers[:, 4:end]
-        objectness = numbers[:, end] if numbers.shape[1] > end and not self._is_rotated else None
-        found = Detections(boxes, scores, objectness=objectness)
+        objectness = numbers[:, end] if numbers.shape[1] > end + 1 and not self._is_rotated else None
+        found = Detections(boxes, scores, objectness=objectness, agreement=numbers[:, -1])
         everything = np.ones(len(boxes), bool)
         soft = label_softness(found, everything, ~everything, self._num_classes, self._soft, calibrated=False)
         xywh = torch.cat(((rows[:, :2] + rows[:, 2:4]) / 2, rows[:, 2:4] - rows[:, :2]), 1) / size
         return {
             "batch_idx": torch.full((len(rows),), image),
             "cls": torch.from_numpy(found.class_ids)[:, None],
-            "bboxes": torch.cat((xywh, rows[:, end:]), 1) if self._is_rotated else xywh,
+            "bboxes": torch.cat((xywh, rows[:, end : end + 1]), 1) if self._is_rotated else xywh,
             "weights": torch.from_numpy(soft.weights),
+            "box_weights": torch.from_numpy(soft.box_weights),
             "vectors": torch.from_numpy(soft.vectors),
         }
 

@@ -93,7 +93,8 @@ class TrainJob:
         """The training set.
 
         Raises:
-            TrainingError: It has no box, or all weigh nothing, or none is rotated and the model finds rotated ones.
+            TrainingError: It has no box, or all weigh nothing, or none is rotated and the model finds rotated ones, or
+                ``soft.localisation_power`` is set and no box has an agreement.
         """
         from softlabel.detectors.weights import finds_rotated  # imports PyTorch and ultralytics
 
@@ -104,6 +105,8 @@ class TrainJob:
             targets = soft_targets(
                 self.tiles, self.split, self.soft_labels, threshold, self.calibration, soften, self.drop
             )
+            if self.soft.localisation_power:
+                _check_agreement(self.soft_labels, self.tiles, self.split)
             if soften and not any(target.soft.weights.any() for target in targets if target.soft):
                 raise TrainingError(f"{self.name}: every label weighs 0: lower train.soft.weight_power")
             if self.soft.soft_teacher:
@@ -204,6 +207,18 @@ def soft_targets(
             kept = found.at(is_kept)
             targets.append(Target(rows[label["tile_id"]], kept.boxes, kept.class_ids, xywhr=kept.xywhr, soft=softness))
     return _checked(targets, f"no soft label of {store} is above {threshold}")
+
+
+def _check_agreement(store: Path, tiles: Path, split: str) -> None:
+    asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
+    for row in read_soft_labels(store):
+        if row["tile_id"] in asked and row["boxes"] and row.get("agreement") is not None:
+            return
+    raise TrainingError(
+        f"train.soft.localisation_power has nothing to go by, no box of {store} has an agreement: delete that folder "
+        "and label again if an older softlabel made it, else remove the key (fused or augmented labels and those of "
+        "teachers without NMS have none)"
+    )
 
 
 def _without_some(found: Detections, share: float, tile_id: str) -> Detections:

@@ -35,7 +35,7 @@ def test_with_one_hot_vectors_and_weights_of_1_it_is_the_stock_loss(name, object
 
 
 @pytest.mark.parametrize("name", [*MODELS, ANCHORS])
-@pytest.mark.parametrize("part", ["vectors", "weights", "region_keeps"])
+@pytest.mark.parametrize("part", ["vectors", "weights", "box_weights", "region_keeps"])
 def test_each_part_changes_the_loss(name, part):
     batch = batch_of(name, regions=4)
     stock = losses(made(name), batch)
@@ -62,6 +62,7 @@ def test_the_class_loss_is_that_of_plain_loops(name):
     generator = torch.Generator().manual_seed(1)
     batch["vectors"] = torch.rand(9, NUM_CLASSES, generator=generator)
     batch["weights"] = torch.rand(9, generator=generator)
+    batch["box_weights"] = torch.rand(9, generator=generator)  # of no class loss
     batch["region_keeps"] = torch.rand(5, NUM_CLASSES, generator=generator).round(decimals=1)
     if finds_rotated(name):  # v8OBBLoss leaves out what is below 2 px
         batch["bboxes"][2, 3] = 1 / SIZE
@@ -144,6 +145,32 @@ def test_a_weight_is_a_share_of_what_a_box_counts(name):
         torch.testing.assert_close(one * 2, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml", "yolo11n-obb.yaml"])
+def test_the_losses_of_where_a_box_lies_are_those_of_plain_loops_over_weighted_boxes(name):
+    """Box, DFL and angle: each anchor's is what it would be alone, by its object's two weights."""
+    batch = batch_of(name)
+    weights = torch.tensor([0.5, 1, 0.25, 1, 0, 0.75, 1, 0.1, 0.9])
+    batch["weights"], batch["box_weights"] = weights.sqrt(), weights / weights.sqrt().clamp(min=1e-9)
+    model = made(name)
+    preds = model(batch["img"])
+
+    def where(own):
+        """Box, DFL and angle losses of the one object, or of all by their weights, that ``own`` leaves."""
+        model.criterion = model.init_criterion()
+        soften(model.criterion, Soft(), None)
+        loss, _ = model.criterion(preds, {**batch, **own})
+        return loss.detach()[[0, *range(2, len(loss))]]
+
+    alone = [
+        where({"weights": torch.ones(9), "box_weights": torch.eye(9)[i]}) - where({"box_weights": torch.zeros(9)})
+        for i in range(9)
+    ]
+    nothing = where({"box_weights": torch.zeros(9)})
+    expected = nothing + sum(weight * one for weight, one in zip(weights, alone, strict=True))
+    torch.testing.assert_close(where({}), expected, rtol=1e-4, atol=1e-5)
+    assert (torch.stack(alone).abs().amax(0) > 1e-3)[0]
+
+
 # --- models with anchors, by hand: a grid of 8 x 8 cells, one anchor of 2 x 2 cells, all outputs 0 ---
 
 LN2 = math.log(2)
@@ -160,6 +187,7 @@ def anchor_terms(num_classes=2, out=None, soft=None, smoothing=None, **more):
         "bboxes": torch.tensor([[2.5, 4.5, 2, 2]]) / 8,
         "vectors": torch.eye(num_classes)[:1],
         "weights": torch.ones(1),
+        "box_weights": torch.ones(1),
         "region_idx": torch.zeros(0),
         "region_bboxes": torch.zeros(0, 4),
         "region_keeps": torch.zeros(0, num_classes),
@@ -185,6 +213,10 @@ def test_an_anchor_loss_weighs_its_objects():
     whole, half = anchor_terms(out=shifted)[0], anchor_terms(out=shifted, weights=torch.tensor([0.5]))[0]
     assert whole == pytest.approx(1 - (0.6 - 0.25 / (6.25 + 4)), abs=1e-4)  # CIoU: less centres' distance over diagonal
     assert half == pytest.approx(whole / 2, rel=1e-5)
+    sure = torch.tensor([0.25])  # that the box is where it is: objectness and class are not asked
+    box, obj, cls = anchor_terms(out=shifted, weights=torch.tensor([0.5]), box_weights=sure)
+    assert box == pytest.approx(whole / 8, rel=1e-5)
+    assert [obj, cls] == anchor_terms(out=shifted, weights=torch.tensor([0.5]))[1:]
 
 
 def test_an_anchor_loss_learns_class_vectors():
@@ -229,8 +261,8 @@ def test_several_objects_in_one_cell_have_the_weight_of_the_last():
     assert assign(targets, ONE_ANCHOR[0], 8, 8).target.tolist() == [0, 1]
     more = {"batch_idx": torch.zeros(2), "cls": targets[:, 1:2], "bboxes": targets[:, 2:]}
     criterion = AnchorLoss(ONE_ANCHOR, 2, box=0, cls=0, imgsz=640)
-    batch = {**more, "vectors": torch.eye(2), "weights": torch.tensor([1.0, 0.25]), "region_idx": torch.zeros(0)}
-    batch |= {"region_bboxes": torch.zeros(0, 4), "region_keeps": torch.zeros(0, 2)}
+    batch = {**more, "vectors": torch.eye(2), "weights": torch.tensor([1.0, 0.25]), "box_weights": torch.ones(2)}
+    batch |= {"region_idx": torch.zeros(0), "region_bboxes": torch.zeros(0, 4), "region_keeps": torch.zeros(0, 2)}
     sums, _ = criterion.terms([torch.zeros(1, 1, 8, 8, 7)], batch)
     assert float(sums[0, 1]) == pytest.approx(63.25 * OBJ_PER_CELL, abs=1e-3)
 

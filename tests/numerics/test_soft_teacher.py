@@ -49,6 +49,7 @@ def labelled(columns=4):
         "cls": torch.tensor([[0.0], [1.0], [2.0]]),
         "bboxes": boxes(xywh),
         "weights": torch.tensor([0.7, 1.0, 1.0]),
+        "box_weights": torch.tensor([0.9, 1.0, 1.0]),
         "vectors": torch.eye(3),
         "is_stored": torch.tensor([True, False, False]),
         "region_idx": torch.tensor([0.0, 0.0, 1.0]),

@@ -47,6 +47,16 @@ def test_filtering_at_a_threshold_equals_labelling_at_it(model, images, threshol
         np.testing.assert_array_equal(filtered.boxes, labelled.boxes)
         np.testing.assert_array_equal(filtered.scores, labelled.scores)
         np.testing.assert_array_equal(filtered.objectness, labelled.objectness)
+        # Not their agreement: more candidates are above a low floor. What is known at the threshold is known there too.
+        assert len(filtered.agreement) == len(labelled.agreement) == len(labelled.boxes)
+        assert not np.isnan(filtered.agreement[~np.isnan(labelled.agreement)]).any()
+
+
+def test_candidates_of_a_model_agree_where_there_is_nms(model, images):
+    known = np.concatenate([one.agreement for one in detector(model, iou=0.5).detect(images)])
+    known = known[~np.isnan(known)]
+    assert len(known) > 10 and known.min() > 0.5 and known.max() <= 1 and known.dtype == np.float32
+    assert all(one.agreement is None for one in detector(model, iou=1.0).detect(images))
 
 
 @pytest.mark.parametrize("crowd", [1, 3, 30])  # boxes around each object, so that NMS leaves all, a third, few
@@ -57,8 +67,8 @@ def test_what_a_cut_tile_keeps_is_the_best_of_what_nms_keeps_of_all(crowd, max_d
     decoded = torch.from_numpy(np.concatenate([centres_2A, np.full((2, 900), 20.0), rng.random((3, 900))])).float()
     everything = suppressed(decoded, 3, Nms(floor=0.1, max_det=10_000))
     kept = suppressed(decoded, 3, Nms(floor=0.1, max_det=max_det))
-    assert torch.equal(kept, everything[: max_det + 1])
-    boxes, best, class_ids = everything[:, :4], *everything[:, 4:].max(1)
+    assert torch.equal(kept[:, :-1], everything[: max_det + 1, :-1])  # all but the agreement
+    boxes, best, class_ids = everything[:, :4], *everything[:, 4:-1].max(1)
     assert (best.diff() <= 0).all()
     near = iou_matrix(boxes.double().numpy(), boxes.double().numpy()) > 0.7 + 1e-6
     assert not (near & (class_ids[:, None] == class_ids).numpy() & ~np.eye(len(boxes), dtype=bool)).any()

@@ -148,11 +148,13 @@ def test_another_error_is_not_taken_for_too_little_memory(shards):
         Labeller([job], [store], 1, None)(read[0])
 
 
-def test_tiles_that_had_failed_join_a_shard_of_format_4(shards):
+@pytest.mark.parametrize("missing", [["xywhr", "agreement"], ["agreement"]])
+def test_tiles_that_had_failed_join_a_shard_of_format_4_or_5(shards, missing):
     job, store, read = shards
     label_both(job, store, read)
     after = read_table(shard_file(store, 0))
-    both = module._together(after.drop_columns(["xywhr"]), after)
+    both = module._together(after.drop_columns(missing), after)
     assert both.schema.equals(after.schema.remove_metadata())
     assert both["tile_id"].to_pylist() == 2 * after["tile_id"].to_pylist()
-    assert both["xywhr"].to_pylist() == [None, None, *after["xywhr"].to_pylist()]
+    assert all(both[name].to_pylist()[:2] == [None, None] for name in missing)
+    assert [len(one) for one in both["agreement"].to_pylist()[2:]] == [len(one) for one in after["boxes"].to_pylist()]

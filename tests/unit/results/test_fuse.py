@@ -1,6 +1,7 @@
 """Several teachers over one tile."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,11 @@ def test_boxes_are_weighted_by_score_and_teacher_and_vectors_by_teacher():
     np.testing.assert_allclose(found.boxes, [[1.2, 0, 11.2, 10]], rtol=1e-6)
     np.testing.assert_allclose(found.scores, (1 * A.scores + 3 * B.scores) / 4, rtol=1e-6)
     assert found.boxes.dtype == found.scores.dtype == np.float32 and found.objectness is None
+
+
+def test_fused_boxes_have_no_agreement():
+    known = replace(A, agreement=np.ones(1, np.float32))
+    assert fuse(known, known).agreement is None
 
 
 def test_what_only_some_found_scores_their_share_of_the_weights():

@@ -1,5 +1,6 @@
 """Stores read shard by shard, and scenes found in them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ from made_stores import detections, made_store, made_tile, write_tiles
 
 from softlabel.errors import StoreError
 from softlabel.evaluation.run import tile_results
-from softlabel.records import LABELLED
+from softlabel.records import LABELLED, detections_from_row
 from softlabel.results.scenes import read_scenes
 from softlabel.results.stores import num_shards, open_store, read_all
-from softlabel.store import DONE, shard_file, write_table
+from softlabel.store import DONE, read_json, read_soft_labels, read_table, shard_file, write_json, write_table
 
 ASSETS = Path(__file__).parents[2] / "assets"
 FOUND = detections((1, 2, 3, 4, 1, 0.9), (0, 0, 8, 8, 2, 0.2))
@@ -57,6 +58,26 @@ def test_a_store_comes_back_as_it_was_labelled(tmp_path):
         np.testing.assert_array_equal(row.found.scores, expected.scores)
         assert (row.reason, row.retryable) == (reason, retryable)
     assert store.classes == ["car", "plane", "ship"] and store.num_tiles == 4
+
+
+def test_agreement_comes_back_and_a_store_of_format_5_has_none(tmp_path):
+    known = replace(FOUND, agreement=np.linspace(0.7, 1, len(FOUND.boxes), dtype=np.float32))
+    known.agreement[0] = np.nan
+    folder = made_store(tmp_path, [made_tile("s", (0, 0, 8, 8), known), made_tile("s", (8, 0, 8, 8), FOUND)])
+    first, second = map(detections_from_row, read_soft_labels(folder))
+    np.testing.assert_array_equal(first.agreement, known.agreement)
+    assert first.agreement.dtype == np.float32 and second.agreement is None
+    order = np.arange(len(known.boxes))[::-1]
+    np.testing.assert_array_equal(first.at(order).agreement, known.agreement[::-1])
+    path = shard_file(folder, 0)
+    write_table(path, read_table(path).drop_columns(["agreement"]))
+    write_json(folder / DONE, {**read_json(folder / DONE), "format_version": 5})
+    for found, row in zip(
+        map(detections_from_row, read_soft_labels(folder)), read_all(open_store(folder)), strict=True
+    ):
+        np.testing.assert_array_equal(found.boxes, FOUND.boxes)
+        np.testing.assert_array_equal(row.found.scores, FOUND.scores)
+        assert found.agreement is None and row.found.agreement is None
 
 
 def test_what_is_no_finished_store_is_refused_in_words(tmp_path):

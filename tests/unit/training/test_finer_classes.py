@@ -182,3 +182,9 @@ def test_a_store_without_parents_has_none(made, tmp_path):
     write_json(copy / STORE, found)
     write_json(copy / DONE, read_json(made / DONE))
     refused(recipe_of(copy), r"has car-red, neither among the recipe's classes")
+
+
+@pytest.mark.parametrize(("key", "value"), [("supplement", {}), ("rounds", 2)])
+def test_what_is_of_the_recipe_s_classes_is_refused(finer, tiles, key, value):
+    with pytest.raises(RecipeError, match=rf"train\.soft\.{key} is of the recipe's classes"):
+        job_of(recipe_of(finer, soft={key: value}), tiles.parent, tiles)

@@ -28,8 +28,11 @@ SCORES = np.array(
 OBJECTNESS = np.array([0.8, 0.6, 0.5, 0.4, 0.05], np.float32)
 
 
-def softness(objectness=None, *, threshold=0.5, low=1.0, calibrated=False, **options):
-    found = Detections(BOXES, SCORES, objectness=objectness)
+AGREEMENT = np.array([0.8, np.nan, 0.9, 0.9, np.nan], np.float32)
+
+
+def softness(objectness=None, *, agreement=None, threshold=0.5, low=1.0, calibrated=False, **options):
+    found = Detections(BOXES, SCORES, objectness=objectness, agreement=agreement)
     kept, above_low = found.is_above(threshold), found.is_above(low)
     return label_softness(found, kept, above_low, 3, Soft(**options), calibrated=calibrated)
 
@@ -59,6 +62,14 @@ def test_a_temperature_below_1_sharpens():
     made = softness(class_targets="vector", temperature=0.5)
     odds = (SCORES[:2].astype(np.float64) / (1 - SCORES[:2])) ** 2
     np.testing.assert_allclose(made.vectors, odds / (1 + odds), atol=1e-5)
+
+
+def test_a_box_weighs_its_agreement_and_1_where_that_is_not_known():
+    made = softness(agreement=AGREEMENT, localisation_power=2.0, weight_power=1.0)
+    np.testing.assert_allclose(made.box_weights, [0.64, 1], rtol=1e-6)
+    np.testing.assert_allclose(made.weights, [0.8, 0.6], rtol=1e-6)
+    for plain in (softness(agreement=AGREEMENT), softness(localisation_power=2.0)):
+        np.testing.assert_array_equal(plain.box_weights, [1, 1])
 
 
 def test_labels_between_two_thresholds_are_neither():
@@ -100,6 +111,7 @@ def test_truth_that_cannot_be_used_is_neither():
     tile = {"window": [0, 0, 64, 32], "labelled_classes": None}
     made = truth_softness(tile, truth, 3, Soft(ignore_truth=True))
     np.testing.assert_array_equal(made.vectors, [[0, 0, 1]])
+    np.testing.assert_array_equal(made.box_weights, [1])
     np.testing.assert_array_equal(made.regions, [[25, 30, 10, 20, 0], [5.5, 5.5, 1, 1, 0]])
     assert not made.keeps.any()
     assert not len(truth_softness(tile, truth, 3, Soft(smoothing=0.5)).regions)
@@ -136,6 +148,18 @@ def test_a_training_set_is_soft_as_the_job_says(job):
     assert len(soft.regions) == 1
     with pytest.raises(TrainingError, match=r"s: every label weighs 0: lower train\.soft\.weight_power"):
         job(weight_power=1e6).targets()
+
+
+def test_a_store_without_any_agreement_is_refused_where_it_is_needed(job, tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"localisation_power .* no box of .*label-w1 has an agreement: delete that"
+    ):
+        job(localisation_power=1.0).targets()
+    found = [Detections(BOXES, SCORES), Detections(BOXES, SCORES, agreement=AGREEMENT), None]
+    made = [made_tile("s", (64 * i, 0, 64, 64), one, split="train_2") for i, one in enumerate(found)]
+    some = replace(job(localisation_power=1.0), soft_labels=write_store(tmp_path, made, weights="some"))
+    weights = [target.soft.box_weights.tolist() for target in some.targets()]
+    assert weights == [[1, 1], pytest.approx([0.8, 1]), []]
 
 
 def test_a_dropped_label_leaves_nothing_behind(job):
@@ -245,18 +269,21 @@ def test_labels_come_through_augmentation_as_they_do_without_softness(job, task)
 
 
 def test_each_label_keeps_what_is_its_own(tmp_path, job):
-    """Of tiles whose labels are all of other scores."""
-    made = [
-        made_tile("s", (64 * i, 0, 64, 64), Detections(BOXES, SCORES * np.float32(1 - 0.01 * i)), split="train_2")
-        for i in range(4)
-    ]
-    own = job(class_targets="vector", weight_power=1.0, background_doubt=1.0)
+    """Of tiles whose labels are all of other scores and agreements."""
+    differing = lambda share: Detections(BOXES, SCORES * share, agreement=AGREEMENT * share)  # noqa: E731
+    made = [made_tile("s", (64 * i, 0, 64, 64), differing(np.float32(1 - 0.01 * i)), split="train_2") for i in range(4)]
+    own = job(class_targets="vector", weight_power=1.0, localisation_power=1.0, background_doubt=1.0)
     targets = replace(own, soft_labels=write_store(tmp_path, made, weights="differing")).targets()
     data = {"names": dict(enumerate(CLASSES)), "nc": 3, "channels": 3}
     read = lambda tile: np.zeros((64, 64, 3), np.uint8)  # noqa: E731
     dataset = TileDataset(targets, read, imgsz=64, augment=False, hyp=get_cfg(), data=data)
     batch = looked_up(dataset.collate_fn([dataset[i] for i in range(4)]), soft_rows(targets))
-    for key, attribute in (("vectors", "vectors"), ("weights", "weights"), ("region_keeps", "keeps")):
+    for key, attribute in (
+        ("vectors", "vectors"),
+        ("weights", "weights"),
+        ("box_weights",) * 2,
+        ("region_keeps", "keeps"),
+    ):
         expected = np.concatenate([getattr(target.soft, attribute) for target in targets])
         assert len(np.unique(expected)) >= 4
         np.testing.assert_array_equal(batch[key], expected)
@@ -289,7 +316,8 @@ def test_a_student_is_another_one_by_its_softness(tmp_path):
     plain = folder(recipe())
     assert folder(recipe(ignore_truth=True)) == plain  # that is about truth
     ways = [folder(recipe(smoothing=0.5)), folder(recipe(weight_power=1.0)), folder(recipe(), drop=0.3)]
-    assert len({plain, *ways}) == 4
+    ways.append(folder(recipe(localisation_power=1.0)))
+    assert len({plain, *ways}) == 5
 
 
 # --- mistakes ---
@@ -360,8 +388,14 @@ def test_a_recipe_says_what_is_wrong_with_its_softness(soft, problem):
 
 
 def test_what_is_made_of_scores_is_refused_for_truth(tmp_path):
-    some = ({"weight_power": 1}, {"class_targets": "vector"}, {"ignore_above": 0.1}, {"background_doubt": 1})
-    for soft in (*some, {"supplement": {}}, {"rounds": 2}):
+    of_scores = (
+        {"weight_power": 1},
+        {"localisation_power": 1},
+        {"class_targets": "vector"},
+        {"ignore_above": 0.1},
+        {"background_doubt": 1},
+    )
+    for soft in (*of_scores, {"supplement": {}}, {"rounds": 2}):
         with pytest.raises(RecipeError, match=rf"train\.soft\.{next(iter(soft))} is about soft labels"):
             recipe_train_job(recipe(**soft), tmp_path, tmp_path, None)
 
