@@ -160,7 +160,7 @@ def test_the_loss_of_such_a_tile_is_weighted_place_by_place(name):
         else:
             plain, weighted = (criterion.loss(raw, one)[0] for one in (without, batch))
             difference = (plain - weighted)[1] / 3 / model.args.cls
-            logits = raw["scores"][1].T
+            logits = raw["scores"][1].T.detach()
             total = normaliser(criterion, raw, without)
             expected = float(
                 (bce(logits, torch.zeros_like(logits), reduction="none") * batch["teacher_scores"][1]).sum()
