@@ -18,6 +18,7 @@ from softlabel.session import LOG, Terminated, ray_session
 from softlabel.terminal import say
 
 if TYPE_CHECKING:
+    from softlabel.results.chosen import ChosenLabels
     from softlabel.results.subtype import Attribute
 
 # Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
@@ -215,27 +216,40 @@ def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool
 
 
 def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
-    from softlabel.results.chosen import chosen_labels
-    from softlabel.training.arguments import check_models, check_soft
     from softlabel.training.job import recipe_train_job
     from softlabel.training.run import train
     from softlabel.workflows.self_training import in_one_launch, self_train
 
-    check_models(recipe.train)
-    chosen = chosen_labels(recipe)  # a mistake in it is said before scenes are read
-    finer = chosen.class_map if chosen else None
-    check_soft(recipe, [recipe.train.threshold] if _soft(recipe) else [], len(finer.becomes) if finer else None)
+    chosen = _checked_labels(recipe)  # a mistake in them is said before scenes are read
     tiles = _tiles(recipe, run_dir)
     if chosen:
         store: Path | None = chosen.of(tiles)
     else:
         store = _store(recipe, run_dir, tiles) if _soft(recipe) else None
-    job = recipe_train_job(recipe, run_dir, tiles, store, finer)
+    job = recipe_train_job(recipe, run_dir, tiles, store, chosen.class_map if chosen else None)
     with ray_session(run_dir, verbose=verbose):
         train(recipe, [job], run_dir)
         rounds = {"student": recipe.train.soft.rounds}
         job = self_train(recipe, run_dir, {"student": job}, rounds, in_one_launch(recipe, run_dir))["student"]
     print(job.folder)
+
+
+def _checked_labels(recipe: Recipe) -> "ChosenLabels | None":
+    """What ``train.store`` names, if it names something, and whether a student of the recipe's can be made of it."""
+    from softlabel.results.chosen import chosen_labels
+    from softlabel.training.arguments import check_models, check_soft
+    from softlabel.training.job import check_finer, check_truth
+
+    check_models(recipe.train)
+    chosen = chosen_labels(recipe)
+    finer = chosen.class_map if chosen else None
+    if _soft(recipe):
+        check_soft(recipe, [recipe.train.threshold], len(finer.becomes) if finer else None)
+    else:
+        check_truth(recipe.train.soft)
+    if finer:
+        check_finer(recipe.train.soft)
+    return chosen
 
 
 def _evaluate(recipe: Recipe, run_dir: Path) -> None:
@@ -481,8 +495,8 @@ def _check_training(verb: str, recipe: Recipe) -> None:
     match verb:
         case "experiment" | "demo":
             check_soft(recipe, recipe.train.thresholds)
-        case "train" if _soft(recipe):
-            check_soft(recipe, [recipe.train.threshold])
+        case "train" if not recipe.train.store or Path(recipe.train.store).is_dir():  # it may be on the cluster alone
+            _checked_labels(recipe)
         case "search":
             from softlabel.search.run import check_space
 

@@ -93,9 +93,9 @@ def recipe_train_job(
     ``class_map`` is of labels whose classes are finer than the recipe's."""
     settings = recipe.train
     if store is None:
-        _check_truth(settings.soft)
+        check_truth(settings.soft)
     elif class_map:
-        _check_finer(settings.soft)
+        check_finer(settings.soft)
     return train_job(
         recipe,
         run_dir,
@@ -111,8 +111,12 @@ def recipe_train_job(
     )
 
 
-def _check_finer(soft: Soft) -> None:
-    """Refuse what needs truth, or labels by students, of classes that the recipe does not have."""
+def check_finer(soft: Soft) -> None:
+    """Refuse what needs truth, or labels by students, of classes that the recipe does not have.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
     for key, is_set in (("supplement", soft.supplement is not None), ("rounds", soft.rounds > 1)):
         if is_set:
             raise RecipeError(f"train.soft.{key} is of the recipe's classes, and train.store's are finer: remove it")
@@ -128,8 +132,12 @@ def _check_supplement(supplement: Supplement, tiles: Path, split: str) -> None:
         )
 
 
-def _check_truth(soft: Soft) -> None:
-    """Refuse what is made of soft labels."""
+def check_truth(soft: Soft) -> None:
+    """Refuse what is made of soft labels, for a student of truth.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
     of_labels = Soft(**soft.model_dump(exclude={"ignore_truth", "background_far", "smoothing"}))
     if wrong := of_labels.model_dump(exclude_defaults=True):
         raise RecipeError(f"train.soft.{next(iter(wrong))} is about soft labels, and these are truth: remove it")

@@ -138,6 +138,8 @@ def _one_to_many(model: Any) -> Iterator[None]:
     before = getattr(head, "end2end", False)
     if before:
         head.end2end = False
-    yield
-    if before:
-        head.end2end = True
+    try:
+        yield
+    finally:
+        if before:
+            head.end2end = True

@@ -133,6 +133,7 @@ def test_a_teacher_that_cannot_label_is_said_before_scenes_are_read(tmp_path, ca
             {"train": {"soft": {"ignore_above": 0.4}}},
             "ignore_above is 0.4 for car, not below its threshold of 0.3",
         ),
+        ("train", {"train": {"labels": "truth", "soft": {"rounds": 2}}}, "train.soft.rounds is about soft labels"),
         ("experiment", {"train": {"soft": {"ignore_above": 0.4}}}, "not below its threshold of 0.3"),
         ("search", {"search": {"space": {"train.student.args.rect": {"choices": [True]}}}}, "rect has no effect"),
         ("compare", {"compare": {"methods": {"low": {"train.threshold": 0.1}}, "seeds": 3}}, None),

@@ -17,6 +17,7 @@ from softlabel.detectors.yolo import YoloDetector
 from softlabel.dry_run import plan
 from softlabel.errors import RecipeError, StoreError
 from softlabel.imagery.scenes import read_tile
+from softlabel.recipe_file import dump_recipe
 from softlabel.records import Detections, Nms, Truth
 from softlabel.results.chosen import chosen_labels
 from softlabel.results.colour import Colour
@@ -188,3 +189,20 @@ def test_a_store_without_parents_has_none(made, tmp_path):
 def test_what_is_of_the_recipe_s_classes_is_refused(finer, tiles, key, value):
     with pytest.raises(RecipeError, match=rf"train\.soft\.{key} is of the recipe's classes"):
         job_of(recipe_of(finer, soft={key: value}), tiles.parent, tiles)
+
+
+def test_a_dry_run_counts_the_classes_that_a_student_would_have(tiles, tmp_path, capsys):
+    """Online smoothing is of no use with one class, and of some where the store has several of it."""
+    rows = [
+        (row, Detections(found.boxes, found.scores[:, :1]), *more)
+        for row, found, *more in map(labelled, read_tiles(tiles))
+    ]
+    store = write_store(tiles.parent, rows, tiles=tiles.name, weights="cars", classes=["car"])
+    job = subtype_job(store, "car", Colour())
+    write_finer(job, read_tile)
+    for chosen, code in ((job.output, 0), (store, 2)):
+        recipe = recipe_of(chosen, soft={"smoothing": 0.5}).model_copy(update={"classes": ("car",)})
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+        asked = ["train", "--config", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run"), "--dry-run"]
+        assert main(asked) == code
+        assert ("smoothing has no use" in capsys.readouterr().err) == bool(code)
