@@ -1,14 +1,14 @@
 """Which model to train on what: from a recipe to the TrainJob that fixes it, and the folder that is named by it."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from softlabel.calibration import calibration_of
-from softlabel.config import HARD, Execution, Model, Recipe, Soft, Supplement, Threshold, default_iou
+from softlabel.config import Execution, Model, Recipe, Soft, Supplement, Threshold, default_iou
 from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import RecipeError, WeightsError
-from softlabel.store import digest, file_digest, step_dir, summary
+from softlabel.store import step_dir, summary
 from softlabel.training.targets import TrainJob
 
 
@@ -48,25 +48,9 @@ def train_job(
         soft = recipe.train.soft.of_labels() if soft_labels else recipe.train.soft.of_truth()
     if soft.supplement:
         _check_supplement(soft.supplement, tiles, split)
-    inputs = {
-        "nms": asdict(nms),  # decides validation mAP, and by it the epoch that is kept
-        "model": model.model,
-        "weights": file_digest(weights) if weights else None,
-        "args": model.args,
-        "tiles": tiles.name,
-        "split": split,
-        "val_split": val_split,
-        "soft_labels": soft_labels.name if soft_labels else None,
-        "threshold": threshold,
-        **({} if subset == 1 else {"subset": subset}),
-        **({"calibration": digest(calibration.to_json())} if calibration else {}),
-        **({} if soft == HARD else {"soft": soft.model_dump(mode="json", exclude_defaults=True)}),
-        **({"drop": drop} if drop else {}),
-        "seed": recipe.seed,
-    }
-    return TrainJob(
+    job = TrainJob(
         name=name,
-        folder=step_dir(run_dir, f"train-{name}", inputs),
+        folder=run_dir,
         classes=tuple(name for name, _ in class_map.becomes) if class_map else recipe.classes,
         model=model.model,
         weights=weights,
@@ -84,6 +68,7 @@ def train_job(
         drop=drop,
         class_map=class_map,
     )
+    return replace(job, folder=step_dir(run_dir, f"train-{name}", job.identity()))
 
 
 def recipe_train_job(

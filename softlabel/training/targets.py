@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from softlabel.config import HARD, Soft, Threshold
 from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Detections, Nms, Truth, detections_from_row
-from softlabel.store import digest, read_shards, read_soft_labels, read_tiles
+from softlabel.store import digest, file_digest, read_shards, read_soft_labels, read_tiles
 from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, truth_softness, with_parts
 
 WEIGHTS = "weights.safetensors"
@@ -88,6 +88,25 @@ class TrainJob:
     soft: Soft = HARD
     drop: float = 0.0
     class_map: ClassMap | None = None
+
+    def identity(self) -> dict:
+        """All that determines the model; the name of its folder follows from it."""
+        return {
+            "nms": asdict(self.nms),  # decides validation mAP, and by it the epoch that is kept
+            "model": self.model,
+            "weights": file_digest(self.weights) if self.weights else None,
+            "args": self.args,
+            "tiles": self.tiles.name,
+            "split": self.split,
+            "val_split": self.val_split,
+            "soft_labels": self.soft_labels.name if self.soft_labels else None,
+            "threshold": self.threshold,
+            **({} if self.subset == 1 else {"subset": self.subset}),
+            **({"calibration": digest(self.calibration.to_json())} if self.calibration else {}),
+            **({} if self.soft == HARD else {"soft": self.soft.model_dump(mode="json", exclude_defaults=True)}),
+            **({"drop": self.drop} if self.drop else {}),
+            "seed": self.seed,
+        }
 
     def targets(self) -> list[Target]:
         """The training set.
