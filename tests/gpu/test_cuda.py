@@ -102,6 +102,8 @@ def test_nothing_waits_for_the_device_while_a_pass_is_launched(model, images):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     done.synchronize()
+    for copied, found in zip(into, (kept.rows, kept.count), strict=True):
+        torch.testing.assert_close(copied, found.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_nms_and_resizing_are_the_cpu_s_to_the_last_bit():

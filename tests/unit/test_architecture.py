@@ -28,6 +28,7 @@ GROUND = {
 TOP = {
     "softlabel.cli",
     "softlabel.dry_run",
+    "softlabel.flags",
     "softlabel.session",
 }
 RAY = {

@@ -13,7 +13,7 @@ import ray.autoscaler
 import yaml
 
 import softlabel
-from softlabel.cli import _parser
+from softlabel.flags import parser
 from softlabel.recipe_file import load_recipe
 
 REPO = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_commands_name_files_that_exist_and_flags_that_parse(path, monkeypatch):
     assert commands(path)
     for script, *flags in commands(path):
         assert Path(script).is_file()
-        arguments = _parser().parse_args([Path(script).stem, *flags])
+        arguments = parser().parse_args([Path(script).stem, *flags])
         # A job's own folder is a copy on one node that Ray deletes: results belong where all nodes see them.
         assert all(folder.is_absolute() for folder in folders(arguments))
 
@@ -170,7 +170,7 @@ def test_every_pod_mounts_the_shared_volume_that_the_job_writes_to():
 def test_the_workers_have_what_the_recipe_asks_for(monkeypatch):
     monkeypatch.chdir(REPO)
     ((_, *flags),) = commands(RAYJOB)
-    arguments = _parser().parse_args(["experiment", *flags])
+    arguments = parser().parse_args(["experiment", *flags])
     execution = load_recipe(arguments.config, arguments.set).execution
     (group,) = load(RAYJOB)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]

@@ -12,9 +12,10 @@ import yaml
 from pages import PAGES, REPO, blocks, lines, make_images
 from ray.scripts.scripts import cli as ray_cli
 
-from softlabel.cli import _STORE_VERBS, _VERBS, _WEIGHTS_VERBS, _parser, main
+from softlabel.cli import _STORE_VERBS, _VERBS, _WEIGHTS_VERBS, main
 from softlabel.config import Recipe
 from softlabel.errors import SoftlabelError
+from softlabel.flags import parser
 from softlabel.recipe_file import load_recipe
 
 MINIMAL = {"name": "x", "classes": ["car", "plane", "ship"], "tiles": {"scenes": "images"}}
@@ -66,7 +67,7 @@ def is_a_recipe(block):
 
 
 def softlabel(words):
-    arguments = _parser().parse_args(words)
+    arguments = parser().parse_args(words)
     if words[0] in {*_STORE_VERBS, *_WEIGHTS_VERBS}:
         return True  # they parse; a store and a checkpoint have tests of their own
     # The one recipe that is named there without its data.
@@ -76,7 +77,7 @@ def softlabel(words):
 
 def python(words):
     script, *flags = words
-    arguments = _parser().parse_args([Path(script).stem, *flags])
+    arguments = parser().parse_args([Path(script).stem, *flags])
     return (REPO / script).is_file() and script.startswith("jobs/") and load_recipe(arguments.config, arguments.set)
 
 
