@@ -5,7 +5,8 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,19 +198,32 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
     print(_tiles(recipe, run_dir))
 
 
+@contextmanager
+def _session(recipe: Recipe, run_dir: Path, verb: str, *, verbose: bool) -> Iterator[Recipe]:
+    """A Ray for a verb, and the recipe on what is there, which is said."""
+    from softlabel.devices import lines, with_gpus
+
+    with ray_session(run_dir, verbose=verbose) as cluster:
+        recipe = with_gpus(recipe, cluster.gpus, side_by_side=verb in _SIDE_BY_SIDE)
+        for line in lines(recipe, cluster.node_cpus, labels=verb != "train", trains=verb in _TRAIN):
+            say(line)
+        yield recipe
+
+
 def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool = False) -> None:
     from softlabel.detectors.class_map import left_out
     from softlabel.detectors.teachers import recipe_teacher
+    from softlabel.devices import possible
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import label
 
-    teacher = recipe_teacher(recipe)  # a mistake in it is said before scenes are read
-    job = recipe_label_job(recipe, _tiles(recipe, run_dir), teacher)
-    if job.teacher.class_map is not None:
-        for line in left_out(job.teacher.class_map, recipe.label.classes):
+    class_map = recipe_teacher(possible(recipe)[0]).class_map  # a mistake is said before scenes are read
+    tiles = _tiles(recipe, run_dir)
+    if class_map is not None:
+        for line in left_out(class_map, recipe.label.classes):
             say(line)
-    with ray_session(run_dir, verbose=verbose):
-        (folder,) = label(recipe, [job], run_dir, retry_rejected=retry_rejected)
+    with _session(recipe, run_dir, "label", verbose=verbose) as recipe:
+        (folder,) = label(recipe, [recipe_label_job(recipe, tiles)], run_dir, retry_rejected=retry_rejected)
     print(folder)
 
 
@@ -225,7 +239,7 @@ def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     else:
         store = _store(recipe, run_dir, tiles) if _soft(recipe) else None
     job = recipe_train_job(recipe, run_dir, tiles, store, chosen.class_map if chosen else None)
-    with ray_session(run_dir, verbose=verbose):
+    with _session(recipe, run_dir, "train", verbose=verbose) as recipe:
         train(recipe, [job], run_dir)
         rounds = {"student": recipe.train.soft.rounds}
         job = self_train(recipe, run_dir, {"student": job}, rounds, in_one_launch(recipe, run_dir))["student"]
@@ -274,28 +288,28 @@ def _calibrate(recipe: Recipe, run_dir: Path) -> None:
 def _experiment(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.workflows.experiment import experiment
 
-    with ray_session(run_dir, verbose=verbose):
+    with _session(recipe, run_dir, "experiment", verbose=verbose) as recipe:
         experiment(recipe, run_dir)
 
 
 def _search(recipe: Recipe, run_dir: Path, *, verbose: bool, budget: float | None = None, resume: bool = False) -> None:
     from softlabel.workflows.search import search_experiment
 
-    with ray_session(run_dir, verbose=verbose):
+    with _session(recipe, run_dir, "search", verbose=verbose) as recipe:
         search_experiment(recipe, run_dir, budget, resume=resume)
 
 
 def _compare(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.workflows.compare import compare
 
-    with ray_session(run_dir, verbose=verbose):
+    with _session(recipe, run_dir, "compare", verbose=verbose) as recipe:
         compare(recipe, run_dir)
 
 
 def _categorize(recipe: Recipe, run_dir: Path, *, verbose: bool, vocabulary: Path, threshold: float = 0.1) -> None:
     from softlabel.workflows.categorize import categorize
 
-    with ray_session(run_dir, verbose=verbose):
+    with _session(recipe, run_dir, "categorize", verbose=verbose) as recipe:
         categorize(recipe, run_dir, vocabulary, threshold)
 
 
@@ -313,6 +327,7 @@ _VERBS: dict[str, Callable[..., None]] = {
 }
 
 
+_SIDE_BY_SIDE = ("search", "compare")
 _TRAIN = ("train", "experiment", "search", "compare", "demo")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _WEIGHTS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -338,20 +353,33 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
+    """The store that ``softlabel label`` filled, on whatever it ran."""
+    from softlabel.devices import possible
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import finished_store
+    from softlabel.store import is_done
 
-    return finished_store(recipe_label_job(recipe, tiles), run_dir)
+    jobs = [recipe_label_job(each, tiles) for each in possible(recipe)]
+    done = [job for job in jobs if is_done(job.folder(run_dir))]
+    if len(done) > 1:
+        say(f"labels of a GPU and of a CPU are here: taking {done[0].folder(run_dir).name}, the GPU's")
+    return finished_store((done or jobs[-1:])[0], run_dir)
 
 
 def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
+    import torch
+
+    from softlabel.devices import with_gpus
     from softlabel.dry_run import plan
 
+    gpus = torch.cuda.device_count()
+    recipe = with_gpus(recipe, gpus, side_by_side=verb in _SIDE_BY_SIDE)
     print(f"# {verb} into {run_dir}\n{dump_recipe(recipe)}")
     if verb in _TRAIN:
         _check_training(verb, recipe)
     for line in plan(recipe, trains=verb in _TRAIN, labels=verb == "label"):
         print(f"# {line}")
+    print(f"# here: {os.cpu_count()} CPUs and {gpus} GPUs; on a cluster its own count")
 
 
 def _check_training(verb: str, recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ Everything here determines a result and enters the hash of the step that reads i
 workers for labelling never redo work. (Training does depend on the world size; it is recorded with the numbers.)
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -383,8 +383,10 @@ class Compare(_Section):
 
 
 class Execution(_Section):
-    """Where and how wide it runs. Not hashed."""
+    """Where and how wide it runs. Not hashed. What is not said of GPUs is settled by those that are there: see
+    ``softlabel.devices``."""
 
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu: no GPU is used, even where there is one")
     actors: Annotated[int, Field(gt=0)] | tuple[int, int] = Field(1, description="labelling actors, or (min, max)")
     cpus_per_actor: Annotated[float, Field(gt=0)] | None = Field(
         None, description="null: 1 with GPUs; without, the actors share all CPUs that the readers leave"
@@ -405,6 +407,13 @@ class Execution(_Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="restarts of training, or of labelling without a tile gained, before giving up"
     )
+
+    @model_validator(mode="after")
+    def _uses_no_gpu(self) -> Self:
+        for key in ("gpus_per_actor", "gpus_per_worker"):
+            if self.device == "cpu" and getattr(self, key):
+                raise ValueError(f"device: cpu uses no GPU, and {key} asks for one: remove either")
+        return self
 
 
 class Recipe(_Section):

@@ -5,15 +5,14 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from softlabel.config import Execution, Label, Recipe
+from softlabel.config import Recipe
 from softlabel.detectors.class_map import listed
-from softlabel.detectors.engine_choice import CPU_BATCH, resolve
 from softlabel.detectors.teachers import recipe_teacher
+from softlabel.devices import lines
 from softlabel.errors import SceneError
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
-from softlabel.labelling.resources import Resources
 from softlabel.results.chosen import chosen_labels
 from softlabel.training.arguments import check_models
 
@@ -62,8 +61,7 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
     # A soft label is 4 + K numbers; at a low floor a tile keeps some 50 of them, and zstd halves what is left.
     megabytes = tiles * 50 * 4 * (4 + len(recipe.classes)) / 2 / 1e6
     yield f"soft labels: some {max(megabytes, 0.1):.1f} MB per teacher over all tiles"
-    yield _labelling(recipe)
-    yield _training(recipe.execution)
+    yield from lines(recipe, (float(os.cpu_count() or 1),), labels=True, trains=True)
 
 
 def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list[SceneError]]:
@@ -78,35 +76,3 @@ def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list
     if not sizes:
         raise SceneError(f"none of {len(uris)} scenes sampled can be read; the first: {problems[0]}")
     return sizes, problems
-
-
-def _engine(label: Label) -> str:
-    """What was asked for, or where nothing was and the teacher is no YOLO, what runs it."""
-    is_yolo = label.open_vocabulary is None and (
-        label.weights is None or label.weights.endswith((".pt", ".safetensors"))
-    )
-    return label.engine if is_yolo or label.engine != "auto" else "pytorch"
-
-
-def _labelling(recipe: Recipe) -> str:
-    execution, cuda = recipe.execution, recipe.execution.gpus_per_actor > 0
-    engine, precision = resolve(_engine(recipe.label), recipe.label.precision, cuda=cuda, with_losses=False)
-    resources = Resources(execution, (float(os.cpu_count() or 1),), 0)
-    most = "" if resources.most_actors == resources.least_actors else f" to {resources.most_actors}"
-    actors = "1 actor" if resources.most_actors == 1 else f"{resources.least_actors}{most} actors"
-    # Of a cluster nothing is known before it is joined.
-    here = "" if cuda or execution.cpus_per_actor else " (on this machine; on a cluster all that its readers leave)"
-    size = "as many tiles as fit" if cuda and not execution.batch_size else f"{execution.batch_size or CPU_BATCH} tiles"
-    batch = "tile by tile" if engine == "openvino" else f"{size} per forward pass"
-    needed = resources.least_actors * resources.cpus_per_actor + resources.cpus_per_reader
-    (there,) = resources.node_cpus
-    more = f": more than the {there:g} CPUs of this machine" if needed > there and not cuda else ""
-    return (
-        f"labelling: {actors} of {resources.cpus_per_actor:g} CPU and {execution.gpus_per_actor:g} GPU{here}, "
-        f"{engine} in {precision}, {batch}{more}"
-    )
-
-
-def _training(execution: Execution) -> str:
-    workers = "1 worker" if execution.workers == 1 else f"{execution.workers} workers"
-    return f"training: {workers} of {execution.cpus_per_worker:g} CPU and {execution.gpus_per_worker:g} GPU"

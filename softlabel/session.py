@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,24 +21,49 @@ class Terminated(BaseException):
     """SIGTERM, as `ray job stop` and a preempted machine send it: leave by way of every `finally`."""
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """What there is to compute on: the CPUs of each node, and GPUs in all."""
+
+    node_cpus: tuple[float, ...]
+    gpus: int
+
+
 @contextmanager
-def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[None]:
+def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[Cluster]:
     """Ray, from here to the end; what it says goes to a log in the run folder, or to the terminal if ``verbose``.
 
     Raises:
         SessionError: Ray does not start, there is no such cluster, or the log cannot be written.
     """
     if verbose:
-        with _ray():
-            yield
+        with _ray() as joined:
+            yield _cluster(joined)
         return
-    with log_to(run_dir / LOG), _workers_heard(), _ray():
-        yield
+    with log_to(run_dir / LOG), _workers_heard(), _ray() as joined:
+        yield _cluster(joined)
+
+
+def _cluster(joined: bool) -> Cluster:
+    """What Ray counts; of the GPUs of this machine, which a Ray of our own has, those that PyTorch can use."""
+    import ray
+
+    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    gpus = int(ray.cluster_resources().get("GPU", 0.0))
+    if joined or not gpus:
+        return Cluster(nodes, gpus)
+    import torch
+
+    usable = min(gpus, torch.cuda.device_count())
+    if usable < gpus:
+        say(f"PyTorch {torch.__version__} can use {usable} of the {gpus} GPUs here: install one built for them")
+    return Cluster(nodes, usable)
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
-    """The cluster this runs in when it was submitted as a job, else a Ray of its own on this machine.
+def _ray() -> Iterator[bool]:
+    """The cluster this runs in when it was submitted as a job, else a Ray of its own on this machine; whether it is a
+    cluster.
 
     A bare ray.init() would attach to whatever Ray happens to run here. RAY_ADDRESS with http:// is where jobs are
     submitted to, not a cluster to join.
@@ -54,7 +80,7 @@ def _ray() -> Iterator[None]:
             signal.signal(signal.SIGTERM, _terminate)  # ray.init sets a handler of its own
             try:
                 with _terminated_in_c():
-                    yield
+                    yield joined
             finally:
                 ray.shutdown()
     finally:

@@ -4,7 +4,7 @@ import re
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+import yaml
 from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
 
+from softlabel import cli
 from softlabel.errors import RecipeError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
@@ -26,6 +28,7 @@ from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
 from softlabel.lease import Lease
 from softlabel.records import detections_from_row
+from softlabel.session import Cluster
 from softlabel.store import DONE, read_json, read_tiles, summary, write_json
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -278,6 +281,22 @@ def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
     assert 0 < speed["busy"] <= 1 and speed["limit"] in ("model", "reading")
     assert speed["megapixels_per_s"] == pytest.approx(speed["tiles_per_s"] * 64 * 64 / 1e6, rel=0.05)
     assert speed["km2_per_s"] > 0
+
+
+def test_gpus_are_used_where_the_recipe_says_nothing_of_them(recipe, weights, tmp_path, monkeypatch, capsys):
+    """With GPUs that Ray only counts, and the test's Ray for the command's own."""
+    monkeypatch.setattr(cli, "ray_session", lambda run_dir, verbose: nullcontext(Cluster((3.0,), 2)))
+    values = recipe.model_dump(mode="json", exclude={"execution"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run")]
+    flags += ["--set", f"label.weights={weights}", "--set", "label.precision=float32"]
+    assert cli.main(["label", *flags]) == 0
+    assert "labelling: 2 actors of 1 CPU and 1 GPU, pytorch in float32" in capsys.readouterr().err
+    (folder,) = (tmp_path / "run").glob("label-labels-*")
+    assert summary(folder)["speed"]["devices"] == ["cpu 0", "cpu 1"]
+    assert cli.main(["evaluate", *flags]) == 0  # which joins no cluster, and finds what GPUs have labelled
+    assert cli.main(["evaluate", *flags, "--set", "execution.device=cpu"]) == 2
+    assert f"{folder.name[:13]}" in (error := capsys.readouterr().err) and folder.name not in error
 
 
 def test_an_actor_keeps_the_memory_of_a_pass_for_the_next(recipe, weights, tiles, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ GROUND = {
 }
 TOP = {
     "softlabel.cli",
+    "softlabel.devices",
     "softlabel.dry_run",
     "softlabel.flags",
     "softlabel.session",

@@ -44,8 +44,7 @@ def lines(*, trains=True, **changes):
         (
             {},
             {},
-            "1 actor of {all:g} CPU and 0 GPU (on this machine; on a cluster all that its readers leave), openvino in "
-            "float32, tile by tile",
+            "1 actor of {all:g} CPU and 0 GPU, openvino in float32, tile by tile",
         ),
         (
             {"cpus_per_actor": 1.5},
@@ -60,8 +59,8 @@ def lines(*, trains=True, **changes):
         (
             {"actors": 1000, "cpus_per_actor": 4},
             {"engine": "pytorch"},
-            "1000 actors of 4 CPU and 0 GPU, pytorch in float32, 4 tiles per forward pass: more than the {cpus:g} CPUs "
-            "of this machine",
+            "1000 actors of 4 CPU and 0 GPU, pytorch in float32, 4 tiles per forward pass: more than the {cpus:g} "
+            "CPUs here",
         ),
         (
             {"actors": 8, "gpus_per_actor": 1},
