@@ -1,9 +1,12 @@
 # Each target works alone on a fresh clone: Python 3.11 with venv, make, libGL and glib are all it needs.
 PYTHON ?= python3.11
+OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
+OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
+TOOLS := pytest pytest-timeout onnx jsonschema kubernetes-validate pycocotools sahi
 READY := .venv/.ready
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-pythons lint clean
 
 # scenes -> tiles -> soft labels -> students -> numbers -> runs/demo/report.html
 demo: $(READY)
@@ -13,8 +16,22 @@ test: lint
 	$(BIN)/pytest
 
 # Every seed of every fault, and whatever takes minutes.
-test-long: lint
+test-long: lint test-pythons
 	$(BIN)/pytest -m "long or not long"
+
+# The unit tests on the other Pythons that pyproject.toml allows, and on the oldest versions of what it asks for.
+test-pythons: $(READY)
+	for python in $(OTHER_PYTHONS); do \
+	    $(OTHER) venv --quiet --clear --python $$python .venv-other && \
+	    $(OTHER) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev]" && \
+	    .venv-other/bin/pytest tests/unit || exit 1; \
+	done
+	$(OTHER) venv --quiet --clear --python $(PYTHON) .venv-other
+	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx]"
+	$(OTHER) pip freeze --exclude-editable > .venv-other/oldest.txt
+	$(OTHER) pip install --quiet --constraint .venv-other/oldest.txt $(TOOLS)
+	.venv-other/bin/pytest tests/unit
+	rm -rf .venv-other
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-other runs

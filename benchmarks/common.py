@@ -5,11 +5,13 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import rasterio
@@ -21,6 +23,7 @@ from softlabel.cli import main
 from softlabel.config import Synthetic
 from softlabel.imagery.layouts import lay_out
 from softlabel.imagery.synthetic import CRS, GSD_M, render
+from softlabel.labelling.speed import Speed
 from softlabel.store import commit
 
 Image = NDArray[np.uint8]
@@ -56,6 +59,20 @@ def synthetic_piece(index: int) -> Image:
     """Made-up scene number ``index`` of the project's generator, (512, 512, 3)."""
     settings = Synthetic(num_scenes=1, scene_size_px=TILE_PX, difficulty=0.2)
     return render(lay_out(settings, 0, index), settings, 0, index)
+
+
+@contextmanager
+def watch_shards() -> Iterator[list[tuple[float, int]]]:
+    """When each shard of the labelling within was committed, in seconds of the clock, and how many tiles it had."""
+    found: list[tuple[float, int]] = []
+    add = Speed.add
+
+    def noted(speed: Speed, row: dict) -> None:
+        found.append((row["end"], row["tiles"]))
+        add(speed, row)
+
+    with mock.patch.object(Speed, "add", noted):
+        yield found
 
 
 def run_recipe(verb: str, purpose: str) -> tuple[int, argparse.Namespace]:

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from common import TILE_PX, Image  # what the benchmarks share
+from common import TILE_PX, Image, watch_shards  # what the benchmarks share
 from numpy.typing import NDArray
 
 from softlabel.config import Recipe, default_iou
 from softlabel.detectors.describe import read_header
 from softlabel.imagery.scenes import TileReader
 from softlabel.records import detections_from_row
-from softlabel.store import digest, read_soft_labels, read_table, read_tiles, shard_file
+from softlabel.shards import read_soft_labels
+from softlabel.store import digest
+from softlabel.tile_table import read_tiles
 
 T = TypeVar("T")
 
@@ -117,10 +119,10 @@ def pipeline(work: Work, engine: str, precision: str) -> Timing:
     job = label_job(recipe, f"{engine}_{precision}", work.weights, work.tiles, None)
     shutil.rmtree(job.folder(work.folder), ignore_errors=True)
     ray.init(address="local", include_dashboard=True)
-    (store,) = label(recipe, [job], work.folder)
+    with watch_shards() as stamps:
+        (store,) = label(recipe, [job], work.folder)
     ray.shutdown()
-    paths = [shard_file(store, shard) for shard, _ in job.shards()]
-    stamps = sorted((path.stat().st_mtime_ns / 1e9, read_table(path).num_rows) for path in paths)
+    stamps.sort()
     finished = itertools.accumulate(count for _, count in stamps)
     events = list(zip([seconds for seconds, _ in stamps], finished, strict=True))
     found = [detections_from_row(row) for row in read_soft_labels(store)]

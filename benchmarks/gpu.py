@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import TILE_PX, Image, machine, synthetic_piece, write_scene  # what the benchmarks share
+from common import TILE_PX, Image, machine, synthetic_piece, watch_shards, write_scene  # what the benchmarks share
 
 from softlabel.config import Recipe
 from softlabel.detectors.yolo import YoloDetector
@@ -35,7 +35,8 @@ from softlabel.imagery.run import tile
 from softlabel.imagery.scenes import TileReader
 from softlabel.recipe_file import load_recipe
 from softlabel.records import Nms
-from softlabel.store import read_table, read_tiles, summary
+from softlabel.store import summary
+from softlabel.tile_table import read_tiles
 
 _PIECES = 64  # different ones in a scene
 _CLASSES = ["plane", "ship", "car"]
@@ -273,17 +274,15 @@ def pipeline(work: Work) -> Figures:
             execution["reader_cpus_per_actor"] = readers
         recipe = recipe.model_copy(update={"execution": recipe.execution.model_validate(execution)})
         job = label_job(recipe, f"readers-{readers or 'all'}", _weights(work), tiles, None)
-        (store,) = label(recipe, [job], work.folder)
-        found = {"steady_tiles_per_s": _second_half(store), **(summary(store)["speed"] or {})}
-        yield {"readers": readers or "all", "tiles": len(read_tiles(tiles)), **found}
+        with watch_shards() as stamps:
+            (store,) = label(recipe, [job], work.folder)
+        found = {"steady_tiles_per_s": _second_half(sorted(stamps)), **(summary(store)["speed"] or {})}
+        yield {"readers": readers or "all", "tiles": summary(store)["requested"], **found}
     ray.shutdown()
 
 
-def _second_half(store: Path) -> float | None:
+def _second_half(stamps: list[tuple[float, int]]) -> float | None:
     """Tiles per second of the shards that were committed last: the first were read while the model was loaded."""
-    stamps = sorted(
-        (path.stat().st_mtime_ns / 1e9, read_table(path).num_rows) for path in store.glob("shard-*.parquet")
-    )
     half = len(stamps) // 2
     if not half:
         return None

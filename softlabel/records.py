@@ -22,7 +22,7 @@ TRUTH_BOX = pa.struct(
         pa.field("class_id", pa.int32(), nullable=False),
         pa.field("visible", pa.float32(), nullable=False),
         pa.field("ignore", pa.bool_(), nullable=False),
-        pa.field("xywhr", XYWHR),
+        pa.field("xywhr", pa.list_(pa.float32())),
     ]
 )
 """One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
@@ -39,22 +39,35 @@ TILES = pa.schema(
         pa.field("scene_stamp", pa.string()),
         pa.field("window", pa.list_(pa.int32(), 4), nullable=False),
         pa.field("bands", pa.list_(pa.int32(), 3), nullable=False),
-        pa.field("stretch", pa.list_(pa.float32(), 2)),
+        pa.field("stretch", pa.list_(pa.float32())),
         pa.field("split", pa.string()),
         pa.field("group", pa.string(), nullable=False),
         pa.field("truth", pa.list_(TRUTH_BOX)),
         pa.field("labelled_classes", pa.list_(pa.int32())),
         pa.field("crs", pa.string()),
-        pa.field("transform", pa.list_(pa.float64(), 6)),
+        pa.field("transform", pa.list_(pa.float64())),
     ]
 )
 """One tile: numbers, not pixels. ``scene_stamp`` is the size and time of the scene's file when it was tiled, null where
 they are not known; ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three
 1-based bands read as red, green, blue; ``stretch`` the (low, high) raw values mapped to 0..255, null for 8 bit;
 ``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
-scene's affine (a, b, c, d, e, f), null without a CRS."""
+scene's affine (a, b, c, d, e, f), null without a CRS. (A list that may be null has no fixed size: PyArrow before 26
+could not read it.)"""
 
-TILES_OF_FORMAT_4 = TILES.set(TILES.get_field_index("truth"), pa.field("truth", pa.list_(pa.struct([*TRUTH_BOX][:-1]))))
+
+def _tiles_before(truth_box: list[pa.Field]) -> pa.Schema:
+    """Before format 7, when lists that may be null had a fixed size."""
+    then = {
+        "stretch": pa.list_(pa.float32(), 2),
+        "truth": pa.list_(pa.struct(truth_box)),
+        "transform": pa.list_(pa.float64(), 6),
+    }
+    return pa.schema([field.with_type(then.get(field.name, field.type)) for field in TILES])
+
+
+TILES_OF_FORMAT_6 = _tiles_before([*[*TRUTH_BOX][:-1], pa.field("xywhr", XYWHR)])
+TILES_OF_FORMAT_4 = _tiles_before([*TRUTH_BOX][:-1])
 """Before truth had rotated boxes."""
 
 PAD_VALUE = 114

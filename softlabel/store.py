@@ -8,32 +8,25 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
-from softlabel.records import TILES, TILES_OF_FORMAT_4
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
 engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside upright ones;
-6: how well the candidates of a box agreed."""
+6: how well the candidates of a box agreed; 7: tiles in files of bounded size."""
 _HASHED_VERSION = 4
 """Part of every step's hash: the last version that made steps of the same inputs other than they were."""
 DONE = "done.json"
 STORE = "store.json"
 """What a store of soft labels was made from."""
-TILES_FILE = "tiles.parquet"
-NO_SPLIT = "none"
-"""The name, for who asks, of tiles that are in no split: where truth covers a part of the scenes only, all others."""
-SHARD_TILES = 64
-"""Tiles per row group of the tiles file: what labelling takes, and commits, at once."""
 
 
 def digest(value: Any) -> str:
@@ -85,7 +78,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: 1,000 brackets are no JSON of ours
-        raise _broken(path, error) from None
+        raise broken(path, error) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,87 +104,23 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a column's name that is not UTF-8
-        raise _broken(path, error) from None
-
-
-def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None) -> list[dict]:
-    """The tile rows of a finished tile step, those of ``splits`` (null: all; NO_SPLIT: in none), in their order.
-
-    Raises:
-        StoreError: The table is missing, broken, or no table of tiles.
-    """
-    table = read_table(folder / TILES_FILE)
-    if not (table.schema.equals(TILES) or table.schema.equals(TILES_OF_FORMAT_4)):
-        raise StoreError(f"{folder / TILES_FILE} is no table of tiles: delete it and run its step again")
-    if splits is not None:
-        table = table.filter(_is_in(table["split"], splits))
-    return (table.select(columns) if columns else table).to_pylist()
-
-
-def _is_in(split: pa.ChunkedArray, splits: Iterable[str]) -> pa.ChunkedArray:
-    return pc.is_in(split, pa.array([None if name == NO_SPLIT else name for name in splits], pa.string()))
-
-
-def num_tile_shards(folder: Path) -> int:
-    """Row groups of a tiles file.
-
-    Raises:
-        StoreError: It is missing or broken.
-    """
-    with _tiles_file(folder) as file:
-        return file.num_row_groups
-
-
-def read_tile_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterable[str] | None) -> pa.Table:
-    """The rows of one shard's tiles, those of ``splits`` as `read_tiles` has them, in their order.
-
-    Raises:
-        StoreError: The file is missing, broken, or no table of tiles.
-    """
-    wanted = list(columns)
-    with _tiles_file(folder) as file:
-        table = file.read_row_group(shard, columns=sorted({*wanted, "split"}))
-    if splits is not None:
-        table = table.filter(_is_in(table["split"], splits))
-    return table.select(wanted)
+        raise broken(path, error) from None
 
 
 @contextmanager
-def _tiles_file(folder: Path) -> Iterator[pq.ParquetFile]:
-    path = folder / TILES_FILE
+def opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of this project, to read some row groups of.
+
+    Raises:
+        StoreError: It is missing or broken, then or while it is read.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise _broken(path, error) from None
-
-
-def shard_file(folder: Path, shard: int) -> Path:
-    """Where a labelling step keeps the rows of one shard: a row group of the tiles, and the unit of a commit."""
-    return folder / f"shard-{shard:06d}.parquet"
-
-
-def read_shards(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The shards of a finished labelling step, in order.
-
-    Raises:
-        StoreError: It did not finish, or a shard is broken.
-    """
-    summary(folder)
-    for path in sorted(folder.glob("shard-*.parquet")):
-        yield read_table(path, columns)
-
-
-def read_soft_labels(folder: Path) -> Iterator[dict]:
-    """The rows of a finished labelling step, shard by shard.
-
-    Raises:
-        StoreError: It did not finish, or a shard is broken.
-    """
-    for table in read_shards(folder):
-        yield from table.to_pylist()
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # ValueError: a column's name that is not UTF-8
+        raise broken(path, error) from None
 
 
 def is_done(folder: Path) -> bool:
@@ -221,7 +150,8 @@ def summary(folder: Path) -> dict:
     return found
 
 
-def _broken(path: Path, error: Exception) -> StoreError:
+def broken(path: Path, error: Exception) -> StoreError:
+    """What to say of a file that cannot be read."""
     reason = " ".join(str(error).split())[:200]  # Arrow's have lines
     return StoreError(f"{path} cannot be read ({reason}): delete it and run its step again")
 

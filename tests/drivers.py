@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from softlabel.recipe_file import dump_recipe
-from softlabel.store import read_soft_labels
+from softlabel.shards import read_soft_labels
 
 JOBS = Path(__file__).parents[1] / "jobs"
 LABEL, SEARCH = JOBS / "label.py", JOBS / "search.py"
@@ -33,7 +33,7 @@ class Driver:
 
     @property
     def shards(self):
-        return list(self.run_dir.glob("label-*/shard-*.parquet"))
+        return list(self.run_dir.glob("label-*/shards/*/*.parquet"))
 
     def wait_until(self, condition, seconds=300):
         """Until the condition holds (True) or the driver has ended (False)."""

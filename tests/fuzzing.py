@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import rasterio
 import torch
 import yaml
@@ -34,13 +33,13 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from ultralytics.nn.tasks import DetectionModel
 
-from softlabel import store
+from softlabel import store, tile_table
 from softlabel.config import TruthSource
 from softlabel.detectors.weights import import_weights, load_model
 from softlabel.errors import SoftlabelError
 from softlabel.imagery.scenes import TileReader, describe_scene
 from softlabel.imagery.truth import match_scenes, read_truth, truth_digest
-from softlabel.records import TILES, soft_labels_schema
+from softlabel.records import soft_labels_schema
 
 HANG_S = 10
 """Of the processor's time; six times as long on the clock ends the process."""
@@ -562,11 +561,8 @@ def _raster_case(path: Path, structured: Mutation, only: bool = False) -> Case:
 def store_cases(folder: Path) -> list[Case]:
     """A tiles folder and a labelling store on it."""
     tiles, labels = folder / "tiles-0", folder / "label-0"
-    table = pa.Table.from_pylist([_tile(number) for number in range(6)], TILES)
     rows = [soft_label(number) for number in range(6)]
-    store.commit(
-        tiles / store.TILES_FILE, lambda path: pq.write_table(table, path, row_group_size=4, compression="zstd")
-    )
+    tile_table.write_tiles(tiles, [tile_row(number) for number in range(6)], shard_tiles=4)
     for shard in range(2):
         part = pa.Table.from_pylist(rows[4 * shard :][:4], soft_labels_schema(3))
         store.write_table(store.shard_file(labels, shard), part)
@@ -575,7 +571,8 @@ def store_cases(folder: Path) -> list[Case]:
     store.finish(labels, {"name": "t", "requested": 6, "labelled": 5, "rejected": 1, "boxes": 4, "saturated": 0})
     binary = (havoc, footer, footer, pages, pages)
     files: dict[Path, Sequence[Mutation]] = {
-        tiles / store.TILES_FILE: binary,
+        tiles / "table" / "000000.parquet": binary,
+        tiles / tile_table.MANIFEST: binary,
         store.shard_file(labels, 0): binary,
         store.shard_file(labels, 1): binary,
         labels / store.DONE: (*_WORDS, objects, objects),
@@ -584,8 +581,8 @@ def store_cases(folder: Path) -> list[Case]:
 
     def read() -> tuple[list[SoftlabelError], int]:
         return attempts(
-            lambda: store.read_tiles(tiles),
-            lambda: store.read_tiles(tiles, ["train_1"], ["tile_id", "split"]),
+            lambda: tile_table.read_tiles(tiles),
+            lambda: tile_table.read_tiles(tiles, ["train_1"], ["tile_id", "split"]),
             lambda: store.read_json(labels / "store.json"),
             lambda: store.summary(labels),
             lambda: list(store.read_soft_labels(labels)),
@@ -594,7 +591,7 @@ def store_cases(folder: Path) -> list[Case]:
     return [Case("store", files, read)]
 
 
-def _tile(number: int) -> dict:
+def tile_row(number: int) -> dict:
     box = {"box": [1.0, 2.0, 5.0, 9.0 + number], "class_id": 1, "visible": 0.5, "ignore": False}
     return {
         "tile_id": f"é{number}", "scene_id": "s", "scene_uri": "s.tif", "scene_stamp": None,

@@ -1,14 +1,18 @@
 """Stores written by hand: tiles with the boxes a test wants, on disk as labelling leaves them."""
 
+import shutil
 from collections import Counter
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from softlabel.records import EMPTY, TILES, Detections, soft_labels_table
-from softlabel.store import TILES_FILE, finish, shard_file, write_json, write_table
+from softlabel import shards, tile_table
+from softlabel.records import EMPTY, Detections, soft_labels_table
+from softlabel.results import run as results
+from softlabel.results.stores import num_shards
+from softlabel.results.subtype import subtype_shard
+from softlabel.shards import shard_file
+from softlabel.store import DONE, finish, write_json, write_table
 
 CLASSES = ["car", "plane", "ship"]
 
@@ -40,11 +44,7 @@ def made_tile(scene_id, window, found=None, *, reason=None, retryable=False, **c
 def write_tiles(run_dir, made, *, shard_tiles=64, name="tiles-made"):
     """The tiles folder of a run."""
     folder = run_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(folder / TILES_FILE, TILES) as writer:
-        for start in range(0, len(made), shard_tiles):
-            rows = [tile for tile, *_ in made[start : start + shard_tiles]]
-            writer.write_table(pa.Table.from_pylist(rows, TILES))
+    tile_table.write_tiles(folder, (tile for tile, *_ in made), shard_tiles)
     finish(folder, {"tiles": len(made)})
     return folder
 
@@ -74,22 +74,30 @@ def write_store(run_dir, made, *, tiles="tiles-made", shard_tiles=64, weights="w
 
 def made_store(run_dir, made, **options):
     """Tiles and a store of them."""
-    shards = {key: options[key] for key in ("shard_tiles",) if key in options}
-    write_tiles(run_dir, made, **shards)
+    size = {key: options[key] for key in ("shard_tiles",) if key in options}
+    write_tiles(run_dir, made, **size)
     return write_store(run_dir, made, **options)
 
 
-def write_finer(job, read, *, shards=None, again=False):
-    """The store of a SubtypeJob as the tasks of `softlabel subtype` write it, without Ray; unfinished if only some
-    shards are written. What was counted."""
-    from softlabel.results import run
-    from softlabel.results.stores import num_shards
-    from softlabel.results.subtype import subtype_shard
+def unpack(folder):
+    """A finished store as it was before it was packed; its shards."""
+    labels = list(shards._numbered(folder, None))
+    shutil.rmtree(folder / "table")
+    (folder / DONE).unlink()
+    for shard, table in labels:
+        write_table(shard_file(folder, shard), table)
+    return [shard_file(folder, shard) for shard, _ in labels]
 
+
+def write_finer(job, read, *, only=None, again=False):
+    """The store of a SubtypeJob as the tasks of `softlabel subtype` write it, without Ray; unfinished if ``only`` some
+    shards are written. What was counted."""
     write_json(job.output / "store.json", job.identity())
-    batch = {"first": [0], "stop": [shards or num_shards(job.store)]}
-    told = run._write_shards(job.output, partial(subtype_shard, job, read), again, batch)
-    counts = Counter({key: count for key, (count,) in told.items()})
-    if not shards:
-        run._finish_store("subtypes", job.output, job.store, counts)
+    batch = {"first": [0], "stop": [only or num_shards(job.store)]}
+    results._write_shards(job.output, partial(subtype_shard, job, read), again, batch)
+    counts = Counter()
+    if not only:
+        for number, expected in shards.to_pack(job.store.tiles, job.store.splits):
+            counts.update(shards.pack(job.output, job.store.tiles, job.store.splits, number, expected))
+        finish(job.output, {"requested": job.store.num_tiles, **counts})
     return counts

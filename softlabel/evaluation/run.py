@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.calibration import calibration_of
@@ -17,17 +16,9 @@ from softlabel.evaluation.matching import TileResult
 from softlabel.evaluation.metrics import evaluate
 from softlabel.evaluation.quality import bootstrap_difference, label_quality
 from softlabel.records import LABELLED, LOSS_NAMES, Truth, detections_from_row
-from softlabel.store import (
-    finish,
-    is_done,
-    read_json,
-    read_soft_labels,
-    read_tiles,
-    step_dir,
-    summary,
-    write_json,
-    write_text,
-)
+from softlabel.shards import read_shards, read_soft_labels
+from softlabel.store import finish, is_done, read_json, step_dir, summary, write_json, write_text
+from softlabel.tile_table import read_tiles
 
 CURVES = "curves.json"
 CALIBRATION = "calibration.json"
@@ -61,7 +52,9 @@ def calibrate_store(recipe: Recipe, tiles: Path, store: Path, run_dir: Path) -> 
     folder = step_dir(run_dir, "calibrate", asked)
     if not is_done(folder):
         results = tile_results(tiles, recipe.calibrate.split, store)
-        groups = {row["tile_id"]: row["group"] for row in read_tiles(tiles, columns=["tile_id", "group"])}
+        groups = {
+            row["tile_id"]: row["group"] for row in read_tiles(tiles, [recipe.calibrate.split], ["tile_id", "group"])
+        }
         found, rows = calibrate(
             list(results.values()), recipe.classes, [groups[tile_id] for tile_id in results], recipe.calibrate.method
         )
@@ -148,5 +141,5 @@ def _losses(tiles: Path, split: str, store: Path) -> dict[str, float]:
     rows = [row for row in read_soft_labels(store) if row["tile_id"] in wanted and row["losses"]]
     if not rows:
         return {}
-    metadata = pq.read_schema(next(store.glob("shard-*.parquet"))).metadata
+    metadata = next(read_shards(store, ["tile_id"])).schema.metadata
     return mean_losses(metadata[LOSS_NAMES].decode().split(","), [row["losses"] for row in rows])

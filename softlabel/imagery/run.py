@@ -1,7 +1,7 @@
 """Scenes and truth to a table of tiles: the step that every other begins with.
 
 Two passes. The first describes all scenes and deals out splits (catalog.py), keeping a few numbers per scene; the
-second cuts windows, drops surplus background and writes, keeping one row group. No pixel is kept in either.
+second cuts windows, drops surplus background and writes, keeping one shard. No pixel is kept in either.
 """
 
 import json
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from softlabel import store
 from softlabel.config import Recipe, Split, TruthSource
@@ -23,9 +21,8 @@ from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, 
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
 from softlabel.recipe_file import dump_recipe
-from softlabel.records import TILES
-from softlabel.store import NO_SPLIT, SHARD_TILES, TILES_FILE
 from softlabel.terminal import progress, say
+from softlabel.tile_table import NO_SPLIT, write_tiles
 
 REJECTED_FILE = "rejected.jsonl"
 _TRUTH_COUNTS = ("rows", "dropped", "duplicates", "polygons")
@@ -60,8 +57,8 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
     formats nobody has looked at it, and its truth is null.
 
     Returns:
-        The step's folder: ``tiles.parquet`` (records.TILES, row groups of ``store.SHARD_TILES``, by scene_id, then
-        row by row), ``rejected.jsonl``, ``recipe.yaml`` and ``done.json`` with the counts.
+        The step's folder: the table of tiles (softlabel.tile_table; by scene_id, then row by row),
+        ``rejected.jsonl``, ``recipe.yaml`` and ``done.json`` with the counts.
 
     Raises:
         SceneError: There are no scenes, or none can be read.
@@ -125,7 +122,7 @@ def _write_step(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSour
     try:
         scenes = load_scenes(recipe, listed, truth, source, rejected)
         set_splits(recipe, scenes, source)
-        store.commit(step / TILES_FILE, lambda path: _write_tiles(path, recipe, scenes, tally))
+        write_tiles(step, _wanted_rows(recipe, scenes, tally))
         _check_splits(recipe, source, tally)
     except SoftlabelError as error:
         _write_rejected(step, rejected)
@@ -160,20 +157,14 @@ def _read_rejected(step: Path) -> list[dict]:
     return [json.loads(line) for line in (step / REJECTED_FILE).read_text().splitlines()]
 
 
-def _write_tiles(path: Path, recipe: Recipe, scenes: list[Scene], tally: _Tally) -> None:
+def _wanted_rows(recipe: Recipe, scenes: list[Scene], tally: _Tally) -> Iterator[dict]:
+    """The rows of all scenes, but for surplus background; they are counted on the way."""
     chances = _background_chances(recipe, scenes)
-    rows: list[dict] = []
-    with pq.ParquetWriter(path, TILES, compression="zstd", write_page_checksum=True) as writer:
-        for scene in progress(scenes, desc="tiles", disable=len(scenes) < MANY_SCENES):
-            for row in _rows(recipe, scene):
-                if _is_wanted(row, recipe.seed, chances):
-                    tally.add(row)
-                    rows.append(row)
-                if len(rows) == SHARD_TILES:
-                    writer.write_table(pa.Table.from_pylist(rows, TILES))
-                    rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, TILES))
+    for scene in progress(scenes, desc="tiles", disable=len(scenes) < MANY_SCENES):
+        for row in _rows(recipe, scene):
+            if _is_wanted(row, recipe.seed, chances):
+                tally.add(row)
+                yield row
 
 
 def _rows(recipe: Recipe, scene: Scene) -> Iterator[dict]:

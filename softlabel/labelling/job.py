@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from softlabel.config import Recipe
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.teachers import in_views, open_vocabulary_teacher, recipe_teacher, weights_teacher
-from softlabel.store import num_tile_shards, read_tile_shard, step_dir
+from softlabel.store import step_dir
+from softlabel.tile_table import read_shard, shard_counts
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class LabelJob:
 
     def shards(self) -> list[tuple[int, int]]:
         """(shard, tiles asked for in it) of the shards that hold any."""
-        counts = ((shard, len(self.tile_rows(shard, ("split",)))) for shard in range(num_tile_shards(self.tiles)))
-        return [(shard, count) for shard, count in counts if count]
+        counts = shard_counts(self.tiles, self.splits)
+        return [(int(shard), int(counts[shard])) for shard in np.flatnonzero(counts)]
 
     def tile_rows(self, shard: int, columns: Sequence[str]) -> pa.Table:
         """The rows of a shard's tiles that are asked for, in their order."""
-        return read_tile_shard(self.tiles, shard, columns, self.splits)
+        return read_shard(self.tiles, shard, columns, self.splits)
 
 
 def label_job(

@@ -22,7 +22,8 @@ from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import LABELLING, Journal, forget
 from softlabel.labelling.reading import images_of, tiles_of
 from softlabel.records import EMPTY, LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
-from softlabel.store import read_table, shard_file, write_table
+from softlabel.shards import read_shard, shard_file
+from softlabel.store import write_table
 
 _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32))
 
@@ -123,16 +124,15 @@ class Labeller:
 
     def _commit(self, labels: pa.Table, index: int, shard: int) -> None:
         """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
-        path = shard_file(self._stores[index], shard)
-        if path.exists():
-            before = read_table(path)
+        before = read_shard(self._stores[index], shard)
+        if before is not None:
             metadata = before.schema.metadata
             new = {tile_id: i for i, tile_id in enumerate(labels["tile_id"].to_pylist())}
             order = [new.get(tile_id, -1) for tile_id in before["tile_id"].to_pylist()]
             both = _together(before, labels)
             labels = both.take([len(before) + i if i >= 0 else row for row, i in enumerate(order)])
             labels = labels.replace_schema_metadata(metadata)
-        write_table(path, labels)
+        write_table(shard_file(self._stores[index], shard), labels)
         forget(self._stores[index], shard)
 
     def _detector(self, index: int) -> Detector:

@@ -12,15 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel import shards
 from softlabel.errors import NoValidPixelError, SceneError
 from softlabel.labelling.area import tile_km2
 from softlabel.labelling.job import LabelJob
 from softlabel.labelling.journal import READING, Journal
-from softlabel.records import REJECTED
-from softlabel.store import read_table, shard_file
+from softlabel.shards import retryable_ids
 
 Image = NDArray[np.uint8]
 
@@ -51,9 +50,9 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         (null where it was read), retryable and empty.
     """
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
-    path = shard_file(store, shard)
-    if path.exists():
-        again = retryable_ids(read_table(path))
+    labels = shards.read_shard(store, shard)
+    if labels is not None:
+        again = retryable_ids(labels)
         rows = [row for row in rows if row["tile_id"] in again]
     journal = Journal(store, shard, READING)
     groups = journal.groups([row["tile_id"] for row in rows])
@@ -95,12 +94,6 @@ def images_of(table: pa.Table) -> list[Image]:
         np.frombuffer(data, np.uint8, height * width * 3, start).reshape(height, width, 3)
         for start, (height, width) in zip(starts, sizes, strict=True)
     ]
-
-
-def retryable_ids(labels: pa.Table) -> set[str]:
-    """The rejected tiles of a shard that may be read another time."""
-    again = labels.filter(pc.and_(pc.equal(labels["status"], REJECTED), labels["retryable"]))
-    return set(again["tile_id"].to_pylist())
 
 
 class _Seen(NamedTuple):

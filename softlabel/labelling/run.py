@@ -1,7 +1,8 @@
 """The labelling step: tiles to soft labels, as one Ray Data job.
 
-Work is dealt out in shards, the row groups of the tiles file. A shard's rows are committed to a file of that shard's
+Work is dealt out in shards, the row groups of the tiles' files. A shard's rows are committed to a file of that shard's
 name by rename, so a shard done twice (a retried task, a rerun) is still there once, and a rerun does what is missing.
+In the end all are packed into a few large files (softlabel.shards).
 What ends Ray's job from outside (a process, actor or node lost more often than Ray itself retries) starts another for
 what is left, as long as each gets further than the last.
 """
@@ -9,15 +10,12 @@ what is left, as long as each gets further than the last.
 import errno
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from ray.data.context import AutoscalingConfig
 from ray.data.exceptions import ExecutionTimeoutError
@@ -30,25 +28,15 @@ from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
 from softlabel.labelling.job import LabelJob
-from softlabel.labelling.reading import read_item, retryable_ids
+from softlabel.labelling.reading import read_item
 from softlabel.labelling.resources import Resources
 from softlabel.labelling.speed import Speed
 from softlabel.lease import Lease
+from softlabel.packing import pack_store
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import EMPTY, LABELLED, REJECTED
-from softlabel.store import (
-    DONE,
-    STORE,
-    commit,
-    finish,
-    is_done,
-    read_json,
-    read_table,
-    shard_file,
-    summary,
-    write_json,
-    write_text,
-)
+from softlabel.shards import STATUSES, committed, read_shard, retryable_counts, retryable_ids
+from softlabel.store import DONE, STORE, finish, is_done, read_json, summary, write_json, write_text
 from softlabel.terminal import progress, say
 
 # A Ray started from here lets a reader wait for the model. Of more idle processes than CPUs, as on a laptop, Ray
@@ -70,14 +58,7 @@ KEEP_MEMORY = ":".join(
 # Of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next. A GPU has several
 # shards on their way to it and back.
 _CALLS_OF_CPU, _CALLS_OF_GPU = 2, 4
-_REJECTED_SCHEMA = pa.schema(
-    [
-        pa.field("tile_id", pa.string(), nullable=False),
-        pa.field("scene_uri", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("retryable", pa.bool_(), nullable=False),
-    ]
-)
+_MAX_SHARDS, _TASKS_PER_READER = 16, 8
 
 Work = dict[tuple[int, int], int]
 """(job, shard) to the number of tiles to label in it."""
@@ -145,12 +126,10 @@ def _is_open(folder: Path, retry_rejected: bool) -> bool:
 def _work(jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool) -> Work:
     work: Work = {}
     for i in opened:
-        for shard, count in jobs[i].shards():
-            path = shard_file(folders[i], shard)
-            if not path.exists():
-                work[i, shard] = count
-            elif retry_rejected and (again := retryable_ids(read_table(path))):
-                work[i, shard] = len(again)
+        done = committed(folders[i])
+        work |= {(i, shard): count for shard, count in jobs[i].shards() if shard not in done}
+        if retry_rejected:
+            work |= {(i, shard): count for shard, count in retryable_counts(folders[i]).items()}
     return work
 
 
@@ -196,9 +175,9 @@ def _deaths(folders: Sequence[Path]) -> int:
 
 def _drop_committed(folders: Sequence[Path], work: Work, bar: tqdm) -> None:
     """A shard may be committed and its process die before it could say so. (One that is retried is retried again.)"""
+    done = [committed(folder) for folder in folders]
     for (i, shard), count in list(work.items()):
-        path = shard_file(folders[i], shard)
-        if path.exists() and not retryable_ids(read_table(path)):
+        if shard in done[i] and (table := read_shard(folders[i], shard)) is not None and not retryable_ids(table):
             bar.update(count)
             del work[i, shard]
 
@@ -207,7 +186,7 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
     """One Ray Data job over what is left, yielding what the actors say of each shard."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
-    context.target_max_block_size = None  # a block is a shard, whatever its size
+    context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
     context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
     # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
@@ -218,7 +197,7 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
     context.autoscaling_config = growth
     items = [{"job": i, "shard": shard} for i, shard in work]
     labelled = (
-        ray.data.from_items(items, override_num_blocks=len(items))
+        ray.data.from_items(items, override_num_blocks=_num_blocks(len(items), resources.readers))
         .map_batches(
             partial(read_item, jobs, folders, read_tile),
             batch_size=1,
@@ -246,6 +225,13 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
         )
     )
     yield from labelled.iter_rows()
+
+
+def _num_blocks(num_shards: int, readers: int) -> int:
+    """How many tasks read the shards: each costs the driver memory for as long as the run lasts, and one that is lost
+    is done anew."""
+    per_task = min(_MAX_SHARDS, max(1, num_shards // (_TASKS_PER_READER * readers)))
+    return -(-num_shards // per_task)
 
 
 def _resources(execution: Execution) -> Resources:
@@ -320,45 +306,20 @@ def _one_line(error: Exception) -> str:
 
 
 def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
-    """Check that requested = labelled + empty + rejected, write the view of what was rejected, mark the store done."""
-    counts: Counter[str] = Counter()
-    commit(folder / "rejected" / "rejected.parquet", lambda path: counts.update(_tally(job, folder, path)))
-    if counts[LABELLED] + counts[EMPTY] + counts[REJECTED] != counts["requested"]:
-        raise StoreError(f"{folder} does not balance ({dict(counts)}): delete it and label again")
+    """Pack the store, check that requested = labelled + empty + rejected, and mark it done."""
+    counts, requested = pack_store(folder, job.tiles, job.splits), sum(count for _, count in job.shards())
+    if sum(counts[status] for status in STATUSES) != requested:
+        raise StoreError(f"{folder} does not balance ({dict(counts)} of {requested}): delete it and label again")
     journal.forget_all(folder)
-    for left in folder.glob(".*.*"):  # by processes that died while they committed
+    for left in folder.glob("**/.*.*"):  # by processes that died while they committed
         left.unlink(missing_ok=True)
-    finish(folder, {"name": job.name, **counts, "speed": speed.summary() if speed.tiles else None})
+    told = {"name": job.name, "requested": requested, **counts}
+    finish(folder, {**told, "speed": speed.summary() if speed.tiles else None})
     empty = f" + {counts[EMPTY]} empty (no valid pixel)" if counts[EMPTY] else ""
     say(
-        f"{job.name}: {counts['requested']} tiles asked for = {counts[LABELLED]} labelled{empty} + {counts[REJECTED]} "
+        f"{job.name}: {requested} tiles asked for = {counts[LABELLED]} labelled{empty} + {counts[REJECTED]} "
         f"rejected ({counts['retryable']} retryable); {counts['boxes']} boxes, {counts['saturated']} tiles saturated"
     )
-
-
-def _tally(job: LabelJob, folder: Path, rejected: Path) -> dict[str, int]:
-    """Count the rows of a store, and write those that were rejected to a file."""
-    counts = dict.fromkeys(("requested", LABELLED, EMPTY, REJECTED, "retryable", "boxes", "saturated"), 0)
-    with pq.ParquetWriter(rejected, _REJECTED_SCHEMA) as writer:
-        for shard, count in job.shards():
-            table = read_table(shard_file(folder, shard))
-            bad = table.filter(pc.equal(table["status"], REJECTED))
-            counts["requested"] += count
-            counts[LABELLED] += pc.sum(pc.equal(table["status"], LABELLED)).as_py() or 0
-            counts[EMPTY] += pc.sum(pc.equal(table["status"], EMPTY)).as_py() or 0
-            counts[REJECTED] += len(bad)
-            counts["retryable"] += pc.sum(bad["retryable"]).as_py() or 0
-            counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py() or 0
-            counts["saturated"] += pc.sum(table["saturated"]).as_py() or 0
-            if len(bad):
-                writer.write_table(_with_scenes(bad, job.tile_rows(shard, ("tile_id", "scene_uri"))))
-    return counts
-
-
-def _with_scenes(bad: pa.Table, tiles: pa.Table) -> pa.Table:
-    scenes = tiles["scene_uri"].take(pc.index_in(bad["tile_id"], value_set=tiles["tile_id"]))
-    columns = [bad["tile_id"], scenes, bad["reason"], bad["retryable"]]
-    return pa.Table.from_arrays(columns, schema=_REJECTED_SCHEMA)
 
 
 def _check_rejected(folder: Path, max_fraction: float) -> None:

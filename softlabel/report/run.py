@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from softlabel.errors import SceneError, StoreError
 from softlabel.imagery.scenes import TileReader
@@ -22,7 +19,9 @@ from softlabel.report import store as report
 from softlabel.report.figures import Pixels
 from softlabel.report.store import DoubtfulTile, Tally
 from softlabel.results.stores import Store, open_store
-from softlabel.store import TILES_FILE, commit, read_json, read_shards, write_json, write_text
+from softlabel.shards import read_shards
+from softlabel.store import commit, read_json, write_json, write_text
+from softlabel.tile_table import iterate_tiles
 
 _INK_RGB = (90, 100, 112)
 _MAX_CLASS_PANELS = 60  # xView has as many
@@ -117,10 +116,9 @@ def _draw_doubtful(tally: Tally, store: Store, output: Path) -> tuple[list[_Pict
 
 def _tile_rows(tiles: Path, tile_ids: Sequence[str]) -> dict[str, dict]:
     """The rows of some tiles, by tile_id."""
-    wanted = pc.field("tile_id").isin(pa.array(tile_ids, pa.string()))
+    wanted = set(tile_ids)
     columns = [name for name in TILES.names if name != "truth"]
-    table = pq.read_table(tiles / TILES_FILE, columns=columns, filters=wanted, partitioning=None)
-    return {row["tile_id"]: row for row in table.to_pylist()}
+    return {row["tile_id"]: row for row in iterate_tiles(tiles, columns=columns) if row["tile_id"] in wanted}
 
 
 class _Painter:

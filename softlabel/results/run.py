@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 import softlabel
+from softlabel import shards
 from softlabel.errors import SceneError, SoftlabelError, StoreError
 from softlabel.imagery.scenes import TileReader, read_tile
 from softlabel.lease import Lease
+from softlabel.packing import pack_store
 from softlabel.records import EMPTY, LABELLED, REJECTED, Detections
 from softlabel.results import datasets, geo
 from softlabel.results.fuse import fuse_job, fuse_shard
@@ -28,14 +29,13 @@ from softlabel.results.names import teacher_name
 from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all, read_shard
 from softlabel.results.subtype import SubtypeJob, subtype_shard
+from softlabel.shards import STATUSES
 from softlabel.store import (
     DONE,
     STORE,
     finish,
     is_done,
     read_json,
-    read_table,
-    shard_file,
     summary,
     write_json,
     write_table,
@@ -52,9 +52,6 @@ _MAX_SHARDS = 16  # in a task: about a thousand tiles
 _TASKS_PER_CPU = 4
 _GPU_SHARE = 0.25  # of a task whose crops go through a model: it spends most of its time on pixels
 _MAX_UNREAD = 0.05  # share of the labelled tiles whose scenes are gone: as label.max_rejected_fraction is by default
-_STATUSES = (LABELLED, EMPTY, REJECTED)
-_COUNTED = ("boxes", "saturated", "retryable")
-_REJECTED_COLUMNS = ["tile_id", "reason", "retryable"]
 
 
 def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Method, iou: float) -> dict[str, Any]:
@@ -202,8 +199,8 @@ def _spread(
                 lease.check()
             failures += json.loads(row.pop("failed", "[]"))
             counts.update(row)
-            bar.update(sum(row[status] for status in _STATUSES))
-    if sum(counts[status] for status in _STATUSES) != store.num_tiles:
+            bar.update(sum(row[status] for status in STATUSES))
+    if sum(counts[status] for status in STATUSES) != store.num_tiles:
         raise StoreError(f"{store.folder} does not balance ({dict(counts)} of {store.num_tiles} tiles): label again")
     return counts, failures
 
@@ -217,7 +214,7 @@ def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, lis
 
 
 def _as_row(counts: Counter[str], keys: Sequence[str]) -> dict[str, list]:
-    return {key: [counts[key]] for key in (*_STATUSES, *keys)}
+    return {key: [counts[key]] for key in (*STATUSES, *keys)}
 
 
 def _export_scenes(job: _ExportJob, batch: dict) -> dict[str, list]:
@@ -334,46 +331,27 @@ def _write_store(
     with Lease(folder) as lease:
         if again:
             (folder / DONE).unlink(missing_ok=True)
-        counts, _ = _spread(source, partial(_write_shards, folder, make, again), name, lease, gpus)
-        _finish_store(name, folder, source, counts)
+        _spread(source, partial(_write_shards, folder, make, again), name, lease, gpus)
+        counts = pack_store(folder, source.tiles, source.splits)
+        finish(folder, {"name": name, "requested": source.num_tiles, **counts})
 
 
 def _write_shards(folder: Path, make: Callable[[int], pa.Table], again: bool, batch: dict) -> dict[str, list]:
     counts: Counter[str] = Counter()
     for shard in range(int(batch["first"][0]), int(batch["stop"][0])):
-        table = _written(shard_file(folder, shard), partial(make, shard), again)
+        table = _written(folder, shard, partial(make, shard), again)
         if not len(table):
             continue
         counts.update(table["status"].to_pylist())
-        counts["boxes"] += pc.sum(pc.list_value_length(table["boxes"])).as_py()
-        counts["saturated"] += pc.sum(table["saturated"]).as_py()
-        counts["retryable"] += pc.sum(table["retryable"]).as_py()
-    return _as_row(counts, _COUNTED)
+    return _as_row(counts, ())
 
 
-def _written(path: Path, make: Callable[[], pa.Table], again: bool) -> pa.Table:
+def _written(folder: Path, shard: int, make: Callable[[], pa.Table], again: bool) -> pa.Table:
     """The rows of a shard that is there, else made and, where there are any, committed."""
-    if path.exists():
-        table = read_table(path)
-        if not (again and pc.any(table["retryable"]).as_py()):
-            return table
+    table = shards.read_shard(folder, shard)
+    if table is not None and not (again and shards.retryable_ids(table)):
+        return table
     table = make()
     if len(table):
-        write_table(path, table)
+        write_table(shards.shard_file(folder, shard), table)
     return table
-
-
-def _finish_store(name: str, folder: Path, source: Store, counts: Counter[str]) -> None:
-    """Write the view of what was rejected, and mark the store done."""
-    rejected = []
-    for shard in range(num_shards(source)):
-        if (path := shard_file(folder, shard)).exists():
-            table = read_table(path)
-            rejected.append(table.filter(pc.equal(table["status"], REJECTED)).select(_REJECTED_COLUMNS))
-    view = folder / "rejected" / "rejected.parquet"
-    view.unlink(missing_ok=True)
-    if counts[REJECTED]:
-        write_table(view, pa.concat_tables(rejected))
-    finish(
-        folder, {"name": name, "requested": source.num_tiles, **{key: counts[key] for key in (*_STATUSES, *_COUNTED)}}
-    )

@@ -9,19 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel import shards, tile_table
 from softlabel.errors import StoreError
 from softlabel.records import LABELLED, REJECTED, TILES, Detections
-from softlabel.store import (
-    STORE,
-    TILES_FILE,
-    is_done,
-    num_tile_shards,
-    read_json,
-    read_table,
-    read_tile_shard,
-    shard_file,
-    summary,
-)
+from softlabel.store import STORE, is_done, read_json, summary
 
 
 @dataclass(frozen=True)
@@ -74,22 +65,22 @@ def open_store(folder: Path) -> Store:
     made_from = read_json(folder / STORE)
     folder = folder.resolve()
     tiles = folder.parent / made_from["tiles"]
-    if not (tiles / TILES_FILE).is_file():
-        raise StoreError(f"{folder} needs its tiles beside it: no {TILES_FILE} in {tiles}")
+    if not tile_table.has_tiles(tiles):
+        raise StoreError(f"{folder} needs its tiles beside it: no table of tiles in {tiles}")
     splits = made_from["splits"]
     splits = None if splits is None else tuple(splits)
     return Store(folder, tiles, made_from["teacher"], splits, made_from.get("parents", {}))
 
 
 def num_shards(store: Store) -> int:
-    """Row groups of the tiles; a shard without a tile of the store's splits has no file."""
-    return num_tile_shards(store.tiles)
+    """Shards of the tiles; one without a tile of the store's splits has no file."""
+    return tile_table.num_shards(store.tiles)
 
 
 def tile_rows(store: Store, shard: int) -> list[dict]:
     """The rows of a shard's tiles, those of the store's splits, without their truth."""
     columns = [name for name in TILES.names if name not in ("truth", "labelled_classes")]
-    return read_tile_shard(store.tiles, shard, columns, store.splits).to_pylist()
+    return tile_table.read_shard(store.tiles, shard, columns, store.splits).to_pylist()
 
 
 def read_shard(store: Store, shard: int) -> list[LabelledTile]:
@@ -109,10 +100,13 @@ def with_labels(store: Store, shard: int, rows: list[dict]) -> list[LabelledTile
     """
     if not rows:
         return []
-    path = shard_file(store.folder, shard)
-    table = read_table(path)
+    table = shards.read_shard(store.folder, shard)
+    if table is None:
+        raise StoreError(f"shard {shard} of {store.folder} is missing: run the command that makes it again")
     if table["tile_id"].to_pylist() != [row["tile_id"] for row in rows]:
-        raise StoreError(f"{path} is not about the tiles in {store.tiles}: delete {store.folder} and make it again")
+        raise StoreError(
+            f"shard {shard} of {store.folder} is not about the tiles in {store.tiles}: delete it and make it again"
+        )
     found = _detections(table, len(store.classes))
     columns = (table[name].to_pylist() for name in ("status", "reason", "retryable"))
     return [

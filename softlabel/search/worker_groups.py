@@ -114,7 +114,7 @@ def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -
         write_text(job.folder / "recipe.yaml", dump_recipe(recipe))
     with Lease(folder) as lease:
         groups = WorkerGroups(recipe.execution, folder, recipe.search.max_failures)
-        say(f"training {len(missing)} students, {count} at a time")
+        say(f"training {len(missing)} models, {count} at a time")
         try:
             groups.start(count)
             return _wait_for(missing, groups, lease)

@@ -16,7 +16,9 @@ from softlabel.config import HARD, Soft, Threshold
 from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.records import EMPTY, LABELLED, PAD_VALUE, UNKNOWN_CLASS, Detections, Nms, Truth, detections_from_row
-from softlabel.store import digest, file_digest, read_shards, read_soft_labels, read_tiles
+from softlabel.shards import read_shards, read_soft_labels
+from softlabel.store import digest, file_digest
+from softlabel.tile_table import read_tiles
 from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, truth_softness, with_parts
 
 WEIGHTS = "weights.safetensors"

@@ -13,7 +13,7 @@ from softlabel.errors import NO_LABELS, TrainingError
 from softlabel.evaluation.matching import TileResult
 from softlabel.imagery.scenes import TileReader
 from softlabel.records import Truth
-from softlabel.store import read_tiles
+from softlabel.tile_table import read_tiles
 from softlabel.training.ranks import gather, rank, world_size
 from softlabel.training.targets import WEIGHTS, Target, TrainJob
 

@@ -25,8 +25,9 @@ from softlabel.report.categories import Census, Example, against_truth
 from softlabel.report.page import render
 from softlabel.results.scenes import Scene, read_scenes
 from softlabel.results.stores import LabelledTile, Store, num_shards, open_store, read_all
-from softlabel.store import read_tiles, summary, write_json, write_table, write_text
+from softlabel.store import summary, write_json, write_table, write_text
 from softlabel.terminal import say
+from softlabel.tile_table import iterate_tiles
 from softlabel.workflows.experiment import Steps
 from softlabel.workflows.vocabulary import read_vocabulary
 
@@ -116,7 +117,7 @@ def _truth_counts(recipe: Recipe, store: Store) -> dict[str, dict[str, int]]:
             for k in known:
                 counts[recipe.classes[k]][scene.scene_id] = int(totals[k])
 
-    for row in read_tiles(store.tiles, store.splits):
+    for row in iterate_tiles(store.tiles, store.splits):
         if row["truth"] is None:
             continue
         if row["scene_id"] != scene.scene_id:
@@ -176,7 +177,7 @@ def _sheets(store: Store, census: Census, results: dict[str, Any]) -> list[dict[
     """A contact sheet per class that was found, in the order of the table."""
     examples = dict(zip(census.classes, census.examples, strict=True))
     wanted = {example.tile_id for group in examples.values() for example in group}
-    rows = {row["tile_id"]: row for row in read_tiles(store.tiles, store.splits) if row["tile_id"] in wanted}
+    rows = {row["tile_id"]: row for row in iterate_tiles(store.tiles, store.splits) if row["tile_id"] in wanted}
     reader, sheets = TileReader(), []
     for name in (row["class"] for row in results["classes"] if row["objects"]):
         crops = [(example, crop) for example in examples[name] if (crop := _crop(reader, rows, example)) is not None]

@@ -7,33 +7,37 @@ from pathlib import Path
 
 import softlabel
 from softlabel.config import Recipe
+from softlabel.errors import TrainingError
 from softlabel.evaluation.methods import Student, method_rows
 from softlabel.evaluation.run import evaluate_store, numbers, tile_results
 from softlabel.imagery.run import tile
-from softlabel.labelling.job import label_job, recipe_label_job
+from softlabel.labelling.job import LabelJob, label_job, recipe_label_job
 from softlabel.labelling.run import label
 from softlabel.recipe_file import dump_recipe
 from softlabel.report.methods import format_methods, write_methods_report
 from softlabel.search.worker_groups import train_side_by_side
-from softlabel.store import read_tiles, summary, write_json, write_text
+from softlabel.store import summary, write_json, write_text
 from softlabel.terminal import say
+from softlabel.tile_table import read_tiles
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.targets import WEIGHTS, TrainJob
 from softlabel.training.ways import PLAIN, TRUTH, ways
 from softlabel.workflows.experiment import Steps
-from softlabel.workflows.search import teacher_for
+from softlabel.workflows.search import has_teacher, teacher_job
 from softlabel.workflows.self_training import self_train
 
 
 def compare(recipe: Recipe, run_dir: Path) -> dict:
     """Train what is not trained yet, write compare.json and compare.html into ``run_dir``, and return the results.
 
-    Per training set of ``compare.splits`` a teacher (``label``'s, or one that learns from the other set's truth) labels
-    it; then students of ``train.student`` learn from these labels, plainly and in each of ``compare.methods``' ways,
-    and from truth, with the same seeds. All are judged on the test split.
+    Per training set of ``compare.splits`` a teacher labels it: ``label``'s, or for each seed one that learns from the
+    other set's truth, since what helps students of one teacher may do nothing for those of another that was trained
+    alike. Then students of ``train.student`` learn from these labels, plainly and in each of ``compare.methods``'
+    ways, and from truth, with the same seeds. All are judged on the test split.
 
     Raises:
         RecipeError: A method's values make no student, or nothing can be compared.
+        TrainingError: A teacher cannot be trained.
     """
     by_name = ways(recipe)
     steps = Steps(run_dir, total=7)
@@ -41,12 +45,12 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
     with steps.next("tiles"):
         tiles = tile(recipe, run_dir)
     with steps.next("train the teachers"):
-        taught = {split: _taught(recipe, run_dir, tiles, split) for split in recipe.compare.splits}
+        taught = _taught(recipe, run_dir, tiles)
     with steps.next("label the training sets"):
-        stores = {split: label(taught[split], [recipe_label_job(taught[split], tiles)], run_dir)[0] for split in taught}
+        stores = _label(recipe, run_dir, {key: recipe_label_job(by, tiles) for key, by in taught.items()})
     jobs = {
-        (name, split, seed): _job(way, run_dir, tiles, name, split, seed, stores[split])
-        for (name, way), split, seed in itertools.product(by_name.items(), stores, _seeds(recipe))
+        (name, split, seed): _job(way, run_dir, tiles, name, split, seed, store)
+        for (name, way), ((split, seed), store) in itertools.product(by_name.items(), stores.items())
     }
     with steps.next(f"train {len(jobs)} students"):
         failed = train_side_by_side(recipe, list(jobs.values()), run_dir)
@@ -77,7 +81,7 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
             "seeds": list(_seeds(recipe)),
             "rows": rows,
             "failed": failed,
-            "labels": {split: summary(store) for split, store in stores.items()},
+            "labels": [{"train_set": split, "seed": seed, **summary(store)} for (split, seed), store in stores.items()],
             "train_boxes": _boxes(trained),
             "softlabel_version": softlabel.__version__,
             "date": datetime.date.today().isoformat(),
@@ -93,11 +97,29 @@ def _seeds(recipe: Recipe) -> range:
     return range(recipe.seed, recipe.seed + recipe.compare.seeds)
 
 
-def _taught(recipe: Recipe, run_dir: Path, tiles: Path, split: str) -> Recipe:
-    """The recipe with a teacher for one training set."""
-    of_split = recipe.model_copy(update={"train": recipe.train.model_copy(update={"split": split})})
-    named = {**teacher_for(of_split, run_dir, tiles), "splits": (split,)}
-    return recipe.model_copy(update={"label": recipe.label.model_copy(update=named)})
+def _taught(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[tuple[str, int], Recipe]:
+    """Per training set and seed the recipe with its teacher."""
+    keys = list(itertools.product(recipe.compare.splits, _seeds(recipe)))
+    jobs: dict[tuple[str, int], TrainJob] = {}
+    if not has_teacher(recipe):
+        for split, seed in keys:
+            changes = {"seed": seed, "train": recipe.train.model_copy(update={"split": split})}
+            jobs[split, seed] = teacher_job(recipe.model_copy(update=changes), run_dir, tiles, f"_seed{seed}")
+        if failed := train_side_by_side(recipe, list(jobs.values()), run_dir):
+            raise TrainingError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    found = {}
+    for key in keys:
+        weights = {"weights": str(jobs[key].folder / WEIGHTS)} if jobs else {}
+        labels = recipe.label.model_copy(update={**weights, "splits": (key[0],)})
+        found[key] = recipe.model_copy(update={"label": labels})
+    return found
+
+
+def _label(recipe: Recipe, run_dir: Path, jobs: dict[tuple[str, int], LabelJob]) -> dict[tuple[str, int], Path]:
+    """The store of each job, all labelled in one run; one that several seeds share is labelled once."""
+    different = {job.folder(run_dir): job for job in jobs.values()}
+    label(recipe, list(different.values()), run_dir)
+    return {key: job.folder(run_dir) for key, job in jobs.items()}
 
 
 def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: int, store: Path) -> TrainJob:

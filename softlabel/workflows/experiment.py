@@ -34,8 +34,10 @@ from softlabel.report import wording
 from softlabel.report.figures import Overlay
 from softlabel.report.page import write_report
 from softlabel.results.run import fuse
-from softlabel.store import read_json, read_soft_labels, read_tiles, summary, write_json, write_text
+from softlabel.shards import read_soft_labels
+from softlabel.store import read_json, summary, write_json, write_text
 from softlabel.terminal import say
+from softlabel.tile_table import read_tiles
 from softlabel.training.arguments import check_models, check_soft
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train

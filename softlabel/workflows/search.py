@@ -28,11 +28,13 @@ from softlabel.records import LABELLED, detections_from_row
 from softlabel.report.search import format_answer, write_search_report
 from softlabel.search.run import Inputs, check_space, search
 from softlabel.search.space import THRESHOLD, Values
-from softlabel.store import commit, read_json, read_soft_labels, read_tiles, summary, write_json, write_text
+from softlabel.shards import read_soft_labels
+from softlabel.store import commit, read_json, summary, write_json, write_text
 from softlabel.terminal import say
+from softlabel.tile_table import read_tiles
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
-from softlabel.training.targets import WEIGHTS
+from softlabel.training.targets import WEIGHTS, TrainJob
 from softlabel.workflows.experiment import Steps
 
 
@@ -105,11 +107,27 @@ def _automatic(recipe: Recipe, tiles: Path, split: str, val_split: str, store: P
     return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
+def has_teacher(recipe: Recipe) -> bool:
+    """Whether the label section names one."""
+    return recipe.label.open_vocabulary is not None or recipe.label.weights is not None
+
+
 def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
     """What makes the recipe's label section name a teacher: nothing if it does, else the weights of one that learned
     from the truth of the other training set."""
-    if recipe.label.open_vocabulary is not None or recipe.label.weights is not None:
+    if has_teacher(recipe):
         return {}
+    job = teacher_job(recipe, run_dir, tiles)
+    train(recipe, [job], run_dir)
+    return {"weights": str(job.folder / WEIGHTS)}
+
+
+def teacher_job(recipe: Recipe, run_dir: Path, tiles: Path, suffix: str = "") -> TrainJob:
+    """A teacher for the recipe's training set, that learns from the truth of the other.
+
+    Raises:
+        RecipeError: There is no other.
+    """
     other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
     if other not in summary(tiles)["splits"]:
         raise RecipeError(
@@ -117,10 +135,8 @@ def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
             f"(train.split is {recipe.train.split})"
         )
     val_split = validation_split(tiles, str(other), "truth")
-    name = f"teacher_{str(other)[-1]}"
-    job = train_job(recipe, run_dir, name, recipe.train.teacher, tiles=tiles, split=str(other), val_split=val_split)
-    train(recipe, [job], run_dir)
-    return {"weights": str(job.folder / WEIGHTS)}
+    name = f"teacher_{str(other)[-1]}{suffix}"
+    return train_job(recipe, run_dir, name, recipe.train.teacher, tiles=tiles, split=str(other), val_split=val_split)
 
 
 def _complete(results: dict, wanted: Sequence[Values]) -> list[dict]:

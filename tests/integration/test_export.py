@@ -8,9 +8,10 @@ import cv2
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from conftest import tiny_recipe
-from made_stores import CLASSES, detections, made_store, made_tile, write_store
+from made_stores import CLASSES, detections, made_store, made_tile, unpack, write_store
 
 import softlabel.cli
 from softlabel.cli import main
@@ -27,7 +28,9 @@ from softlabel.results.fuse import fuse_job
 from softlabel.results.run import export, fuse
 from softlabel.results.stores import open_store, read_all
 from softlabel.session import LOG
-from softlabel.store import DONE, read_json, read_soft_labels, read_tiles, shard_file, summary
+from softlabel.shards import read_soft_labels, shard_file
+from softlabel.store import DONE, read_json, read_table, summary, write_table
+from softlabel.tile_table import read_tiles
 from softlabel.training.targets import soft_targets
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -182,7 +185,7 @@ def test_another_threshold_rewrites_and_another_store_is_refused(tmp_path):
 def test_a_broken_shard_is_one_line(tmp_path):
     store = made_store(tmp_path, archive(scenes=2), shard_tiles=4)
     shard_file(store, 1).write_bytes(b"PAR1")
-    with pytest.raises(StoreError, match=r"shard-000001.parquet cannot be read") as caught:
+    with pytest.raises(StoreError, match=r"000001.parquet cannot be read") as caught:
         export(store, tmp_path / "out", "geojson", 0.2, "nms", 0.5)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / DONE).exists()
@@ -294,7 +297,7 @@ def test_a_fused_store_is_a_store(pair, tmp_path, capsys):
             np.testing.assert_array_equal(row.found.scores, expected.scores)
     rejected = [tile_id for tile_id, row in two.items() if row.reason]
     assert [tile_id for tile_id, row in fused.items() if row.reason == "cut short"] == rejected
-    assert pd.read_parquet(folder / "rejected" / "rejected.parquet")["tile_id"].tolist() == rejected
+    assert pd.read_parquet(folder / "rejected")["tile_id"].tolist() == rejected
     assert done["boxes"] == sum(len(row["boxes"]) for row in read_soft_labels(folder)) > 0
     teacher = read_json(folder / "store.json")["teacher"]
     assert teacher["weights"] == [2, 1] and [found["weights"] for found in teacher["fused"]] == ["w1", "w2"]
@@ -314,16 +317,19 @@ def test_readers_of_stores_take_a_fused_one(pair, tmp_path):
 def test_fusing_again_in_any_order_does_no_work_and_goes_on_where_it_was(pair):
     stores, tiles = pair
     folder = fuse(stores, [1, 1], 0.1, 0.55, tiles.parent)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("**/*")}
     assert fuse(stores[::-1], [1, 1], 0.1, 0.55, tiles.parent) == folder
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    first, second = shard_file(folder, 0), shard_file(folder, 1)
-    whole, counts = second.read_bytes(), summary(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("**/*")} == before
+    whole, counts = list(read_soft_labels(folder)), summary(folder)
+    first, second, *_ = unpack(folder)
     second.unlink()
-    (folder / DONE).unlink()
+    column = read_table(first).schema.get_field_index("saturated")
+    marked = read_table(first)
+    marked = marked.set_column(column, marked.schema.field(column), pa.array([True] * len(marked)))
+    write_table(first, marked)
     fuse(stores, [1, 1], 0.1, 0.55, tiles.parent)
-    assert first.stat().st_mtime_ns == before[first.name]
-    assert second.read_bytes() == whole and summary(folder) == counts
+    assert list(read_soft_labels(folder)) == marked.to_pylist() + whole[len(marked) :]  # the first was not made anew
+    assert summary(folder) == {**counts, "saturated": len(marked)}
 
 
 @pytest.fixture

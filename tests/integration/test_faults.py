@@ -16,7 +16,8 @@ from softlabel.imagery.run import tile
 from softlabel.imagery.synthetic import write_scenes
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
-from softlabel.store import DONE, read_tiles, summary
+from softlabel.store import DONE, summary
+from softlabel.tile_table import read_tiles
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -197,7 +198,7 @@ def test_tiles_that_abort_the_process_are_found_and_left_out(many_tiles, run_dir
     assert bad[in_reader["tile_id"]].startswith("reading it killed the process 3 times")
     assert bad[in_model["tile_id"]].startswith("labelling it killed the process 3 times")
     assert_same({i: row for i, row in found.items() if i not in bad}, {i: undisturbed[i] for i in found.keys() - bad})
-    rejected = pq.read_table(folder / "rejected" / "rejected.parquet").to_pylist()
+    rejected = pq.read_table(folder / "rejected").to_pylist()
     assert {row["scene_uri"] for row in rejected} == {in_reader["scene_uri"], in_model["scene_uri"]}
 
 
@@ -231,7 +232,7 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_finishes_it(many_tile
     assert driver.wait() == 2
     assert "no space left" in driver.said.splitlines()[-1]
     (folder,) = saved.glob("label-*")
-    done = list(folder.glob("shard-*.parquet"))
+    done = list(folder.glob("shards/*/*.parquet"))
     assert 0 < len(done) < 10 and not (folder / DONE).exists()
     assert Driver(many_tiles(), saved).wait() == 0
     assert_same(by_tile(folder), undisturbed)

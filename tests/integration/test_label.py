@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
+from made_stores import unpack
 
 from softlabel import cli
 from softlabel.errors import RecipeError, StoreError
@@ -29,7 +30,8 @@ from softlabel.labelling.run import label
 from softlabel.lease import Lease
 from softlabel.records import detections_from_row
 from softlabel.session import Cluster
-from softlabel.store import DONE, read_json, read_tiles, summary, write_json
+from softlabel.store import DONE, read_json, summary, write_json
+from softlabel.tile_table import read_tiles
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -77,18 +79,17 @@ def test_a_second_run_does_no_work_and_adds_no_row(recipe, tiles, weights, run_d
     assert {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir()} == before
 
 
-def test_a_rerun_does_only_what_is_missing(recipe, tiles, weights, tmp_path, undisturbed):
+def test_a_rerun_does_only_what_is_missing(recipe, tiles, weights, tmp_path, undisturbed, capsys):
     job = label_job(recipe, "teacher", weights, tiles, None)
     folder = job.folder(tmp_path)
     shutil.copytree(undisturbed, folder)
-    shards = sorted(folder.glob("shard-*.parquet"))
-    assert len(shards) > 1
-    kept = shards[0].stat().st_mtime_ns
-    shards[-1].unlink()
-    (folder / DONE).unlink()
-    (folder / f".{shards[-1].name}.0123").write_bytes(b"half written when the driver was killed")
+    *kept, last = unpack(folder)
+    assert kept
+    last.unlink()
+    last.with_name(f".{last.name}.0123").write_bytes(b"half written when the driver was killed")
     label(recipe, [job], tmp_path)
-    assert shards[0].stat().st_mtime_ns == kept
+    assert " tiles in 1 shards\n" in capsys.readouterr().out
+    assert list(folder.glob("**/*.parquet")) == [folder / "table" / "000000.parquet"]
     assert_same(by_tile(folder), by_tile(undisturbed))
 
 
@@ -151,7 +152,7 @@ def test_bad_scenes_are_rows_with_reasons_and_cost_nothing_else(weights, tmp_pat
     assert_same({i: found[i] for i in healthy}, {i: expected[i] for i in healthy})
     counts = summary(after)
     assert counts["rejected"] == len(bad) and counts["requested"] == counts["labelled"] + counts["rejected"]
-    rejected = pq.read_table(after / "rejected" / "rejected.parquet").to_pylist()
+    rejected = pq.read_table(after / "rejected").to_pylist()
     assert {row["tile_id"]: row["scene_uri"] for row in rejected} == bad
     strict = tiny_recipe()
     with pytest.raises(StoreError, match=r"tiles were rejected .*max_rejected_fraction"):
@@ -265,7 +266,7 @@ def test_what_failed_for_a_while_is_taken_up_again(weights, tiles, tmp_path, und
     assert summary(folder)["labelled"] == 4 and summary(folder)["retryable"] == 0
     expected = by_tile(undisturbed)
     assert_same(by_tile(folder), {tile_id: expected[tile_id] for tile_id in by_tile(folder)})
-    assert not len(pq.read_table(folder / "rejected" / "rejected.parquet"))
+    assert not list((folder / "rejected").iterdir())
 
 
 def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
@@ -291,7 +292,7 @@ def test_gpus_are_used_where_the_recipe_says_nothing_of_them(recipe, weights, tm
     flags = ["--config", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run")]
     flags += ["--set", f"label.weights={weights}", "--set", "label.precision=float32"]
     assert cli.main(["label", *flags]) == 0
-    assert "labelling: 2 actors of 1 CPU and 1 GPU, pytorch in float32" in capsys.readouterr().err
+    assert "labelling: 2 actors of 1 CPU and 1 GPU, pytorch in float32" in capsys.readouterr().out
     (folder,) = (tmp_path / "run").glob("label-labels-*")
     assert summary(folder)["speed"]["devices"] == ["cpu 0", "cpu 1"]
     assert cli.main(["evaluate", *flags]) == 0  # which joins no cluster, and finds what GPUs have labelled

@@ -9,7 +9,7 @@ from made_stores import detections, write_store
 from softlabel.config import Soft
 from softlabel.imagery.scenes import TileReader
 from softlabel.records import Truth
-from softlabel.store import read_tiles
+from softlabel.tile_table import read_tiles
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from softlabel.labelling.job import label_job, open_vocabulary_job, recipe_label
 from softlabel.labelling.run import label
 from softlabel.records import Nms, detections_from_row
 from softlabel.results.stores import open_store
-from softlabel.store import read_tiles, summary
+from softlabel.store import summary
+from softlabel.tile_table import read_tiles
 from softlabel.training.job import train_job
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS

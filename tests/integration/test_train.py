@@ -26,7 +26,9 @@ from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
 from softlabel.records import EMPTY, Detections, Truth
-from softlabel.store import read_soft_labels, read_tiles, summary
+from softlabel.shards import read_soft_labels
+from softlabel.store import summary
+from softlabel.tile_table import read_tiles
 from softlabel.training.job import train_job, validation_split
 from softlabel.training.run import train
 from softlabel.training.targets import WEIGHTS, soft_targets, truth_targets

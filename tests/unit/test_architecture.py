@@ -23,7 +23,10 @@ GROUND = {
     "softlabel.lease",
     "softlabel.terminal",
     "softlabel.calibration",
+    "softlabel.packing",
+    "softlabel.shards",
     "softlabel.store",
+    "softlabel.tile_table",
 }
 TOP = {
     "softlabel.cli",
@@ -33,6 +36,7 @@ TOP = {
     "softlabel.session",
 }
 RAY = {
+    "packing.py",
     "session.py",
     "labelling/run.py",
     "results/run.py",

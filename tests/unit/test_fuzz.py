@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from softlabel import store
+from softlabel import store, tile_table
 from softlabel.config import TruthSource
 from softlabel.errors import SceneError, StoreError, TruthError
 from softlabel.imagery.scenes import TileReader, describe_scene
@@ -131,9 +131,13 @@ def test_what_is_no_summary_is_a_store_error(tmp_path, text):
 
 
 def test_a_table_of_something_else_is_no_table_of_tiles(tmp_path):
-    store.write_table(tmp_path / store.TILES_FILE, TILES.empty_table().drop_columns(["split"]))
+    tile_table.write_tiles(tmp_path, [fuzzing.tile_row(0)])
+    store.write_table(tmp_path / "table" / "000000.parquet", TILES.empty_table().drop_columns(["split"]))
     with pytest.raises(StoreError, match="no table of tiles"):
-        store.read_tiles(tmp_path, ["test"])
+        tile_table.read_tiles(tmp_path)
+    store.write_table(tmp_path / tile_table.MANIFEST, pa.table({"test": ["many"]}))
+    with pytest.raises(StoreError, match="no table of tiles"):
+        tile_table.read_tiles(tmp_path, ["test"])
 
 
 def test_text_that_is_not_utf8_is_a_store_error(tmp_path):

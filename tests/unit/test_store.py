@@ -7,21 +7,20 @@ import pytest
 from made_stores import made_tile, write_tiles
 
 from softlabel.errors import StoreError
+from softlabel.shards import read_soft_labels, shard_file
 from softlabel.store import (
     commit,
     digest,
     finish,
     is_done,
     read_json,
-    read_soft_labels,
     read_table,
-    read_tile_shard,
-    read_tiles,
     step_dir,
     summary,
     write_json,
     write_table,
 )
+from softlabel.tile_table import read_shard, read_tiles
 
 
 def test_a_digest_ignores_key_order_and_nothing_else():
@@ -70,7 +69,7 @@ def test_missing_and_broken_files_are_named(tmp_path, content):
 
 def test_a_step_is_done_once_it_says_so(tmp_path):
     folder = tmp_path / "step"
-    write_table(folder / "shard-000000.parquet", pa.table({"a": [1]}))
+    write_table(shard_file(folder, 0), pa.table({"a": [1]}))
     assert not is_done(folder)
     with pytest.raises(StoreError, match=r"done\.json is missing"):
         list(read_soft_labels(folder))
@@ -91,4 +90,4 @@ def test_tiles_in_no_split_have_a_name(tmp_path):
     for asked, expected in ((None, "0123"), (["none"], "13"), (["none", "test"], "123"), (["train_1"], "0")):
         found = [row["scene_id"] for row in read_tiles(tiles, asked)]
         assert found == [f"s{i}" for i in expected]
-        assert read_tile_shard(tiles, 0, ["scene_id"], asked)["scene_id"].to_pylist() == found
+        assert read_shard(tiles, 0, ["scene_id"], asked)["scene_id"].to_pylist() == found

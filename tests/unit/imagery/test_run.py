@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import rasterio
 from PIL import Image
@@ -12,7 +11,8 @@ from softlabel.config import Recipe
 from softlabel.errors import RecipeError, SceneError, TruthError
 from softlabel.imagery import run
 from softlabel.imagery.scenes import TileReader
-from softlabel.records import TILES, Truth
+from softlabel.records import Truth
+from softlabel.tile_table import SHARD_TILES, read_tiles, shard_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 ONE_SPLIT = {"train_1": 1, "train_2": 0, "test": 0, "validation": 0}
@@ -59,7 +59,7 @@ class World:
 
     def tile(self, **settings):
         step = run.tile(self.recipe(**settings), self.folder / "runs")
-        rows = pq.read_table(step / store.TILES_FILE).to_pylist()
+        rows = read_tiles(step)
         rejected = [json.loads(line) for line in (step / run.REJECTED_FILE).read_text().splitlines()]
         return rows, rejected, store.summary(step)
 
@@ -88,14 +88,12 @@ def test_tiles_can_be_read(world):
     np.testing.assert_array_equal(TileReader().read(rows[3]), pixels[:, 16:, 32:].transpose(1, 2, 0))
 
 
-def test_row_groups_are_shards_in_order(world):
+def test_shards_are_in_order(world):
     for index in range(3):
         world.scene(f"{index}.tif", width=32 * 8, height=32 * 5)
     step = run.tile(world.recipe(), world.folder / "runs")
-    file = pq.ParquetFile(step / store.TILES_FILE)
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [store.SHARD_TILES, 56]
-    assert file.schema_arrow == TILES
-    rows = file.read().to_pylist()
+    assert shard_counts(step, None).tolist() == [SHARD_TILES, 56]
+    rows = read_tiles(step)
     order = [(row["scene_id"], row["window"][1], row["window"][0]) for row in rows]
     assert order == sorted(order)
 
@@ -351,7 +349,7 @@ def test_real_overhead_images(shared, tmp_path):
 
 def test_real_16_bit_scenes(shared, tmp_path):
     recipe = Recipe(name="real", classes=("vessel",), tiles={"scenes": str(shared / "data" / "scenes"), "size_px": 256})
-    rows = pq.read_table(run.tile(recipe, tmp_path) / store.TILES_FILE).to_pylist()
+    rows = read_tiles(run.tile(recipe, tmp_path))
     reader = TileReader()
     for row in rows:
         pixels = reader.read(row)
@@ -371,7 +369,7 @@ def test_truth_of_dota_is_kept_as_it_was_drawn_beside_its_hull(tmp_path):
     tiles_of = {"scenes": str(scenes), "truth": truth, "size_px": 64, "overlap_px": 0, "split": ONE_SPLIT}
     recipe = Recipe.model_validate({"name": "x", "classes": ["plane"], "tiles": tiles_of})
     step = run.tile(recipe, tmp_path / "run")
-    left, right = pq.read_table(step / store.TILES_FILE)["truth"].to_pylist()
+    left, right = (row["truth"] for row in read_tiles(step))
     assert (left[0]["box"], right[0]["box"]) == ([48, 16, 64, 48], [0, 16, 16, 48])
     for (box,), x in ((left, 64), (right, 0)):
         np.testing.assert_allclose(box["xywhr"], [x, 32, 512**0.5, 512**0.5, np.pi / 4], atol=1e-4)

@@ -17,7 +17,8 @@ from softlabel.labelling.job import label_job
 from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.reading import read_shard
-from softlabel.store import read_table, shard_file
+from softlabel.shards import shard_file
+from softlabel.store import read_table
 
 
 def pixels(row):

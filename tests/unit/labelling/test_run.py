@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from softlabel.errors import SceneError, StoreError
 from softlabel.labelling.run import _drop_committed, _raise_unless_lost
-from softlabel.store import shard_file
+from softlabel.shards import shard_file
 
 
 def in_a_task(cause):

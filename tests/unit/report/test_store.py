@@ -22,7 +22,9 @@ from softlabel.report import figures
 from softlabel.report import store as report
 from softlabel.report.run import show
 from softlabel.report.store import NUM_BINS, THRESHOLDS, Tally, doubts, reason_group, teacher_facts
-from softlabel.store import finish, shard_file, write_json, write_table
+from softlabel.shards import shard_file
+from softlabel.store import finish, write_json, write_table
+from softlabel.tile_table import write_tiles
 
 CLASSES = ("car", "<b>&plane", "ship")
 SIDE = 96
@@ -96,7 +98,7 @@ def write_store(run_dir, rows, *, teacher=TEACHER, shard_tiles=8, scenes=True):
                 "group": scene_id,
             }
         )
-    write_table(tiles / "tiles.parquet", pa.Table.from_pylist(tile_rows, TILES))
+    write_tiles(tiles, tile_rows)
     return store
 
 
@@ -436,11 +438,11 @@ def test_what_cannot_be_shown_is_said_in_one_line(rows, tmp_path, capsys):
     assert "is no store of soft labels" in refusal(capsys, tmp_path / "gone")
     assert "is no store of soft labels" in refusal(capsys, tmp_path / "tiles-0123456789")
     shard_file(store, 1).write_bytes(b"PAR1")
-    assert "shard-000001.parquet cannot be read" in refusal(capsys, store)
+    assert "000001.parquet cannot be read" in refusal(capsys, store)
     (store / "done.json").unlink()
     assert f"{store} is not finished" in refusal(capsys, store)
     finish(store, {"requested": len(rows)})
-    (tmp_path / "tiles-0123456789" / "tiles.parquet").unlink()
+    (tmp_path / "tiles-0123456789" / "shards.parquet").unlink()
     assert "needs its tiles beside it" in refusal(capsys, store)
     assert not (store / "show").exists()
 

@@ -13,7 +13,8 @@ from softlabel.evaluation.run import tile_results
 from softlabel.records import LABELLED, detections_from_row
 from softlabel.results.scenes import read_scenes
 from softlabel.results.stores import num_shards, open_store, read_all
-from softlabel.store import DONE, read_json, read_soft_labels, read_table, shard_file, write_json, write_table
+from softlabel.shards import read_soft_labels, shard_file
+from softlabel.store import DONE, read_json, read_table, write_json, write_table
 
 ASSETS = Path(__file__).parents[2] / "assets"
 FOUND = detections((1, 2, 3, 4, 1, 0.9), (0, 0, 8, 8, 2, 0.2))
@@ -89,7 +90,7 @@ def test_what_is_no_finished_store_is_refused_in_words(tmp_path):
     with pytest.raises(StoreError, match="is not finished"):
         open_store(folder)
     (tmp_path / "done").rename(folder / DONE)
-    (tmp_path / "tiles-made" / "tiles.parquet").unlink()
+    (tmp_path / "tiles-made" / "shards.parquet").unlink()
     with pytest.raises(StoreError, match="needs its tiles beside it"):
         open_store(folder)
 

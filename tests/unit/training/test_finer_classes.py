@@ -22,7 +22,8 @@ from softlabel.records import Detections, Nms, Truth
 from softlabel.results.chosen import chosen_labels
 from softlabel.results.colour import Colour
 from softlabel.results.subtype import subtype_job
-from softlabel.store import DONE, STORE, read_json, read_tiles, write_json
+from softlabel.store import DONE, STORE, read_json, write_json
+from softlabel.tile_table import read_tiles
 from softlabel.training import trainer as training
 from softlabel.training.arguments import check_soft
 from softlabel.training.job import recipe_train_job, train_job

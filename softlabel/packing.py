@@ -1,0 +1,51 @@
+"""A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import ray
+
+from softlabel.errors import StoreError
+from softlabel.shards import pack, to_pack
+
+_AHEAD = 4  # tasks handed to Ray for each CPU: more would only wait in its memory
+
+
+def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Counter[str]:
+    """Pack every shard of a store (softlabel.shards.pack), and the sum of what was counted.
+
+    Raises:
+        StoreError: A shard is broken, or has not all of its tiles.
+    """
+    splits = None if splits is None else tuple(splits)
+    task = ray.remote(num_cpus=1, max_retries=5)(_pack)
+    most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    total: Counter[str] = Counter()
+    waiting: list[ray.ObjectRef] = []
+    for number, expected in to_pack(tiles, splits):
+        waiting.append(task.remote(folder, tiles, splits, number, expected))
+        if len(waiting) >= most:
+            done, waiting = ray.wait(waiting)
+            total.update(_told(done))
+    total.update(_told(waiting))
+    return total
+
+
+def _pack(
+    folder: Path, tiles: Path, splits: tuple[str, ...] | None, number: int, expected: dict[int, int]
+) -> Counter[str] | str:
+    """What was counted; a user's mistake as a word, which Ray would bury."""
+    try:
+        return pack(folder, tiles, splits, number, expected)
+    except StoreError as error:
+        return str(error)
+
+
+def _told(done: list["ray.ObjectRef"]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for told in ray.get(done):
+        if isinstance(told, str):
+            raise StoreError(told)
+        total.update(told)
+    return total

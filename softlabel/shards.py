@@ -1,0 +1,247 @@
+"""The shards of a store: a file each while it is made, packed into a few large ones when it is done.
+
+While a store is made, a shard (a row group of the tiles, softlabel.tile_table) is ``shards/000012/001930.parquet``,
+committed by rename, 160 in a folder. What is done is packed: ``table/000012.parquet`` has the same 160 as row groups,
+of no row where a shard has no tile that was asked for, and any reader of Parquet takes the folder for one table. Of a
+packed store a shard that was made again has a file of its own, which goes before, until it is packed too. Stores
+before format 7 have ``shard-001930.parquet``, all in one folder, and stay so.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from softlabel import tile_table
+from softlabel.errors import StoreError
+from softlabel.records import EMPTY, LABELLED, REJECTED
+from softlabel.store import commit, opened, read_table, summary, write_table
+from softlabel.tile_table import table_file
+
+STATUSES = (LABELLED, EMPTY, REJECTED)
+_REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("scene_uri", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("retryable", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Where a shard is committed, of a store that is being made."""
+    return _shards_of(folder, shard // tile_table.FILE_SHARDS) / f"{shard:06d}.parquet"
+
+
+def _shards_of(folder: Path, number: int) -> Path:
+    return folder / "shards" / f"{number:06d}"
+
+
+def _old_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:06d}.parquet"
+
+
+def _alone(folder: Path) -> dict[int, Path]:
+    """The shards that have a file of their own."""
+    old = {int(path.stem.removeprefix("shard-")): path for path in folder.glob("shard-*.parquet")}
+    return old | {int(path.stem): path for path in folder.glob("shards/*/[0-9]*.parquet")}
+
+
+def _packed(folder: Path) -> dict[int, Path]:
+    """The files of packed shards, by their number."""
+    return {int(path.stem): path for path in folder.glob("table/[0-9]*.parquet")}
+
+
+def committed(folder: Path) -> set[int]:
+    """The shards that are there; of packed ones those without a tile, too."""
+    size = tile_table.FILE_SHARDS
+    return set(_alone(folder)).union(*(range(number * size, number * size + size) for number in _packed(folder)))
+
+
+def read_shard(folder: Path, shard: int) -> pa.Table | None:
+    """The rows of a shard, None where it was not committed.
+
+    Raises:
+        StoreError: Its file is broken.
+    """
+    for path in (shard_file(folder, shard), _old_file(folder, shard)):
+        if path.exists():
+            return read_table(path)
+    number, group = divmod(shard, tile_table.FILE_SHARDS)
+    path = table_file(folder, number)
+    if not path.exists():
+        return None
+    with opened(path) as file:
+        return _row_group(file, group, None) if group < file.num_row_groups else None
+
+
+def _row_group(file: pq.ParquetFile, group: int, columns: list[str] | None) -> pa.Table:
+    table = file.read_row_group(group, columns=columns)
+    table.validate(full=True)
+    return table
+
+
+def _numbered(folder: Path, columns: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
+    """Each shard that is there and has a tile, in order; a file of packed ones is opened once."""
+    size, alone, packed = tile_table.FILE_SHARDS, _alone(folder), _packed(folder)
+    for number in sorted({shard // size for shard in alone} | set(packed)):
+        with opened(packed[number]) if number in packed else nullcontext() as file:
+            groups = file.num_row_groups if file else 0
+            for group in range(size):
+                shard = number * size + group
+                if shard in alone:
+                    table = read_table(alone[shard], columns)
+                elif file and group < groups:
+                    table = _row_group(file, group, columns)
+                else:
+                    continue
+                if len(table):
+                    yield shard, table
+
+
+def read_shards(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The shards of a finished store, in order.
+
+    Raises:
+        StoreError: It did not finish, or a shard is broken.
+    """
+    summary(folder)
+    yield from (table for _, table in _numbered(folder, columns))
+
+
+def read_soft_labels(folder: Path) -> Iterator[dict]:
+    """The rows of a finished store, shard by shard; raises as `read_shards`."""
+    for table in read_shards(folder):
+        yield from table.to_pylist()
+
+
+def retryable_ids(labels: pa.Table) -> set[str]:
+    """The rejected tiles of a shard that may be read another time."""
+    again = labels.filter(pc.and_(pc.equal(labels["status"], REJECTED), labels["retryable"]))
+    return set(again["tile_id"].to_pylist())
+
+
+def retryable_counts(folder: Path) -> dict[int, int]:
+    """How many tiles may be read another time, by shard, where there are any."""
+    counts = (
+        (shard, len(retryable_ids(table))) for shard, table in _numbered(folder, ["tile_id", "status", "retryable"])
+    )
+    return {shard: count for shard, count in counts if count}
+
+
+def to_pack(tiles: Path, splits: Iterable[str] | None) -> Iterator[tuple[int, dict[int, int]]]:
+    """For each file that a store over those splits has once it is packed: its number, and how many tiles each of its
+    shards has, where it has any."""
+    counts, size = tile_table.shard_counts(tiles, splits), tile_table.FILE_SHARDS
+    for number in np.unique(np.flatnonzero(counts) // size).tolist():
+        of_file = range(number * size, min(number * size + size, len(counts)))
+        yield number, {shard: int(counts[shard]) for shard in of_file if counts[shard]}
+
+
+def pack(
+    folder: Path, tiles: Path, splits: Iterable[str] | None, number: int, expected: dict[int, int]
+) -> Counter[str]:
+    """Put the shards of one file of tiles into one file, and those of its tiles that were rejected into another, for
+    people (``rejected/``); shards in files of their own go. Done again, it gives the same.
+
+    Args:
+        folder: The store.
+        tiles: The folder of its tiles.
+        splits: Those that it was asked for.
+        number: Of the file, and ``expected``: as `to_pack` gives them.
+
+    Returns:
+        What was counted: tiles by status, and those retryable or saturated; boxes.
+
+    Raises:
+        StoreError: A shard is broken, or has not all of its tiles.
+    """
+    counts: Counter[str] = Counter()
+    rejected: list[pa.Table] = []
+
+    def counted() -> Iterator[tuple[int, pa.Table]]:
+        for shard, table in _checked(folder, expected):
+            counts.update(_count(table))
+            if len(bad := table.filter(pc.equal(table["status"], REJECTED))):
+                rows = tile_table.read_shard(tiles, shard, ("tile_id", "scene_uri"), splits)
+                rejected.append(_with_scenes(bad, rows))
+            yield shard, table
+
+    places = (path for shard in expected for path in (shard_file(folder, shard), _old_file(folder, shard)))
+    alone = [path for path in places if path.exists()]
+    if alone:
+        commit(table_file(folder, number), partial(_write_packed, _schema(folder, number, alone), number, counted()))
+    else:
+        for _ in counted():
+            pass
+    view = folder / "rejected" / f"{number:06d}.parquet"
+    if rejected:
+        write_table(view, pa.concat_tables(rejected))
+    else:
+        view.unlink(missing_ok=True)
+    shutil.rmtree(_shards_of(folder, number), ignore_errors=True)
+    for path in alone:
+        path.unlink(missing_ok=True)
+    return counts
+
+
+def _checked(folder: Path, expected: dict[int, int]) -> Iterator[tuple[int, pa.Table]]:
+    for shard, count in sorted(expected.items()):
+        table = read_shard(folder, shard)
+        there = 0 if table is None else len(table)
+        if table is None or there != count:
+            problem = f"shard {shard} has {there} of {count} tiles"
+            raise StoreError(f"{folder} does not balance ({problem}): delete it and make it again")
+        yield shard, table
+
+
+def _schema(folder: Path, number: int, alone: list[Path]) -> pa.Schema:
+    """The schema of the shards to pack; of some from before a format that added columns and some after, the latter."""
+    schemas = []
+    for path in (*alone, table_file(folder, number)):
+        if path.exists():
+            with opened(path) as file:
+                schemas.append(file.schema_arrow)
+    return max(schemas, key=len)
+
+
+def _write_packed(schema: pa.Schema, number: int, shards: Iterator[tuple[int, pa.Table]], path: Path) -> None:
+    first = number * tile_table.FILE_SHARDS
+    written = 0
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for shard, table in shards:
+            for _ in range(shard - first - written):
+                writer.write_table(schema.empty_table())
+            writer.write_table(_fitted(table, schema))
+            written = shard - first + 1
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table with the columns that it lacks, all null."""
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
+
+
+def _count(table: pa.Table) -> Counter[str]:
+    counts = Counter(dict.fromkeys((*STATUSES, "retryable", "boxes", "saturated"), 0))
+    counts.update(table["status"].to_pylist())
+    counts["retryable"] = len(retryable_ids(table))
+    counts["boxes"] = pc.sum(pc.list_value_length(table["boxes"])).as_py() or 0
+    counts["saturated"] = pc.sum(table["saturated"]).as_py() or 0
+    return counts
+
+
+def _with_scenes(bad: pa.Table, tiles: pa.Table) -> pa.Table:
+    scenes = tiles["scene_uri"].take(pc.index_in(bad["tile_id"], value_set=tiles["tile_id"]))
+    columns = [bad["tile_id"], scenes, bad["reason"], bad["retryable"]]
+    return pa.Table.from_arrays(columns, schema=_REJECTED_SCHEMA)
