@@ -50,20 +50,19 @@ def main() -> int:
     parser.add_argument(
         "--work-dir", type=Path, default=Path("runs/archive-benchmark"), help="what is made is kept here"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="of every number of tiles (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of every number of tiles (1)")
     parser.add_argument("--figure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.work_dir.resolve()
     if arguments.figure:
         name, number = arguments.figure
-        print(json.dumps({"figure": name, **_FIGURES[name](folder, int(number))}), flush=True)
+        print(json.dumps({"figure": name, **_FIGURES[name](folder, int(number), arguments.scale)}), flush=True)
         return 0
     print(json.dumps(machine()), flush=True)
     for name, numbers in (("list", _TILES), ("memory", (_FEW, _MANY)), ("actors", _ACTORS)):
         for number in numbers:
-            count = number if name == "actors" else max(SHARD_TILES, int(number * arguments.scale))
-            command = [sys.executable, __file__, "--work-dir", str(folder), "--figure", name, str(count)]
-            subprocess.run(command, check=True)
+            command = [sys.executable, __file__, "--work-dir", str(folder), "--scale", str(arguments.scale)]
+            subprocess.run([*command, "--figure", name, str(number)], check=True)
     return 0
 
 
@@ -97,9 +96,9 @@ def _job(tiles: Path, name: str) -> LabelJob:
     return LabelJob(name, teacher, tiles, None)
 
 
-def listed(folder: Path, count: int) -> dict[str, Any]:
+def listed(folder: Path, count: int, scale: float) -> dict[str, Any]:
     """What a driver does before the first pixel, and what a reader does for a shard."""
-    tiles, making_s = _tiles(folder, count)
+    tiles, making_s = _tiles(folder, int(count * scale))
     before, started = _peak_mb(), time.monotonic()
     work = {(0, shard): number for shard, number in _job(tiles, "list").shards()}
     seconds = time.monotonic() - started
@@ -125,14 +124,14 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def memory(folder: Path, count: int) -> dict[str, Any]:
+def memory(folder: Path, count: int, scale: float) -> dict[str, Any]:
     """The driver's memory, and how fast a run is in which nothing takes time."""
-    return {"tiles": count, **_labelled(folder, count, actors=1, wait_s=0.0)}
+    return {"tiles": int(count * scale), **_labelled(folder, int(count * scale), actors=1, wait_s=0.0)}
 
 
-def scaled(folder: Path, actors: int) -> dict[str, Any]:
+def scaled(folder: Path, actors: int, scale: float) -> dict[str, Any]:
     """How many shards a second so many actors get through, of which each takes half a second."""
-    count = int(actors * _SECONDS / _WAIT_S) * SHARD_TILES
+    count = int(actors * _SECONDS * scale / _WAIT_S) * SHARD_TILES
     found = _labelled(folder, count, actors=actors, wait_s=_WAIT_S)
     return {
         "actors": actors,

@@ -14,7 +14,7 @@ from softlabel.config import Recipe
 from softlabel.errors import RecipeError, SessionError, SoftlabelError
 from softlabel.flags import WITHOUT_RAY, parser
 from softlabel.recipe_file import dump_recipe, load_recipe
-from softlabel.session import LOG, Terminated, ray_session
+from softlabel.session import LOG, Terminated, cluster, ray_session
 from softlabel.terminal import say
 
 if TYPE_CHECKING:
@@ -203,9 +203,10 @@ def _session(recipe: Recipe, run_dir: Path, verb: str, *, verbose: bool) -> Iter
     """A Ray for a verb, and the recipe on what is there, which is said."""
     from softlabel.devices import lines, with_gpus
 
-    with ray_session(run_dir, verbose=verbose) as cluster:
-        recipe = with_gpus(recipe, cluster.gpus, side_by_side=verb in _SIDE_BY_SIDE)
-        for line in lines(recipe, cluster.node_cpus, labels=verb != "train", trains=verb in _TRAIN):
+    with ray_session(run_dir, verbose=verbose) as joined:
+        there = cluster(joined=joined)
+        recipe = with_gpus(recipe, there.gpus, side_by_side=verb in _SIDE_BY_SIDE)
+        for line in lines(recipe, there.node_cpus, labels=verb != "train", trains=verb in _TRAIN):
             say(line)
         yield recipe
 

@@ -30,22 +30,23 @@ class Cluster:
 
 
 @contextmanager
-def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[Cluster]:
+def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[bool]:
     """Ray, from here to the end; what it says goes to a log in the run folder, or to the terminal if ``verbose``.
+    Whether it is a cluster that was there.
 
     Raises:
         SessionError: Ray does not start, there is no such cluster, or the log cannot be written.
     """
     if verbose:
         with _ray() as joined:
-            yield _cluster(joined)
+            yield joined
         return
     with log_to(run_dir / LOG), _workers_heard(), _ray() as joined:
-        yield _cluster(joined)
+        yield joined
 
 
-def _cluster(joined: bool) -> Cluster:
-    """What Ray counts; of the GPUs of this machine, which a Ray of our own has, those that PyTorch can use."""
+def cluster(*, joined: bool) -> Cluster:
+    """What Ray counts; of the GPUs of this machine, where it was not ``joined``, those that PyTorch can use."""
     import ray
 
     nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])

@@ -33,7 +33,7 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 from ultralytics.nn.tasks import DetectionModel
 
-from softlabel import store, tile_table
+from softlabel import shards, store, tile_table
 from softlabel.config import TruthSource
 from softlabel.detectors.weights import import_weights, load_model
 from softlabel.errors import SoftlabelError
@@ -565,7 +565,7 @@ def store_cases(folder: Path) -> list[Case]:
     tile_table.write_tiles(tiles, [tile_row(number) for number in range(6)], shard_tiles=4)
     for shard in range(2):
         part = pa.Table.from_pylist(rows[4 * shard :][:4], soft_labels_schema(3))
-        store.write_table(store.shard_file(labels, shard), part)
+        store.write_table(shards.shard_file(labels, shard), part)
     identity = {"teacher": {"classes": ["car", "plane", "ship"], "floor": 0.01}, "tiles": tiles.name, "splits": None}
     store.write_json(labels / "store.json", identity)
     store.finish(labels, {"name": "t", "requested": 6, "labelled": 5, "rejected": 1, "boxes": 4, "saturated": 0})
@@ -573,8 +573,8 @@ def store_cases(folder: Path) -> list[Case]:
     files: dict[Path, Sequence[Mutation]] = {
         tiles / "table" / "000000.parquet": binary,
         tiles / tile_table.MANIFEST: binary,
-        store.shard_file(labels, 0): binary,
-        store.shard_file(labels, 1): binary,
+        shards.shard_file(labels, 0): binary,
+        shards.shard_file(labels, 1): binary,
         labels / store.DONE: (*_WORDS, objects, objects),
         labels / "store.json": (*_WORDS, objects),
     }
@@ -585,7 +585,7 @@ def store_cases(folder: Path) -> list[Case]:
             lambda: tile_table.read_tiles(tiles, ["train_1"], ["tile_id", "split"]),
             lambda: store.read_json(labels / "store.json"),
             lambda: store.summary(labels),
-            lambda: list(store.read_soft_labels(labels)),
+            lambda: list(shards.read_soft_labels(labels)),
         ), 0
 
     return [Case("store", files, read)]

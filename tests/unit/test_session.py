@@ -12,7 +12,7 @@ from made_stores import made_store, made_tile, write_store
 
 from softlabel.cli import main
 from softlabel.errors import SessionError
-from softlabel.session import LOG, Terminated, _pass_on, ray_session
+from softlabel.session import LOG, Cluster, Terminated, _pass_on, cluster, ray_session
 
 TIMED_OUT = (
     "The current node timed out during startup. This could happen because some of the raylet failed to startup or the "
@@ -150,3 +150,15 @@ def test_sigterm_while_ray_starts_is_no_other_end(tmp_path):
     """Ray's own handler, which it sets on the way, exits with 15."""
     with mock.patch.object(ray, "init", side_effect=SystemExit(15)), pytest.raises(Terminated):
         ray_session(tmp_path, verbose=True).__enter__()
+
+
+@pytest.mark.parametrize(("joined", "usable", "gpus"), [(True, 0, 3), (False, 0, 0), (False, 2, 2), (False, 4, 3)])
+def test_of_this_machine_only_gpus_that_pytorch_can_use_count(capsys, joined, usable, gpus):
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 3.0}}, {"Alive": True, "Resources": {}}, {"Alive": False}]
+    with (
+        mock.patch.object(ray, "nodes", return_value=nodes),
+        mock.patch.object(ray, "cluster_resources", return_value={"CPU": 4.0, "GPU": 3.0}),
+        mock.patch("torch.cuda.device_count", return_value=usable),
+    ):
+        assert cluster(joined=joined) == Cluster((4.0, 0.0), gpus)
+    assert ("can use" in capsys.readouterr().out) == (not joined and usable < 3)
