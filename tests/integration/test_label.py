@@ -289,7 +289,7 @@ def test_gpus_are_used_where_the_recipe_says_nothing_of_them(recipe, weights, tm
     values = recipe.model_dump(mode="json", exclude={"execution"})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     flags = ["--config", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run")]
-    flags += ["--set", f"label.weights={weights}", "--set", "label.precision=float32"]
+    flags += ["--set", f"label.weights={weights}", "--set", "label.precision=float32", "--set", "tiles.size_px=32"]
     assert cli.main(["label", *flags]) == 0
     assert "labelling: 2 actors of 1 CPU and 1 GPU, pytorch in float32" in capsys.readouterr().out
     (folder,) = (tmp_path / "run").glob("label-labels-*")

@@ -1,0 +1,53 @@
+"""Who teaches whom in a comparison; the runs are in integration."""
+
+import pytest
+from conftest import tiny_recipe
+
+from softlabel.errors import TrainingError
+from softlabel.labelling.job import LabelJob
+from softlabel.training.targets import WEIGHTS
+from softlabel.workflows import compare
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The jobs of each launch, which train nothing."""
+    launches = []
+    monkeypatch.setattr(compare, "train_side_by_side", lambda recipe, jobs, folder: launches.append(jobs) or {})
+    return launches
+
+
+def test_every_seed_has_a_teacher_of_its_own(tiles, tmp_path, launched):
+    recipe = tiny_recipe(seed=5, compare={"seeds": 2})
+    taught = compare._taught(recipe, tmp_path, tiles)
+    (jobs,) = launched
+    assert [(job.name, job.seed, job.split) for job in jobs] == [
+        ("teacher_2_seed5", 5, "train_2"),
+        ("teacher_2_seed6", 6, "train_2"),
+        ("teacher_1_seed5", 5, "train_1"),
+        ("teacher_1_seed6", 6, "train_1"),
+    ]
+    keys = [("train_1", 5), ("train_1", 6), ("train_2", 5), ("train_2", 6)]
+    for key, job in zip(keys, jobs, strict=True):
+        assert taught[key].label.weights == str(job.folder / WEIGHTS)
+        assert taught[key].label.splits == (key[0],) and taught[key].seed == recipe.seed
+    assert list(taught) == keys and len({job.folder for job in jobs}) == 4
+
+
+def test_a_teacher_that_is_given_teaches_all_and_labels_once(tiles, weights, tmp_path, monkeypatch, launched):
+    labelled = []
+    monkeypatch.setattr(compare, "label", lambda recipe, jobs, run_dir: labelled.extend(jobs))
+    recipe = tiny_recipe(label={"weights": str(weights)}, compare={"seeds": 3, "splits": ["train_2"]})
+    taught = compare._taught(recipe, tmp_path, tiles)
+    assert {one.label.weights for one in taught.values()} == {str(weights)} and launched == []
+    jobs = {key: compare.recipe_label_job(by, tiles) for key, by in taught.items()}
+    stores = compare._label(recipe, tmp_path, jobs)
+    assert len(labelled) == 1 and isinstance(labelled[0], LabelJob)
+    assert list(stores) == [("train_2", seed) for seed in range(3)] and len(set(stores.values())) == 1
+
+
+def test_a_teacher_that_cannot_be_trained_ends_the_comparison(tiles, tmp_path, monkeypatch):
+    failed = {"teacher_2_seed0": "no boxes"}
+    monkeypatch.setattr(compare, "train_side_by_side", lambda recipe, jobs, folder: failed)
+    with pytest.raises(TrainingError, match="teacher_2_seed0: no boxes"):
+        compare._taught(tiny_recipe(), tmp_path, tiles)
