@@ -1,10 +1,12 @@
 """A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
 
+import errno
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from softlabel.errors import StoreError
 from softlabel.shards import pack, to_pack
@@ -16,7 +18,7 @@ def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Count
     """Pack every shard of a store (softlabel.shards.pack), and the sum of what was counted.
 
     Raises:
-        StoreError: A shard is broken, or has not all of its tiles.
+        StoreError: A shard is broken, or has not all of its tiles; there is no space left, or Ray lost too much.
     """
     splits = None if splits is None else tuple(splits)
     task = ray.remote(num_cpus=1, max_retries=5)(_pack)
@@ -40,11 +42,21 @@ def _pack(
         return pack(folder, tiles, splits, number, expected)
     except StoreError as error:
         return str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return f"no space left on the disk of {folder}: free some and run the same again"
 
 
 def _told(done: list["ray.ObjectRef"]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for told in ray.get(done):
+    try:
+        found = ray.get(done)
+    except RayTaskError:  # a defect, which its traceback tells
+        raise
+    except RayError as error:
+        raise StoreError(f"labels could not be packed ({str(error).splitlines()[0]}): run the same again") from error
+    for told in found:
         if isinstance(told, str):
             raise StoreError(told)
         total.update(told)

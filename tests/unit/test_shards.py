@@ -1,7 +1,9 @@
 """The shards of a store: committed one by one, packed into few files, read the same at every stage."""
 
+import errno
 import shutil
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_stores import detections, made_tile, write_store, write_tiles
 
-from softlabel import shards, tile_table
+from softlabel import packing, shards, tile_table
 from softlabel.errors import StoreError
 from softlabel.records import EMPTY
 from softlabel.shards import committed, pack, read_shard, read_shards, read_soft_labels, retryable_counts, to_pack
@@ -153,3 +155,13 @@ def test_a_store_that_is_not_finished_is_not_read(made, tmp_path):
     assert np.array_equal(
         tile_table.shard_counts(write_tiles(tmp_path, made, shard_tiles=SHARD), ["none"]), np.zeros(11)
     )
+
+
+def test_a_full_disk_while_packing_is_a_line(store, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(packing, "pack", mock.Mock(side_effect=full))
+    said = packing._pack(store, store.parent / "tiles-made", ("test",), 0, {})
+    assert said == f"no space left on the disk of {store}: free some and run the same again"
+    monkeypatch.setattr(packing.ray, "get", lambda refs: [said])
+    with pytest.raises(StoreError, match="no space left"):
+        packing._told([])
