@@ -34,6 +34,9 @@ _OLD_FILE = "tiles.parquet"
 
 def write_tiles(folder: Path, rows: Iterable[dict], shard_tiles: int = SHARD_TILES) -> None:
     """Write rows (records.TILES) in their order, one shard of them in memory at a time; the manifest comes last."""
+    for left in (folder / "table").glob("*"):  # by a run that was killed, maybe over more scenes that could be read
+        left.unlink()
+    (folder / _OLD_FILE).unlink(missing_ok=True)
     shards = _shards(iter(rows), shard_tiles)
     counts: list[Counter[str]] = []
     for number in count():

@@ -81,3 +81,11 @@ def test_a_table_without_a_tile_is_one(tmp_path):
     write_tiles(tmp_path, iter(()))
     assert has_tiles(tmp_path) and read_tiles(tmp_path) == [] and num_shards(tmp_path) == 0
     assert shard_counts(tmp_path, ["test"]).tolist() == []
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_table(tmp_path, monkeypatch):
+    old(TILES_OF_FORMAT_6)(tmp_path / "tiles", None)
+    new(tmp_path / "tiles", monkeypatch)
+    write_tiles(tmp_path / "tiles", iter(made_rows()[:7]), SHARD)
+    assert len(read_tiles(tmp_path / "tiles")) == 7 == pq.read_table(tmp_path / "tiles" / "table").num_rows
+    assert read_shard(tmp_path / "tiles", 2, ["scene_id"], None)["scene_id"].to_pylist() == ["s06"]
