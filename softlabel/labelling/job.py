@@ -78,10 +78,9 @@ def open_vocabulary_job(recipe: Recipe, name: str, tiles: Path, splits: Sequence
     return LabelJob(name, in_views(recipe, open_vocabulary_teacher(recipe)), tiles, _split_names(splits))
 
 
-def recipe_label_job(recipe: Recipe, tiles: Path, teacher: Teacher | None = None) -> LabelJob:
-    """The job that a recipe's own ``label`` section describes, with its teacher if there is one already; raises as
-    ``recipe_teacher`` does."""
-    return LabelJob("labels", teacher or recipe_teacher(recipe), tiles, _split_names(recipe.label.splits))
+def recipe_label_job(recipe: Recipe, tiles: Path) -> LabelJob:
+    """The job that a recipe's own ``label`` section describes; raises as ``recipe_teacher`` does."""
+    return LabelJob("labels", recipe_teacher(recipe), tiles, _split_names(recipe.label.splits))
 
 
 def _split_names(splits: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -58,7 +58,8 @@ KEEP_MEMORY = ":".join(
 # Of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next. A GPU has several
 # shards on their way to it and back.
 _CALLS_OF_CPU, _CALLS_OF_GPU = 2, 4
-_MAX_SHARDS, _TASKS_PER_READER = 16, 8
+# Shards that one task reads, and tasks for each reader at least: at the end some wait for the longest of them.
+_MAX_SHARDS, _TASKS_PER_READER = 16, 32
 
 Work = dict[tuple[int, int], int]
 """(job, shard) to the number of tiles to label in it."""
