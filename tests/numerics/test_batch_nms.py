@@ -37,10 +37,10 @@ def test_it_keeps_what_one_image_after_the_other_keeps(images, classes, anchors,
     one = suppressed_rotated if rotated else suppressed
     found, _ = kept(decoded, classes, nms, rotated=rotated)
     for rows, image in zip(found, decoded, strict=True):
-        alike(rows, one(image, classes, nms))
+        assert_alike(rows, one(image, classes, nms))
 
 
-def alike(rows, others):
+def assert_alike(rows, others):
     """To the last bit, but for the agreement, whose sums may have another order."""
     torch.testing.assert_close(rows[:, :-1], others[:, :-1], rtol=0, atol=0)
     torch.testing.assert_close(rows[:, -1], others[:, -1], rtol=1e-5, atol=0, equal_nan=True)
@@ -98,7 +98,7 @@ def test_no_number_is_no_candidate():
     decoded = made(0, 1, 2, 300)
     decoded[0, 4:, 7] = float("nan")
     ((rows,), _) = kept(decoded, 2, Nms(0.05, 0.5, 300))
-    alike(rows, suppressed(decoded[0], 2, Nms(0.05, 0.5, 300)))
+    assert_alike(rows, suppressed(decoded[0], 2, Nms(0.05, 0.5, 300)))
 
 
 def test_memory_does_not_grow_with_the_square_of_the_candidates(is_long):
