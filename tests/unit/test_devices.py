@@ -3,9 +3,12 @@
 import pytest
 from conftest import tiny_recipe
 
+from softlabel.cli import _store
 from softlabel.devices import possible, with_gpus
-from softlabel.errors import RecipeError
+from softlabel.errors import RecipeError, StoreError
+from softlabel.labelling.job import recipe_label_job
 from softlabel.recipe_file import load_recipe
+from softlabel.store import finish
 
 
 def taken(gpus, side_by_side=False, label=None, batch=16, **execution):
@@ -65,3 +68,19 @@ def test_what_labels_may_have_been_made_on():
 def test_no_gpu_and_a_gpu_is_a_mistake():
     with pytest.raises(RecipeError, match=r"device: cpu uses no GPU, and gpus_per_worker asks for one: remove either"):
         load_recipe("demo", ["execution.device=cpu", "execution.gpus_per_worker=1"])
+
+
+def test_labels_are_found_whatever_made_them(tmp_path, weights, tiles, capsys):
+    """By verbs that join no cluster, and so do not know its GPUs."""
+    recipe = tiny_recipe(label={"weights": str(weights)})
+    gpu, cpu = (recipe_label_job(each, tiles).folder(tmp_path) for each in possible(recipe))
+    assert gpu != cpu
+    with pytest.raises(StoreError, match=f"{cpu.name} is not finished"):
+        _store(recipe, tmp_path, tiles)
+    finish(cpu, {})
+    assert _store(recipe, tmp_path, tiles) == cpu and not capsys.readouterr().out
+    finish(gpu, {})
+    assert _store(recipe, tmp_path, tiles) == gpu
+    assert f"labels of a GPU and of a CPU are here: taking {gpu.name}" in capsys.readouterr().out
+    cpu_alone = tiny_recipe(label={"weights": str(weights)}, execution={"device": "cpu"})
+    assert _store(cpu_alone, tmp_path, tiles) == cpu
