@@ -1,6 +1,7 @@
 """A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
 
 import errno
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +32,7 @@ def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Count
             done, waiting = ray.wait(waiting)
             total.update(_told(done))
     total.update(_told(waiting))
+    shutil.rmtree(folder / "shards", ignore_errors=True)
     return total
 
 
