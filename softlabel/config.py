@@ -361,7 +361,8 @@ class Compare(_Section):
     """Ways to train students, for `softlabel compare`: each of them and the plain one, over several seeds."""
 
     methods: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], dict[str, Any]] = Field(
-        {}, description="a name to recipe keys under train and their values"
+        {},
+        description="a name to recipe keys under train, or label.augment (of the teacher), and their values",
     )
     seeds: Annotated[int, Field(gt=0)] = Field(4, description="students of each method and training set")
     splits: tuple[str, ...] = Field(("train_1", "train_2"), min_length=1, description="training sets")
@@ -375,9 +376,10 @@ class Compare(_Section):
             if name in ("plain", "truth"):
                 raise ValueError(f"methods names {name}, which is compared in any case: remove it")
             for key in values:
-                if not key.startswith(("train.threshold", "train.student.", "train.soft.")):
+                if not key.startswith(("train.threshold", "train.student.", "train.soft.")) and key != "label.augment":
                     raise ValueError(
-                        f"{name} names {key}: give train.threshold or keys below train.student, train.soft"
+                        f"{name} names {key}: give train.threshold, label.augment, or keys below train.student and "
+                        "train.soft"
                     )
         return self
 

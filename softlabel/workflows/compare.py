@@ -26,6 +26,9 @@ from softlabel.workflows.experiment import Steps
 from softlabel.workflows.search import has_teacher, teacher_job
 from softlabel.workflows.self_training import self_train
 
+Key = tuple[str, str, int]
+"""Of a student: its way, its training set, its seed."""
+
 
 def compare(recipe: Recipe, run_dir: Path) -> dict:
     """Train what is not trained yet, write compare.json and compare.html into ``run_dir``, and return the results.
@@ -47,11 +50,8 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
     with steps.next("train the teachers"):
         taught = _taught(recipe, run_dir, tiles)
     with steps.next("label the training sets"):
-        stores = _label(recipe, run_dir, {key: recipe_label_job(by, tiles) for key, by in taught.items()})
-    jobs = {
-        (name, split, seed): _job(way, run_dir, tiles, name, split, seed, store)
-        for (name, way), ((split, seed), store) in itertools.product(by_name.items(), stores.items())
-    }
+        stores = _label(recipe, run_dir, _label_jobs(by_name, taught, tiles))
+    jobs = {key: _job(by_name[key[0]], run_dir, tiles, *key, store) for key, store in stores.items()}
     with steps.next(f"train {len(jobs)} students"):
         failed = train_side_by_side(recipe, list(jobs.values()), run_dir)
         trained = {key: job for key, job in jobs.items() if job.name not in failed}
@@ -81,7 +81,11 @@ def compare(recipe: Recipe, run_dir: Path) -> dict:
             "seeds": list(_seeds(recipe)),
             "rows": rows,
             "failed": failed,
-            "labels": [{"train_set": split, "seed": seed, **summary(store)} for (split, seed), store in stores.items()],
+            "labels": [
+                {"method": name, "train_set": split, "seed": seed, **summary(store)}
+                for (name, split, seed), store in stores.items()
+                if name != TRUTH
+            ],
             "train_boxes": _boxes(trained),
             "softlabel_version": softlabel.__version__,
             "date": datetime.date.today().isoformat(),
@@ -115,8 +119,17 @@ def _taught(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[tuple[str, int],
     return found
 
 
-def _label(recipe: Recipe, run_dir: Path, jobs: dict[tuple[str, int], LabelJob]) -> dict[tuple[str, int], Path]:
-    """The store of each job, all labelled in one run; one that several seeds share is labelled once."""
+def _label_jobs(ways: dict[str, Recipe], taught: dict[tuple[str, int], Recipe], tiles: Path) -> dict[Key, LabelJob]:
+    """What labels the tiles of each student: its teacher, in the views of its way."""
+    jobs = {}
+    for (name, way), ((split, seed), by) in itertools.product(ways.items(), taught.items()):
+        labels = by.label.model_copy(update={"augment": way.label.augment})
+        jobs[name, split, seed] = recipe_label_job(by.model_copy(update={"label": labels}), tiles)
+    return jobs
+
+
+def _label(recipe: Recipe, run_dir: Path, jobs: dict[Key, LabelJob]) -> dict[Key, Path]:
+    """The store of each job, all labelled in one run; one that several students share is labelled once."""
     different = {job.folder(run_dir): job for job in jobs.values()}
     label(recipe, list(different.values()), run_dir)
     return {key: job.folder(run_dir) for key, job in jobs.items()}
@@ -138,7 +151,7 @@ def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: i
     )
 
 
-def _rows(recipe: Recipe, tiles: Path, stores: dict[tuple[str, str, int], Path]) -> list[dict]:
+def _rows(recipe: Recipe, tiles: Path, stores: dict[Key, Path]) -> list[dict]:
     groups = {row["tile_id"]: row["group"] for row in read_tiles(tiles, ["test"], ["tile_id", "group", "split"])}
     judged = {key: tile_results(tiles, "test", store) for key, store in stores.items()}
     common = [tile_id for tile_id in groups if all(tile_id in found for found in judged.values())]
@@ -154,7 +167,7 @@ def _rows(recipe: Recipe, tiles: Path, stores: dict[tuple[str, str, int], Path])
     )
 
 
-def _boxes(trained: dict[tuple[str, str, int], TrainJob]) -> dict[str, dict[str, int]]:
+def _boxes(trained: dict[Key, TrainJob]) -> dict[str, dict[str, int]]:
     """Boxes that students learned from, by method and training set."""
     counts: dict[str, dict[str, int]] = {}
     for (name, split, _), job in trained.items():

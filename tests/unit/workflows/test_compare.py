@@ -6,6 +6,7 @@ from conftest import tiny_recipe
 from softlabel.errors import TrainingError
 from softlabel.labelling.job import LabelJob
 from softlabel.training.targets import WEIGHTS
+from softlabel.training.ways import ways
 from softlabel.workflows import compare
 
 
@@ -40,10 +41,24 @@ def test_a_teacher_that_is_given_teaches_all_and_labels_once(tiles, weights, tmp
     recipe = tiny_recipe(label={"weights": str(weights)}, compare={"seeds": 3, "splits": ["train_2"]})
     taught = compare._taught(recipe, tmp_path, tiles)
     assert {one.label.weights for one in taught.values()} == {str(weights)} and launched == []
-    jobs = {key: compare.recipe_label_job(by, tiles) for key, by in taught.items()}
+    jobs = compare._label_jobs({"plain": recipe, "low": recipe, "truth": recipe}, taught, tiles)
     stores = compare._label(recipe, tmp_path, jobs)
     assert len(labelled) == 1 and isinstance(labelled[0], LabelJob)
-    assert list(stores) == [("train_2", seed) for seed in range(3)] and len(set(stores.values())) == 1
+    assert list(stores) == [(name, "train_2", seed) for name in ("plain", "low", "truth") for seed in range(3)]
+    assert len(set(stores.values())) == 1
+
+
+def test_a_way_may_have_its_labels_from_more_views(tiles, weights, tmp_path, launched):
+    methods = {"views": {"label.augment": ["fliplr"], "train.threshold": 0.2}}
+    recipe = tiny_recipe(label={"weights": str(weights)}, compare={"seeds": 1, "methods": methods})
+    taught = compare._taught(recipe, tmp_path, tiles)
+    jobs = compare._label_jobs(ways(recipe), taught, tiles)
+    assert {name: job.teacher.augment for (name, _, _), job in jobs.items()} == {
+        "plain": (),
+        "views": ("fliplr",),
+        "truth": (),
+    }
+    assert jobs["views", "train_1", 0].folder(tmp_path) != jobs["plain", "train_1", 0].folder(tmp_path)
 
 
 def test_a_teacher_that_cannot_be_trained_ends_the_comparison(tiles, tmp_path, monkeypatch):
