@@ -125,6 +125,12 @@ def _describe(arguments: argparse.Namespace) -> None:
         print(f"{key + ':':<12}{value}")
 
 
+def _status(arguments: argparse.Namespace) -> None:
+    from softlabel.status import status
+
+    print(status(arguments.run_dir))
+
+
 def _show(arguments: argparse.Namespace) -> None:
     from softlabel.report.run import show
     from softlabel.results.stores import open_store
@@ -339,6 +345,7 @@ _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "fuse": _fuse,
     "show": _show,
+    "status": _status,
     "subtype": _subtype,
 }
 

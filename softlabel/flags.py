@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     purpose = "say what a weights file is, and what can be done with it, running nothing of it"
     verb = verbs.add_parser("describe", help=purpose, description=purpose)
     verb.add_argument("weights", metavar="WEIGHTS", help="a .pt or .safetensors, or a model of transformers")
+    purpose = "say how far a run is, while it runs and afterwards, on any machine that sees its folder"
+    verb = verbs.add_parser("status", help=purpose, description=purpose)
+    verb.add_argument("run_dir", type=_local, metavar="RUN-DIR", help="what --run-dir of the run was")
     _add_import_weights(verbs)
     _add_show(verbs)
     _add_export(verbs)

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,15 @@ LEASE = "lease.json"
 BEAT_S = 2.0
 DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
 _KEYS = ("id", "host", "pid", "space", "beat")
+
+
+def holders(folders: Iterable[Path]) -> dict[Path, tuple[str, bool]]:
+    """Who holds the folders that are held, and whether its heart beats, which takes a beat to see."""
+    first = {folder: lease for folder in folders if (lease := _read(folder / LEASE))}
+    if first:
+        time.sleep(1.5 * BEAT_S)
+    later = {folder: _read(folder / LEASE) for folder in first}
+    return {folder: (_who(lease), later[folder] != lease) for folder, lease in first.items() if later[folder]}
 
 
 class Lease:
@@ -52,7 +62,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with suppress(OSError):  # a share that is gone: the next run finds a dead one's lease
-            found = self._read()
+            found = _read(self._path)
             if found is not None and found["id"] == self._owner["id"]:
                 self._path.unlink(missing_ok=True)
 
@@ -73,14 +83,14 @@ class Lease:
 
     def _wait_for_death(self) -> None:
         """Return once the lease that is there is gone or removed as a dead one's; refuse when it beats."""
-        first = self._read()
+        first = _read(self._path)
         if first is not None and self._died_here(first):
             self._remove(first)
             return
         deadline = time.monotonic() + self._dead_after_s
         while first is not None:
             time.sleep(self._beat_s / 4)
-            now = self._read()
+            now = _read(self._path)
             if now is None or now["id"] != first["id"]:
                 return
             if now["beat"] != first["beat"]:
@@ -109,7 +119,7 @@ class Lease:
         try:
             with suppress(OSError):  # a file system without locks: the turn is a blink, and a holder notices a thief
                 fcntl.flock(folder, fcntl.LOCK_EX)
-            if self._read() == dead:
+            if _read(self._path) == dead:
                 self._path.unlink()
         finally:
             os.close(folder)
@@ -118,7 +128,7 @@ class Lease:
         beat = 0
         while not self._ended.wait(self._beat_s):
             try:
-                found = self._read()
+                found = _read(self._path)
                 if found is not None and found["id"] != self._owner["id"]:
                     self._lost = _who(found)
                     return
@@ -126,12 +136,6 @@ class Lease:
                 write_text(self._path, self._text(beat))
             except OSError:
                 continue  # a full disk ends the run where rows are written, in its own words; a share may come back
-
-    def _read(self) -> dict | None:
-        try:
-            return _parse(self._path.read_text())
-        except FileNotFoundError:
-            return None
 
     def _text(self, beat: int) -> str:
         return json.dumps({**self._owner, "beat": beat})
@@ -152,6 +156,13 @@ def _write_new(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return _parse(path.read_text())
+    except FileNotFoundError:
+        return None
 
 
 def _parse(text: str) -> dict:

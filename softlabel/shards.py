@@ -49,7 +49,7 @@ def _old_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:06d}.parquet"
 
 
-def _alone(folder: Path) -> dict[int, Path]:
+def shard_files(folder: Path) -> dict[int, Path]:
     """The shards that have a file of their own."""
     old = {int(path.stem.removeprefix("shard-")): path for path in folder.glob("shard-*.parquet")}
     return old | {int(path.stem): path for path in folder.glob("shards/*/[0-9]*.parquet")}
@@ -63,7 +63,7 @@ def _packed(folder: Path) -> dict[int, Path]:
 def committed(folder: Path) -> set[int]:
     """The shards that are there; of packed ones those without a tile, too."""
     size = tile_table.FILE_SHARDS
-    return set(_alone(folder)).union(*(range(number * size, number * size + size) for number in _packed(folder)))
+    return set(shard_files(folder)).union(*(range(number * size, number * size + size) for number in _packed(folder)))
 
 
 def read_shard(folder: Path, shard: int) -> pa.Table | None:
@@ -91,7 +91,7 @@ def _row_group(file: pq.ParquetFile, group: int, columns: list[str] | None) -> p
 
 def _numbered(folder: Path, columns: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
     """Each shard that is there and has a tile, in order; a file of packed ones is opened once."""
-    size, alone, packed = tile_table.FILE_SHARDS, _alone(folder), _packed(folder)
+    size, alone, packed = tile_table.FILE_SHARDS, shard_files(folder), _packed(folder)
     for number in sorted({shard // size for shard in alone} | set(packed)):
         with opened(packed[number]) if number in packed else nullcontext() as file:
             groups = file.num_row_groups if file else 0

@@ -16,9 +16,7 @@ _ALL = "all"
 def format_methods(results: dict) -> str:
     """A table as aligned plain text, one line per method and training set, and what it says."""
     header = ["method", "train set", "mAP50", "gain over plain", "gap closed", "mAP50-95"]
-    rows = [header, *(_cells(row) for row in results["rows"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = wording.aligned([header, *(_cells(row) for row in results["rows"])])
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *sentences(results)])
 
 

@@ -78,12 +78,10 @@ def format_calibration(rows: Sequence[dict]) -> str:
         numbers = [number(row[key], 3) for key in ("ece", "ece_calibrated")]
         threshold = number(row.get("threshold"), 3) if row.get("mapped", True) else "too few boxes to map"
         cells.append([row["class"], plain(row["boxes"]), plain(row["right"]), *numbers, threshold])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     thresholds = {row["class"]: round(row["threshold"], 4) for row in rows if "threshold" in row}
     note = "ECE: distance of scores from the share of boxes that are right, on tiles that were not fitted"
     wanted = ", ".join(f"{name}: {value:g}" for name, value in thresholds.items())
-    return "\n".join([*lines, note, f"best F1, for train.threshold with train.calibration: {{{wanted}}}"])
+    return "\n".join([*aligned(cells), note, f"best F1, for train.threshold with train.calibration: {{{wanted}}}"])
 
 
 def headline(results: dict) -> str:
@@ -161,6 +159,12 @@ def plain(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line per row, the cells of a column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def duration(seconds: float | None) -> str:

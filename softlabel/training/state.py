@@ -38,6 +38,7 @@ class StateWriter:
         self.wait()
         state = {
             "epoch": trainer.epoch,
+            "epochs": trainer.epochs,
             "model": unwrap_model(trainer.model).state_dict(),
             "ema": trainer.ema.ema.state_dict(),
             "updates": trainer.ema.updates,

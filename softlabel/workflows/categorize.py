@@ -224,6 +224,4 @@ def _in_words(results: dict[str, Any]) -> str:
             for row in results["classes"][:20]
         ),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_headline(results), "", *lines])
+    return "\n".join([_headline(results), "", *wording.aligned(rows)])

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import subprocess
 from functools import partial
 
@@ -16,6 +17,7 @@ from softlabel.imagery.run import tile
 from softlabel.imagery.synthetic import write_scenes
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
+from softlabel.status import status
 from softlabel.store import DONE, summary
 from softlabel.tile_table import read_tiles
 
@@ -133,6 +135,15 @@ def wait_for_work(driver, shards):
     )
 
 
+def check_status(dead):
+    """What is said of a run that nobody is at any more, by what it left."""
+    there = 64 * len(dead.shards)
+    told = status(dead.run_dir)
+    if there and not list(dead.run_dir.glob("label-*/done.json")):
+        assert f"{there} of 640 tiles ({there / 640:.0%}), 0 rejected" in told
+    assert dead.process.returncode != -signal.SIGKILL or "shows no sign of life" in told
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_kills_change_nothing(seed, cluster, many_tiles, run_dir, undisturbed):
     """One to three faults at random moments, the same command again after each end; then every tile is there once."""
@@ -147,6 +158,7 @@ def test_random_kills_change_nothing(seed, cluster, many_tiles, run_dir, undistu
         struck.append((kind, moment, disturb(kind, cluster, driver, chance)))
         if driver.process.poll() is not None or kind == "driver":
             driver.wait()
+            check_status(driver)
             driver = Driver(recipe, run_dir, env=env)
     assert driver.wait() == 0, (struck, driver.said)
     (folder,) = run_dir.glob("label-*")

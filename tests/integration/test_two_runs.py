@@ -1,11 +1,14 @@
 """Two runs side by side on one machine, each with a Ray of its own; one of them loses a worker."""
 
+import re
+
 import psutil
 import pytest
 from conftest import tiny_recipe
 from drivers import JOBS, Driver
 
 from softlabel.session import LOG
+from softlabel.status import status
 from softlabel.store import summary
 
 EPOCHS = 6
@@ -31,6 +34,7 @@ def test_each_run_knows_its_own_ray(tmp_path, number):
     runs = [Driver(recipe, tmp_path / name, job=JOBS / "train.py") for name in ("one", "two")]
     unlucky = runs[number % 2]
     assert unlucky.wait_until(lambda: state(unlucky)), unlucky.said
+    assert re.search(rf"epoch \d of {EPOCHS}, best validation mAP50 0\.\d+ .* an epoch", status(unlucky.run_dir))
     killed = workers(unlucky)
     for process in killed:
         process.kill()

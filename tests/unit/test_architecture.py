@@ -34,6 +34,7 @@ TOP = {
     "softlabel.dry_run",
     "softlabel.flags",
     "softlabel.session",
+    "softlabel.status",
 }
 RAY = {
     "packing.py",

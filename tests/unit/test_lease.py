@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from softlabel import lease as lease_module
 from softlabel.errors import StoreError
 from softlabel.lease import LEASE, Lease
 
@@ -52,23 +53,23 @@ def test_a_lease_that_stands_still_is_taken_over(tmp_path):
 
 
 def test_a_share_that_is_away_for_a_moment_costs_no_lease(tmp_path, monkeypatch):
-    failed, read = threading.Event(), Lease._read
+    failed, read = threading.Event(), lease_module._read
 
-    def failing(lease):
+    def failing(path):
         if not failed.is_set():
             failed.set()
             raise OSError(errno.ESTALE, "stale file handle")
-        return read(lease)
+        return read(path)
 
     with Lease(tmp_path, **FAST) as lease:
-        monkeypatch.setattr(Lease, "_read", failing)
+        monkeypatch.setattr(lease_module, "_read", failing)
         assert failed.wait(30)
-        beat = read(lease)["beat"]
+        beat = read(tmp_path / LEASE)["beat"]
         for _ in range(600):
-            if read(lease)["beat"] > beat:
+            if read(tmp_path / LEASE)["beat"] > beat:
                 break
             threading.Event().wait(0.05)
-        assert read(lease)["beat"] > beat
+        assert read(tmp_path / LEASE)["beat"] > beat
         lease.check()
 
 
@@ -82,9 +83,9 @@ def test_process_numbers_of_another_container_say_nothing(tmp_path):
     """No process has that number here, and the host has the same name."""
     write_lease(tmp_path, host=socket.gethostname(), pid=2**22 + 1, space="pid:[1]")
     lease = Lease(tmp_path)
-    assert not lease._died_here(lease._read())
+    assert not lease._died_here(lease_module._read(tmp_path / LEASE))
     write_lease(tmp_path, **{**lease._owner, "pid": 2**22 + 1})
-    assert lease._died_here(lease._read())
+    assert lease._died_here(lease_module._read(tmp_path / LEASE))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}'])
