@@ -140,7 +140,7 @@ def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: i
     return train_job(
         way.model_copy(update={"seed": seed}),
         run_dir,
-        f"{name}_{split}_seed{seed}",
+        f"teacher_{split[-1]}_seed{seed}" if on_truth and _is_a_teacher(way, split) else f"{name}_{split}_seed{seed}",
         way.train.student,
         tiles=tiles,
         split=split,
@@ -149,6 +149,13 @@ def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: i
         threshold=None if on_truth else way.train.threshold,
         drop=0.0 if on_truth else way.compare.drop,
     )
+
+
+def _is_a_teacher(recipe: Recipe, split: str) -> bool:
+    """Whether the student of a split's truth is the teacher of the other split, and so is trained already."""
+    taught = {"train_1": "train_2", "train_2": "train_1"}.get(split)
+    alike = recipe.train.student == recipe.train.teacher
+    return alike and taught in recipe.compare.splits and not has_teacher(recipe)
 
 
 def _rows(recipe: Recipe, tiles: Path, stores: dict[Key, Path]) -> list[dict]:

@@ -61,6 +61,29 @@ def test_a_way_may_have_its_labels_from_more_views(tiles, weights, tmp_path, lau
     assert jobs["views", "train_1", 0].folder(tmp_path) != jobs["plain", "train_1", 0].folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "teacher_1_seed3"),
+        ({"compare": {"splits": ["train_1"]}}, "truth_train_1_seed3"),  # nobody is taught by it
+        ({"label": {"weights": "teacher.pt"}}, "truth_train_1_seed3"),
+        ({"train": {"student": {"model": "yolo26n.yaml"}}}, "truth_train_1_seed3"),
+    ],
+)
+def test_a_student_of_truth_that_taught_the_others_is_not_trained_again(tiles, tmp_path, changes, name):
+    recipe = tiny_recipe(**changes)
+    job = compare._job(recipe, tmp_path, tiles, "truth", "train_1", 3, tmp_path / "label-none")
+    assert job.name == name
+    if not changes:
+        teachers = compare.teacher_job(
+            recipe.model_copy(update={"seed": 3, "train": recipe.train.model_copy(update={"split": "train_2"})}),
+            tmp_path,
+            tiles,
+            "_seed3",
+        )
+        assert teachers.folder == job.folder
+
+
 def test_a_teacher_that_cannot_be_trained_ends_the_comparison(tiles, tmp_path, monkeypatch):
     failed = {"teacher_2_seed0": "no boxes"}
     monkeypatch.setattr(compare, "train_side_by_side", lambda recipe, jobs, folder: failed)
