@@ -251,14 +251,14 @@ class _Labeller:
         self._labeller = Labeller(jobs, stores, min(threads, os.cpu_count() or 1), batch_size)
         self._names = [job.name for job in jobs]
         self._counters = {
-            key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("job",))
+            key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("store",))
             for key in ("tiles", "empty", "rejected", "boxes", "pixels", "busy_s", "km2")
         }
 
     def __call__(self, read: pa.Table) -> pa.Table:
         result = self._labeller(read)
         (row,) = result.to_pylist()
-        tags = {"job": self._names[row["job"]]}
+        tags = {"store": self._names[row["job"]]}  # "job" is what Prometheus calls whom it asks
         for key, counter in self._counters.items():
             if row[key] > 0:
                 counter.inc(row[key], tags)

@@ -1,5 +1,6 @@
 """cluster.yaml and k8s/: valid against their schemas, and true about the files, flags and versions they name."""
 
+import inspect
 import json
 import os
 import re
@@ -11,9 +12,11 @@ import kubernetes_validate
 import pytest
 import ray.autoscaler
 import yaml
+from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
 import softlabel
 from softlabel.flags import parser
+from softlabel.labelling import run as labelling
 from softlabel.recipe_file import load_recipe
 
 REPO = Path(__file__).parents[2]
@@ -177,3 +180,18 @@ def test_the_workers_have_what_the_recipe_asks_for(monkeypatch):
     assert int(limits["nvidia.com/gpu"]) * group["replicas"] >= execution.workers * execution.gpus_per_worker
     assert int(limits["nvidia.com/gpu"]) * group["replicas"] >= execution.actors * execution.gpus_per_actor
     assert int(limits["cpu"]) >= max(execution.cpus_per_worker, execution.cpus_per_actor)
+
+
+def test_the_dashboard_asks_for_what_is_counted():
+    """Ours by the names in the code, Ray's own by the names in its dashboards."""
+    dashboard = json.loads((REPO / "k8s" / "grafana-dashboard.json").read_text())
+    asked = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    names = set(re.findall(r"\bray_\w+", " ".join(asked)))
+    (counted,) = re.findall(r"for key in \((\"tiles\".*?)\)", inspect.getsource(labelling))
+    ours = {f"ray_softlabel_{key}_total" for key in re.findall(r"\w+", counted)}
+    of_ray = Path(default_dashboard_panels.__file__).read_text()
+    assert names & ours == {name for name in names if "softlabel" in name} <= ours
+    assert all(name in of_ray for name in names - ours)
+    assert {label for expr in asked for label in re.findall(r"by \((\w+)\)", expr)} == {"store"}
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len({panel["id"] for panel in dashboard["panels"]}) == len(places)
