@@ -101,7 +101,8 @@ def _pays_from(row: dict, pytorch: dict) -> str:
     saved = 1 / pytorch["tiles_per_s"] - 1 / row["tiles_per_s"]
     if row is pytorch:
         return ""
-    return f"{(row['first_start_s'] - pytorch['first_start_s']) / saved:,.0f} tiles" if saved > 0 else "never"
+    more = max(0.0, row["first_start_s"] - pytorch["first_start_s"])
+    return f"{more / saved:,.0f} tiles" if saved > 0 else "never"
 
 
 if __name__ == "__main__":

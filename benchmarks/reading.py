@@ -22,6 +22,7 @@ import rasterio.shutil
 from common import TILE_PX, machine, synthetic_piece, write_scene
 
 from softlabel.imagery.scenes import TileReader, describe_scene
+from softlabel.store import commit
 from softlabel.tile_table import SHARD_TILES
 
 _SHARDS_PER_TASK = (16, 4, 1)
@@ -54,14 +55,15 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
-    source = arguments.work_dir / "scene.tif"
+    work = arguments.work_dir / str(arguments.size)
+    source = work / "scene.tif"
     pieces = [synthetic_piece(index) for index in range(_PIECES)]
     write_scene(source, (arguments.size, arguments.size), lambda index: pieces[index * 7 % _PIECES])
     found: dict[str, Any] = {"machine": machine(), "size_px": arguments.size, "ms_per_tile": {}}
-    print("| layout | " + " | ".join(f"{n} shards a task" for n in _SHARDS_PER_TASK) + " |", flush=True)
+    print("| layout | " + " | ".join(f"shards a task: {n}" for n in _SHARDS_PER_TASK) + " |", flush=True)
     print("|---" * (len(_SHARDS_PER_TASK) + 1) + "|")
     for number, (name, layout) in enumerate(_LAYOUTS.items()):
-        scene = _stored(source, arguments.work_dir / f"layout{number}", layout)
+        scene = _stored(source, work / f"layout{number}", layout)
         rows = _rows(scene)
         times = {shards: _cpu_ms(_read, rows, shards) / len(rows) for shards in _SHARDS_PER_TASK}
         found["ms_per_tile"][name] = times
@@ -77,7 +79,7 @@ def main() -> int:
 def _stored(source: Path, path: Path, layout: dict[str, Any]) -> Path:
     if not path.exists():
         with rasterio.open(source) as dataset, rasterio.Env(GDAL_PAM_ENABLED=False):
-            rasterio.shutil.copy(dataset, path, **layout)
+            commit(path, lambda temporary: rasterio.shutil.copy(dataset, temporary, **layout))
     return path
 
 

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"softlabel: {error}", file=sys.stderr)
         return 2
     try:
-        if arguments.verb in _WEIGHTS_VERBS:
-            _WEIGHTS_VERBS[arguments.verb](arguments)
+        if arguments.verb in _JOBLESS_VERBS:
+            _JOBLESS_VERBS[arguments.verb](arguments)
         elif arguments.verb in _STORE_VERBS:
             _STORE_VERBS[arguments.verb](arguments)
         else:
@@ -337,15 +337,15 @@ _VERBS: dict[str, Callable[..., None]] = {
 _SIDE_BY_SIDE = ("search", "compare")
 _TRAIN = ("train", "experiment", "search", "compare", "demo")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
-_WEIGHTS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
+_JOBLESS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "describe": _describe,
     "import-weights": _import_weights,
+    "status": _status,
 }
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "fuse": _fuse,
     "show": _show,
-    "status": _status,
     "subtype": _subtype,
 }
 

@@ -403,6 +403,9 @@ class Execution(_Section):
     stall_minutes: Annotated[float, Field(gt=0)] = Field(
         30, description="labelling ends with an error when no shard (64 tiles) was finished for so long"
     )
+    wait_minutes: Annotated[float, Field(ge=0)] = Field(
+        0, description="on a cluster that is too small, wait so long for its autoscaler; 0: refuse at once"
+    )
     workers: Annotated[int, Field(gt=0)] = Field(1, description="training workers (DDP ranks)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0

@@ -26,13 +26,17 @@ DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
 _KEYS = ("id", "host", "pid", "space", "beat")
 
 
-def holders(folders: Iterable[Path]) -> dict[Path, tuple[str, bool]]:
-    """Who holds the folders that are held, and whether its heart beats, which takes a beat to see."""
+def holders(
+    folders: Iterable[Path], *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S
+) -> dict[Path, tuple[str, bool]]:
+    """Who holds those of the folders that are held, and whether its heart beats: of a dead one that takes a while."""
     first = {folder: lease for folder in folders if (lease := _read(folder / LEASE))}
-    if first:
-        time.sleep(1.5 * BEAT_S)
-    later = {folder: _read(folder / LEASE) for folder in first}
-    return {folder: (_who(lease), later[folder] != lease) for folder, lease in first.items() if later[folder]}
+    now = dict[Path, dict | None](first)
+    deadline = time.monotonic() + dead_after_s
+    while any(lease == first[folder] for folder, lease in now.items()) and time.monotonic() < deadline:
+        time.sleep(beat_s / 4)
+        now = {folder: _read(folder / LEASE) for folder in first}
+    return {folder: (_who(lease), lease != first[folder]) for folder, lease in now.items() if lease}
 
 
 class Lease:

@@ -1,10 +1,12 @@
-"""How far a run is, by its folder alone: from any machine that sees it, while it runs and afterwards."""
+"""How far a run is, by its folder alone: from any machine that sees it, while it runs and afterwards.
+
+Files of a run come and go while they are looked at: what is gone is left out.
+"""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -12,7 +14,7 @@ from softlabel.errors import StoreError
 from softlabel.lease import holders
 from softlabel.records import REJECTED
 from softlabel.report import wording
-from softlabel.shards import committed, shard_files
+from softlabel.shards import shard_files
 from softlabel.store import DONE, STORE, is_done, read_json, read_table, summary
 from softlabel.tile_table import has_tiles, shard_counts
 from softlabel.training.targets import STATE
@@ -24,95 +26,96 @@ _LOOKED_AT = 200
 
 
 class _Step(NamedTuple):
-    """How far a step is; ``speed`` and seconds ``left`` where they can be told, ``changed`` when it last wrote."""
+    """How far a step is; ``changed`` is when it last wrote, ``speed`` and seconds ``left`` are as of then, and say
+    nothing once it has not written for ``stale_s``."""
 
     how_far: str
+    changed: float
     speed: str = ""
     left: float | None = None
-    changed: float | None = None
+    stale_s: float = 0.0
 
 
 def status(run_dir: Path) -> str:
-    """A line for each step that was begun, the one that was begun last at the bottom, and who is at it.
+    """A line for each step that was begun, in the order of their last changes, and which processes are at them.
 
     Raises:
         StoreError: It is no run folder.
     """
-    folders = [folder for folder in _folders(run_dir) if folder.name.split("-")[0] in _STEPS]
-    if not folders:
+    folders = [path for path in run_dir.iterdir() if path.is_dir()] if run_dir.is_dir() else []
+    steps = {folder: _looked_at(folder) for folder in folders if folder.name.split("-")[0] in _STEPS}
+    if not steps:
         raise StoreError(f"{run_dir} is no run folder, or nothing was begun in it: give what --run-dir was")
-    now = time.time()
-    rows = [["step", "how far", "speed", "left", "last change"]]
-    for folder in sorted(folders, key=_begun):
-        step = _looked_at(folder)
-        left = "" if step.left is None else wording.duration(step.left)
-        changed = "" if step.changed is None else f"{wording.duration(max(0.0, now - step.changed))} ago"
-        rows.append([folder.name, step.how_far, step.speed, left, changed])
-    return "\n".join([*wording.aligned(rows), "", *_held([run_dir, *folders])])
+    now, rows = time.time(), [["step", "how far", "speed", "left", "last change"]]
+    for folder, step in sorted(steps.items(), key=lambda item: (item[1].changed, item[0])):
+        age = max(0.0, now - step.changed)
+        is_stale = 0 < step.stale_s < age
+        left = "" if step.left is None or is_stale else wording.duration(step.left)
+        speed = "" if is_stale else step.speed
+        rows.append([folder.name, step.how_far, speed, left, f"{wording.duration(age)} ago"])
+    return "\n".join([*wording.aligned(rows), "", *_held([run_dir, *steps])])
 
 
-def _looked_at(folder: Path, tries: int = 5) -> _Step:
-    """Files of a step that is at work come and go; a step that ends has others."""
+def _looked_at(folder: Path) -> _Step:
     try:
         return _STEPS[folder.name.split("-")[0]](folder)
-    except (FileNotFoundError, StoreError):
-        if not tries:
-            raise
-        return _looked_at(folder, tries - 1)
-
-
-def _folders(run_dir: Path) -> list[Path]:
-    return [path for path in run_dir.iterdir() if path.is_dir()] if run_dir.is_dir() else []
-
-
-def _begun(folder: Path) -> tuple[float, str]:
-    """When, as far as files tell: its recipe is written first."""
-    first = (folder / "recipe.yaml", folder / STORE, folder)
-    return next(path.stat().st_mtime for path in first if path.exists()), folder.name
+    except (StoreError, OSError) as error:  # of one step: the others can be told
+        return _Step(" ".join(str(error).split()), _changed([folder]))
 
 
 def _held(folders: Iterable[Path]) -> list[str]:
     lines = []
     for folder, (who, beats) in holders(folders).items():
-        state = "and lives" if beats else "which shows no sign of life: the same command takes over and goes on"
-        lines.append(f"{folder.name} is being written by {who}, {state}")
-    return lines or ["nobody is writing it, but perhaps a `softlabel train`, which leaves no lease"]
+        state = "alive" if beats else "no sign of life: the next run with this --run-dir takes over"
+        lines.append(f"{folder.name}: held by {who}, {state}")
+    return lines or ["no process holds a lease here"]
 
 
 def _tiles(folder: Path) -> _Step:
     if not is_done(folder):
-        return _Step("not finished", changed=_changed([folder]))
+        return _Step("not finished", _changed([folder, *folder.glob("table/*")]))
     said = summary(folder)
-    refused = (
-        f", {wording.plain(said['scenes_rejected'])} scenes and {wording.plain(said['truth_rejected'])} truth rows"
-    )
-    told = f"done: {wording.plain(said['tiles'])} tiles of {wording.plain(said['scenes'])} scenes{refused} rejected"
-    return _Step(told, changed=_changed([folder / DONE]))
+    refused = f"{said['scenes_rejected']:,} scenes and {said['truth_rejected']:,} truth rows rejected"
+    return _Step(f"done: {said['tiles']:,} tiles of {said['scenes']:,} scenes, {refused}", _changed([folder / DONE]))
 
 
 def _labels(folder: Path) -> _Step:
     if is_done(folder):
         said = summary(folder)
-        told = ", ".join(f"{said[key]:,} {key}" for key in ("labelled", "rejected", "boxes"))
+        kinds = ("labelled", *(["empty"] if said.get("empty") else []), "rejected", "boxes")
+        told = ", ".join(f"{said[kind]:,} {kind}" for kind in kinds)
         speed = f"{said['speed']['tiles_per_s']:,.1f} tiles/s" if said.get("speed") else ""
-        return _Step(f"done: {told}", speed, changed=_changed([folder / DONE]))
+        return _Step(f"done: {told}", _changed([folder / DONE]), speed)
     identity = read_json(folder / STORE) if (folder / STORE).exists() else {}
     tiles = folder.parent / str(identity.get("tiles"))
     if not has_tiles(tiles):
-        return _Step("not finished", changed=_changed([folder]))
-    counts = shard_counts(tiles, identity.get("splits"))
+        return _Step("not finished", _changed([folder / STORE, *shard_files(folder).values()]))
+    if packed := list(folder.glob("table/*.parquet")):
+        return _Step("all tiles are there; packing them, or reading rejected ones again", _changed(packed))
+    return _half_labelled(folder, shard_counts(tiles, identity.get("splits")))
+
+
+def _half_labelled(folder: Path, counts: Any) -> _Step:
     files = shard_files(folder)
-    there, asked = int(counts[[shard for shard in committed(folder) if shard < len(counts)]].sum()), int(counts.sum())
-    newest = sorted((path.stat().st_mtime, shard) for shard, path in files.items())
+    newest = sorted((when, shard) for shard, path in files.items() if (when := _when(path)) is not None)
+    there, asked = sum(int(counts[shard]) for _, shard in newest), int(counts.sum())
+    rejected = sum(_rejected(files[shard]) for _, shard in newest[-_LOOKED_AT:])
+    of_those = "" if len(newest) <= _LOOKED_AT else f" of the last {_LOOKED_AT} shards"
+    told = f"{there:,} of {asked:,} tiles ({there / max(asked, 1):.0%}), {rejected:,} rejected{of_those}"
+    changed = newest[-1][0] if newest else _changed([folder / STORE])
     rate = _rate([(when, int(counts[shard])) for when, shard in newest])
-    statuses = Counter[str]()
-    for _, shard in newest[-_LOOKED_AT:]:
-        statuses.update({REJECTED: pc.sum(pc.equal(read_table(files[shard], ["status"])["status"], REJECTED)).as_py()})
-    seen = "" if len(newest) <= _LOOKED_AT else f" of the last {_LOOKED_AT} shards"
-    told = f"{there:,} of {asked:,} tiles ({there / max(asked, 1):.0%}), {statuses[REJECTED]:,} rejected{seen}"
-    left = None if rate is None else (asked - there) / rate
-    changed = _changed([folder, *(files[shard] for _, shard in newest[-1:])])
-    return _Step(told, "" if rate is None else f"{rate:,.1f} tiles/s", left, changed)
+    if rate is None:
+        return _Step(told, changed)
+    return _Step(told, changed, f"{rate:,.1f} tiles/s", (asked - there) / rate, stale_s=_RATE_S)
+
+
+def _rejected(shard: Path) -> int:
+    try:
+        return int(pc.sum(pc.equal(read_table(shard, ["status"])["status"], REJECTED)).as_py() or 0)
+    except StoreError:
+        if shard.exists():
+            raise
+        return 0
 
 
 def _rate(shards: list[tuple[float, int]]) -> float | None:
@@ -123,37 +126,64 @@ def _rate(shards: list[tuple[float, int]]) -> float | None:
 
 
 def _training(folder: Path) -> _Step:
-    if is_done(folder):
-        said = summary(folder)
-        speed = f"{wording.duration(said['seconds'] / said['epochs'])} an epoch"
-        told = f"done: {said['epochs']} epochs, best validation mAP50 {said['val_map50']:.3f}"
-        return _Step(told, speed, changed=_changed([folder / DONE]))
-    path = folder / STATE
+    state = None if is_done(folder) else _state(folder / STATE)
+    if state is not None:
+        return _half_trained(state, _changed([folder / STATE, folder]))
+    if not is_done(folder):  # which comes before the state goes
+        return _Step("no epoch done", _changed([folder]))
+    said = summary(folder)
+    told = f"done: {said['epochs']} epochs, best validation mAP50 {said['val_map50']:.3f}"
+    return _Step(told, _changed([folder / DONE]), _per_epoch(said["seconds"] / said["epochs"]))
+
+
+def _state(path: Path) -> dict | None:
+    """A training's state, its tensors left on disk; None where there is none, or none any more."""
     if not path.exists():
-        return _Step("no epoch done", changed=_changed([folder]))
+        return None
     import torch  # takes seconds, which other steps do without
 
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the tensors stay on disk
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, RuntimeError):
+        if path.exists():
+            raise StoreError(f"{path} cannot be read") from None
+        return None
+
+
+def _half_trained(state: dict, changed: float) -> _Step:
     history, epochs = state["history"], state.get("epochs")  # format_version 7 had none at first
     each, of = history[-1]["seconds"], "" if epochs is None else f" of {epochs}"
     told = f"epoch {len(history)}{of}, best validation mAP50 {max(row['map50'] for row in history):.3f}"
     left = None if epochs is None else each * (epochs - len(history))
-    return _Step(told, f"{wording.duration(each)} an epoch", left, _changed([path]))
+    return _Step(told, changed, _per_epoch(each), left, stale_s=max(_RATE_S, 3 * each))
+
+
+def _per_epoch(seconds: float) -> str:
+    return f"{wording.duration(seconds)} an epoch"
 
 
 def _search(folder: Path) -> _Step:
-    trials = [read_json(path) for path in sorted((folder / "trials").glob("[0-9]*.json"))]
-    counts = Counter(trial["status"] for trial in trials)
-    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    files = sorted((folder / "trials").glob("[0-9]*.json"))
+    trials = [read_json(path) for path in files]
+    states = [trial["status"] for trial in trials]
+    told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     best = max((row["map50"] for trial in trials for row in trial["history"]), default=None)
     reached = "" if best is None else f"; best validation mAP50 {best:.3f}"
-    done = "done: " if is_done(folder) else ""
-    changed = _changed([folder, *(folder / "trials").glob("*.json")])
-    return _Step(f"{done}{len(trials)} students{': ' + told if told else ''}{reached}", changed=changed)
+    done = "done: " if is_done(folder) and "running" not in states else ""  # one that goes on keeps its summary
+    students = f"{len(trials)} student{'' if len(trials) == 1 else 's'}{': ' + told if told else ''}"
+    return _Step(f"{done}{students}{reached}", _changed([*files, folder / DONE, folder / "recipe.yaml"]))
 
 
 def _changed(paths: Iterable[Path]) -> float:
-    return max(path.stat().st_mtime for path in paths)
+    """When the newest of those that are there was written; of none the beginning of time."""
+    return max((when for path in paths if (when := _when(path)) is not None), default=0.0)
+
+
+def _when(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 _STEPS: dict[str, Callable[[Path], _Step]] = {

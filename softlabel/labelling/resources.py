@@ -53,8 +53,9 @@ class Resources:
             return self.execution.cpus_per_actor
         if self.execution.gpus_per_actor:
             return 1.0
-        shares = (node / count for node in self.node_cpus for count in range(1, self.most_actors + 1))
-        share = max(share for share in shares if self._places(share) >= min(self.most_actors, self._places(0.25)))
+        shares = (node / count for node in self.node_cpus if node for count in range(1, self.most_actors + 1))
+        fitting = (share for share in shares if self._places(share) >= min(self.most_actors, self._places(0.25)))
+        share = max(fitting, default=0.0)
         return max(0.25, math.floor((share - self.reader_cpus_per_actor) * 100) / 100)
 
     def _places(self, cpus: float) -> int:
@@ -65,6 +66,12 @@ class Resources:
     def threads(self) -> int:
         """Of one actor's forward pass: what it reserves, rounded up."""
         return math.ceil(self.cpus_per_actor)
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What has to be there at least, each on one node: the actors to start with, and a reader."""
+        actor = {"CPU": self.cpus_per_actor, "GPU": self.execution.gpus_per_actor}
+        return [*[actor] * self.least_actors, {"CPU": self.cpus_per_reader}]
 
     def check(self) -> None:
         """Refuse what could never start: an actor pool that takes every CPU starves the readers, without a word.
@@ -79,5 +86,6 @@ class Resources:
             if needed > there:
                 raise RecipeError(
                     f"labelling needs {needed:g} {resource} ({self.least_actors} actors and a reader), the cluster has "
-                    f"{there:g}: lower execution.actors or execution.{resource.lower()}s_per_actor"
+                    f"{there:g}: lower execution.actors or execution.{resource.lower()}s_per_actor, or raise "
+                    "execution.wait_minutes where an autoscaler brings more"
                 )

@@ -23,6 +23,7 @@ from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 from ray.util.metrics import Counter as MetricCounter
 from tqdm import tqdm
 
+from softlabel.autoscaling import wait_for
 from softlabel.config import Execution, Recipe
 from softlabel.errors import SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
@@ -141,7 +142,7 @@ def _label_missing(
     speed = Speed()
     if not work:
         return speed
-    resources = _resources(execution)
+    resources = wait_for(partial(_resources, execution), _there(execution).bundles, execution.wait_minutes)
     say(f"labelling {sum(work.values())} tiles in {len(work)} shards")
     failures, most_deaths = 0, _deaths(folders)
     with progress(total=sum(work.values()), unit="tile", desc="labelling") as bar:
@@ -236,10 +237,14 @@ def _num_blocks(num_shards: int, readers: int) -> int:
 
 
 def _resources(execution: Execution) -> Resources:
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    resources = Resources(execution, tuple(nodes), ray.cluster_resources().get("GPU", 0.0))
+    resources = _there(execution)
     resources.check()
     return resources
+
+
+def _there(execution: Execution) -> Resources:
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return Resources(execution, tuple(nodes), ray.cluster_resources().get("GPU", 0.0))
 
 
 class _Labeller:
@@ -249,7 +254,7 @@ class _Labeller:
         from softlabel.labelling.labeller import Labeller  # imports torch, which the driver does without
 
         self._labeller = Labeller(jobs, stores, min(threads, os.cpu_count() or 1), batch_size)
-        self._names = [job.name for job in jobs]
+        self._names = [store.name for store in stores]
         self._counters = {
             key: MetricCounter(f"softlabel_{key}", f"{key} of labelling", ("store",))
             for key in ("tiles", "empty", "rejected", "boxes", "pixels", "busy_s", "km2")

@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from softlabel.autoscaling import wait_for
 from softlabel.config import Execution, Recipe
 from softlabel.errors import RecipeError, SoftlabelError, TrainingError
 from softlabel.lease import Lease
@@ -153,11 +155,16 @@ def _alive() -> set[str]:
 
 
 def num_groups(execution: Execution) -> int:
-    """How many worker groups fit into the cluster at once.
+    """How many worker groups fit into the cluster at once; it waits for the first as ``execution.wait_minutes`` says.
 
     Raises:
         RecipeError: Not one.
     """
+    worker = {"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker}
+    return wait_for(partial(_num_groups, execution), [worker] * execution.workers, execution.wait_minutes)
+
+
+def _num_groups(execution: Execution) -> int:
     workers = 0
     for node in ray.nodes():
         if node["Alive"]:
@@ -168,7 +175,10 @@ def num_groups(execution: Execution) -> int:
             workers += int(fits + 1e-6)
     if workers < execution.workers:
         needed = f"{execution.workers} workers of {execution.cpus_per_worker:g} CPU, {execution.gpus_per_worker:g} GPU"
-        raise RecipeError(f"a student needs {needed}, and {workers} fit: lower execution.workers or cpus_per_worker")
+        raise RecipeError(
+            f"a student needs {needed}, and {workers} fit: lower execution.workers or cpus_per_worker, or raise "
+            "execution.wait_minutes where an autoscaler brings more"
+        )
     return workers // execution.workers
 
 

@@ -23,9 +23,15 @@ def ways(recipe: Recipe) -> dict[str, Recipe]:
             found[name] = with_values(recipe, values)
             check_models(found[name].train)
             check_soft(found[name], [found[name].train.threshold])
+            _check_views(found[name], recipe)
         except RecipeError as error:
             raise RecipeError(f"compare.methods.{name}: {error}") from None
     return {**found, TRUTH: recipe}
+
+
+def _check_views(way: Recipe, recipe: Recipe) -> None:
+    if way.train.soft.rounds > 1 and way.label.augment != recipe.label.augment:
+        raise RecipeError("label.augment is of the teacher, and with train.soft.rounds students label too: remove one")
 
 
 def in_words(recipe: Recipe) -> str:

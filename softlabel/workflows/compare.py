@@ -119,10 +119,10 @@ def _taught(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[tuple[str, int],
     return found
 
 
-def _label_jobs(ways: dict[str, Recipe], taught: dict[tuple[str, int], Recipe], tiles: Path) -> dict[Key, LabelJob]:
+def _label_jobs(by_name: dict[str, Recipe], taught: dict[tuple[str, int], Recipe], tiles: Path) -> dict[Key, LabelJob]:
     """What labels the tiles of each student: its teacher, in the views of its way."""
     jobs = {}
-    for (name, way), ((split, seed), by) in itertools.product(ways.items(), taught.items()):
+    for (name, way), ((split, seed), by) in itertools.product(by_name.items(), taught.items()):
         labels = by.label.model_copy(update={"augment": way.label.augment})
         jobs[name, split, seed] = recipe_label_job(by.model_copy(update={"label": labels}), tiles)
     return jobs

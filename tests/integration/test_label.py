@@ -319,7 +319,7 @@ def test_what_was_labelled_is_counted_on_ray_s_dashboard(recipe, weights, tiles,
     deadline, counted = time.monotonic() + 60, dict[str, float]()
     while "tiles" not in counted and time.monotonic() < deadline:
         lines = urlopen(metrics, timeout=30).read().decode().splitlines()
-        found = (re.match(r'ray_softlabel_(\w+)_total\{.*store="counted".*\} (.+)', line) for line in lines)
+        found = (re.match(r'ray_softlabel_(\w+)_total\{.*store="label-counted-.*\} (.+)', line) for line in lines)
         counted = {one[1]: float(one[2]) for one in found if one}
     told = summary(folder)
     assert (counted["tiles"], counted["boxes"]) == (told["requested"], told["boxes"])

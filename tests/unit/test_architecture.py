@@ -13,6 +13,7 @@ ROOT = Path(softlabel.__file__).parent
 GROUND = {
     "softlabel",
     "softlabel.errors",
+    "softlabel.autoscaling",
     "softlabel.config",
     "softlabel.recipe_file",
     "softlabel.records",
@@ -37,6 +38,7 @@ TOP = {
     "softlabel.status",
 }
 RAY = {
+    "autoscaling.py",
     "packing.py",
     "session.py",
     "labelling/run.py",

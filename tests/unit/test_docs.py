@@ -12,7 +12,7 @@ import yaml
 from pages import PAGES, REPO, blocks, lines, make_images
 from ray.scripts.scripts import cli as ray_cli
 
-from softlabel.cli import _STORE_VERBS, _VERBS, _WEIGHTS_VERBS, main
+from softlabel.cli import _JOBLESS_VERBS, _STORE_VERBS, _VERBS, main
 from softlabel.config import Recipe
 from softlabel.errors import SoftlabelError
 from softlabel.flags import parser
@@ -68,7 +68,7 @@ def is_a_recipe(block):
 
 def softlabel(words):
     arguments = parser().parse_args(words)
-    if words[0] in {*_STORE_VERBS, *_WEIGHTS_VERBS}:
+    if words[0] in {*_STORE_VERBS, *_JOBLESS_VERBS}:
         return True  # they parse; a store and a checkpoint have tests of their own
     # The one recipe that is named there without its data.
     here = ["--set", "tiles.scenes=images"] if arguments.config == "owlvit" else []
@@ -134,7 +134,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_in_the_text_exist(page):
-    verbs = {*_VERBS, *_STORE_VERBS, *_WEIGHTS_VERBS}
+    verbs = {*_VERBS, *_STORE_VERBS, *_JOBLESS_VERBS}
     assert set(re.findall(r"`softlabel ([\w-]+)", page.read_text())) <= verbs
     for name in re.findall(r"`((?:jobs|docs|k8s|benchmarks|softlabel)/[\w./-]+)`", page.read_text()):
         assert (REPO / name).exists(), name

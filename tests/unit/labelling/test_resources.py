@@ -21,6 +21,7 @@ def resources(nodes, gpus=0, **execution):
         ((8, 8), [1, 2], 7.75, 2),
         ((4, 12), 2, 5.75, 2),
         ((4, 12), 4, 3.75, 4),
+        ((0, 4), 1, 3.75, 1),  # a head that lends none
     ],
 )
 def test_without_gpus_the_actors_share_what_the_readers_leave(nodes, actors, cpus, readers):
@@ -59,8 +60,15 @@ def test_a_gpu_is_fed_by_the_readers_that_the_recipe_names():
         ((2,), 0, {"actors": 2, "cpus_per_actor": 1}, r"needs 2\.25 CPU .* has 2: lower execution\.actors"),
         ((8,), 1, {"actors": [2, 4], "gpus_per_actor": 1}, r"needs 2 GPU .* has 1: .*gpus_per_actor"),
         ((0.3,), 0, {}, r"needs 0\.5 CPU"),
+        ((0,), 0, {}, r"needs 0\.5 CPU .* has 0"),
+        ((), 0, {}, r"needs 0\.5 CPU .* has 0"),
     ],
 )
 def test_what_could_never_start_is_refused(nodes, gpus, execution, says):
     with pytest.raises(RecipeError, match=says):
         resources(nodes, gpus, **execution).check()
+
+
+def test_what_has_to_be_there_at_least():
+    found = resources((), actors=[2, 8], gpus_per_actor=1, cpus_per_actor=3)
+    assert found.bundles == [{"CPU": 3, "GPU": 1}] * 2 + [{"CPU": 1}]

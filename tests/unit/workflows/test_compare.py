@@ -3,7 +3,7 @@
 import pytest
 from conftest import tiny_recipe
 
-from softlabel.errors import TrainingError
+from softlabel.errors import RecipeError, TrainingError
 from softlabel.labelling.job import LabelJob
 from softlabel.training.targets import WEIGHTS
 from softlabel.training.ways import ways
@@ -59,6 +59,12 @@ def test_a_way_may_have_its_labels_from_more_views(tiles, weights, tmp_path, lau
         "truth": (),
     }
     assert jobs["views", "train_1", 0].folder(tmp_path) != jobs["plain", "train_1", 0].folder(tmp_path)
+
+
+def test_views_are_of_the_teacher_alone():
+    methods = {"views": {"label.augment": ["fliplr"], "train.soft.rounds": 2}}
+    with pytest.raises(RecipeError, match=r"compare\.methods\.views: label\.augment is of the teacher"):
+        ways(tiny_recipe(compare={"methods": methods}))
 
 
 @pytest.mark.parametrize(
