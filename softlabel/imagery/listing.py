@@ -1,35 +1,46 @@
-"""Which scenes there are: the images of a folder, of a glob, or one alone, local or on an object store."""
+"""Which scenes there are: those of a folder, a glob or a table, or one alone, local or on an object store."""
 
 import glob
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.fs
+import pyarrow.parquet as pq
 
 from softlabel.errors import SceneError
 
 SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png")
+_TABLES = (".csv", ".parquet", ".geoparquet")
+_URI_COLUMNS = ("uri", "location")  # location: as gdaltindex calls it
 
 
 def list_scenes(spec: str) -> list[tuple[str, str]]:
-    """All images of a folder (with those below it), of a glob, or one image, local or on an object store.
+    """All images of a folder (with those below it), a glob or a table, or one image, local or on an object store.
+
+    A table (.csv, .parquet) has a row per scene with its ``uri`` (or ``location``, as gdaltindex calls it), relative
+    ones counting from the table's folder, and maybe its ``scene_id``.
 
     Links to folders are followed. Hidden files and folders, whose names begin with a dot, are no scenes: notebooks and
     file managers keep copies there.
 
     Returns:
-        (scene_id, uri) pairs sorted by scene_id, which is the path below the folder or below the glob's fixed part;
-        for one image its name. Local uris are absolute paths. A single image may have any suffix, others are taken
-        by theirs: .tif .tiff .jpg .jpeg .png in any case.
+        (scene_id, uri) pairs sorted by scene_id, which is the path below the folder, below the glob's fixed part or
+        below the folder that all of a table share; for one image its name. Local uris are absolute paths. An image
+        alone or in a table may have any suffix, others are taken by theirs: .tif .tiff .jpg .jpeg .png in any case.
 
     Raises:
-        SceneError: There is none.
+        SceneError: There is none, or a table does not say which.
     """
     try:
-        found = _list_remote(spec) if has_scheme(spec) else _list_local(spec)
+        if spec.lower().endswith(_TABLES) and not glob.has_magic(spec):
+            found = _list_table(spec)
+        else:
+            found = _list_remote(spec) if has_scheme(spec) else _list_local(spec)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise SceneError(f"cannot list scenes at {spec} ({error}): check tiles.scenes and your access") from None
     if not found:
@@ -91,6 +102,38 @@ def _fixed_part(pattern: str) -> str:
     parts = Path(pattern).parts
     first = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return str(Path(*parts[:first]))
+
+
+def _list_table(spec: str) -> list[tuple[str, str]]:
+    remote = has_scheme(spec)
+    system, path = pyarrow.fs.FileSystem.from_uri(spec if remote else Path(os.path.abspath(spec)).as_uri())
+    with system.open_input_file(path) as file:
+        table = pyarrow.csv.read_csv(file) if spec.lower().endswith(".csv") else pq.read_table(file)
+    column = next((name for name in _URI_COLUMNS if name in table.column_names), None)
+    if column is None:
+        raise SceneError(
+            f"{spec} has no column {' or '.join(_URI_COLUMNS)}: give one with a scene's path or URI in a row"
+        )
+    folder = spec.rpartition("/")[0] if remote else os.path.dirname(os.path.abspath(spec))
+    uris = [_absolute(str(uri), folder) for uri in table[column].to_pylist() if uri]
+    named = table["scene_id"].to_pylist() if "scene_id" in table.column_names else _below(uris)
+    ids = [str(name) for name in named if name is not None]
+    if not len(uris) == len({*ids}) == table.num_rows:
+        raise SceneError(f"{spec} has a row without {column} or scene_id, or a scene twice: give each scene one row")
+    return list(zip(ids, uris, strict=True))
+
+
+def _absolute(uri: str, folder: str) -> str:
+    if has_scheme(uri) or uri.startswith("/"):
+        return uri
+    return f"{folder}/{uri}" if has_scheme(folder) else os.path.normpath(os.path.join(folder, uri))
+
+
+def _below(uris: list[str]) -> list[str]:
+    """Each one's path below the folder that all share."""
+    folders = zip(*(uri.split("/")[:-1] for uri in uris), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len({*names}) == 1, folders))
+    return ["/".join(uri.split("/")[shared:]) for uri in uris]
 
 
 def _list_remote(spec: str) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import rasterio
 from affine import Affine
@@ -55,6 +57,44 @@ def test_lists_a_folder_a_glob_a_file_and_a_uri(tmp_path):
     assert [scene_id for scene_id, _ in list_scenes(f"file://{tmp_path}")] == everything
     assert list_scenes(f"file://{tmp_path}/deep/*.png") == [("c.png", f"file://{tmp_path}/deep/c.png")]
     assert list_scenes("s3://bucket/x/a.tif") == [("a.tif", "s3://bucket/x/a.tif")]
+
+
+def test_lists_a_table(tmp_path):
+    (tmp_path / "index.csv").write_text("uri,taken\n2024/b.tif,1\n/archive/a.jp2,2\ns3://bucket/x/c.tif,3\n")
+    assert list_scenes(str(tmp_path / "index.csv")) == [
+        ("/archive/a.jp2", "/archive/a.jp2"),
+        (f"{tmp_path}/2024/b.tif", f"{tmp_path}/2024/b.tif"),
+        ("s3://bucket/x/c.tif", "s3://bucket/x/c.tif"),
+    ]
+    (tmp_path / "index.CSV").write_text("uri\n2024/b.tif\n2023/deep/a.tif\n")
+    assert list_scenes(f"file://{tmp_path}/index.CSV") == [
+        ("2023/deep/a.tif", f"file://{tmp_path}/2023/deep/a.tif"),
+        ("2024/b.tif", f"file://{tmp_path}/2024/b.tif"),
+    ]
+
+
+def test_lists_a_table_that_names_its_scenes(tmp_path):
+    rows = pa.table({"location": ["x/1.tif", "y/1.tif"], "scene_id": [7, 8], "geometry": [b"", b""]})
+    pq.write_table(rows, tmp_path / "index.geoparquet")
+    found = [("7", str(tmp_path / "x" / "1.tif")), ("8", str(tmp_path / "y" / "1.tif"))]
+    assert list_scenes(str(tmp_path / "index.geoparquet")) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("path\na.tif\n", "has no column uri or location"),
+        ("uri\na.tif\na.tif\n", "a scene twice"),
+        ("uri,scene_id\na.tif,1\n,2\n", "has a row without uri or scene_id"),
+        ("uri,scene_id\na.tif,1\nb.tif,\n", "has a row without uri or scene_id"),
+        ("uri\n", "no scenes at"),
+        ("", "cannot list scenes at"),
+    ],
+)
+def test_a_table_that_does_not_say_which_scenes(tmp_path, text, says):
+    (tmp_path / "index.csv").write_text(text)
+    with pytest.raises(SceneError, match=says):
+        list_scenes(str(tmp_path / "index.csv"))
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
