@@ -1,4 +1,4 @@
-"""Waiting for a cluster to grow; a real autoscaler is in integration/test_autoscaling.py."""
+"""Waiting for a cluster to grow."""
 
 import pytest
 
