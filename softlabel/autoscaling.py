@@ -37,12 +37,12 @@ def wait_for(find: Callable[[], T], bundles: Sequence[dict[str, float]], minutes
                     say(f"waiting for the autoscaler, {minutes:g} min at most: {str(error).split(': ')[0]}")
                     said = True
             # Again and again: the cluster knows the last request alone, and Ray Data makes some of its own.
-            request_resources(bundles=[_whole(bundle) for bundle in bundles])
+            request_resources(bundles=[_without_zeros(bundle) for bundle in bundles])
             time.sleep(_LOOK_S)
     finally:
         if minutes:  # or nodes would stay for nobody; also what a run has left here that was killed while it waited
             request_resources(bundles=[])
 
 
-def _whole(bundle: dict[str, float]) -> dict[str, float]:
+def _without_zeros(bundle: dict[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in bundle.items() if amount}

@@ -150,6 +150,16 @@ def test_a_step_that_ends_while_it_is_looked_at(tmp_path, monkeypatch):
     assert line(tmp_path, folder.name).startswith("done: 7 epochs")
 
 
+def test_what_changed_last_is_at_the_bottom(tmp_path):
+    for step, when in (("train-b-1", 30), ("label-a-1", 20), ("search-1", 40)):
+        write_json(tmp_path / step / "recipe.yaml", {})
+        write_json(tmp_path / step / "store.json", {})
+        for path in (*(tmp_path / step).iterdir(), tmp_path / step):
+            os.utime(path, (BEGAN + when,) * 2)
+    told = [one.split()[0] for one in status(tmp_path).splitlines()[1:4]]
+    assert told == ["label-a-1", "train-b-1", "search-1"]
+
+
 def test_a_search(tmp_path):
     folder = tmp_path / "search-1"
     rows = [{"map50": 0.5}, {"map50": 0.25}]
