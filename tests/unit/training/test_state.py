@@ -17,6 +17,7 @@ def trainer_in(folder, *, mixed):
     model = torch.nn.Linear(2, 2)
     return SimpleNamespace(
         epoch=3,
+        epochs=4,
         model=model,
         ema=SimpleNamespace(ema=torch.nn.Linear(2, 2), updates=7),
         optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
@@ -39,9 +40,11 @@ def written(folder, trainer, meanwhile=lambda: None, **more):
     """The state of a trainer after an epoch, and what it does before the disk has it."""
     writer, done = StateWriter(SimpleNamespace(folder=folder)), threading.Event()
     writer._thread.submit(done.wait)
-    writer.write(trainer, **more)
-    meanwhile()
-    done.set()
+    try:
+        writer.write(trainer, **more)
+        meanwhile()
+    finally:
+        done.set()  # whatever failed: a thread that waits for ever keeps pytest from ending
     writer.wait()
 
 
