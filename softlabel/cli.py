@@ -1,30 +1,26 @@
-"""The command line: what each verb does. Its flags are in softlabel.flags."""
+"""The command line: what each verb does with its recipe. Others are in softlabel.without_recipe, flags in .flags."""
 
 import argparse
-import errno
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softlabel import without_recipe
 from softlabel.config import Recipe
-from softlabel.errors import RecipeError, SessionError, SoftlabelError
+from softlabel.errors import DISK_FULL, RecipeError, SoftlabelError
 from softlabel.flags import WITHOUT_RAY, parser
 from softlabel.recipe_file import dump_recipe, load_recipe
-from softlabel.session import LOG, Terminated, cluster, ray_session
+from softlabel.session import Terminated, check_writable, cluster, name_log, ray_session
 from softlabel.terminal import say
 
 if TYPE_CHECKING:
     from softlabel.results.chosen import ChosenLabels
-    from softlabel.results.subtype import Attribute
 
 # Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
 # recipe is answered at once.
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter meets it again
         return 141
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"softlabel {arguments.verb}: no space left{where}: free some and run the same again", file=sys.stderr)
@@ -76,128 +72,12 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
         return
-    _check_writable(run_dir)
+    check_writable(run_dir)
     options = {key: getattr(arguments, key) for key in _OPTIONS.get(arguments.verb, ())}
     if arguments.verb not in WITHOUT_RAY:
-        _name_log(run_dir, arguments.verbose)
+        name_log(run_dir, arguments.verbose)
         options["verbose"] = arguments.verbose
     _VERBS[arguments.verb](recipe, run_dir, **options)
-
-
-def _name_log(run_dir: Path, verbose: bool) -> None:
-    if not verbose:
-        say(f"log: {run_dir / LOG}")
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that nothing can be written to before hours of work are lost to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise
-        reason = "it is a file" if folder.is_file() else error.strerror
-        raise SessionError(f"cannot write to {folder} ({reason}): give another folder") from None
-
-
-def _import_weights(arguments: argparse.Namespace) -> None:
-    from softlabel.detectors.weights import import_tensors, import_weights
-
-    source, model, classes = arguments.checkpoint, arguments.model, arguments.classes
-    if (model is None) != (classes is None):
-        raise RecipeError("--model and --classes belong together: give both, for tensors alone")
-    target = arguments.output or source.with_suffix(".safetensors")
-    if source.is_file():  # else that is what is wrong, and no folder is made
-        _check_writable(target.parent)
-    if model is None:
-        header = import_weights(source, target)
-    else:
-        header = import_tensors(source, target, model, classes.split(","), arguments.imgsz)
-    print(f"{header.yaml['yaml_file']} with {len(header.classes)} classes ({', '.join(header.classes)})\n{target}")
-
-
-def _describe(arguments: argparse.Namespace) -> None:
-    from softlabel.detectors.describe import describe
-
-    for key, value in describe(arguments.weights).items():
-        print(f"{key + ':':<12}{value}")
-
-
-def _status(arguments: argparse.Namespace) -> None:
-    from softlabel.status import status
-
-    print(status(arguments.run_dir))
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from softlabel.report.run import show
-    from softlabel.results.stores import open_store
-
-    output = (arguments.output or arguments.store / "show").resolve()
-    open_store(arguments.store)  # before a folder is made for nothing
-    _check_writable(output if arguments.output else arguments.store)
-    print(show(arguments.store, output, arguments.doubtful))
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from softlabel.results.run import export
-    from softlabel.results.stores import open_store
-
-    store = open_store(arguments.store).folder  # before a Ray is started for nothing
-    output = (arguments.output or store.with_name(f"export-{arguments.format}-{store.name}")).resolve()
-    _check_writable(output)
-    _name_log(output.parent, arguments.verbose)
-    with ray_session(output.parent, verbose=arguments.verbose):
-        export(store, output, arguments.format, arguments.threshold, arguments.merge, arguments.iou)
-
-
-def _fuse(arguments: argparse.Namespace) -> None:
-    from softlabel.results.fuse import fuse_job
-    from softlabel.results.run import fuse
-
-    run_dir = arguments.stores[0].resolve().parent
-    weights = arguments.weights or [1.0] * len(arguments.stores)
-    asked = (arguments.stores, weights, arguments.threshold, arguments.iou, run_dir)
-    fuse_job(*asked)  # what cannot be fused is said before a Ray is started for nothing
-    _check_writable(run_dir)
-    _name_log(run_dir, arguments.verbose)
-    with ray_session(run_dir, verbose=arguments.verbose):
-        fuse(*asked)
-
-
-def _subtype(arguments: argparse.Namespace) -> None:
-    from softlabel.results.run import subtype
-    from softlabel.results.stores import open_store
-    from softlabel.results.subtype import subtype_job
-
-    open_store(arguments.store)  # before a model is fetched for nothing
-    job = subtype_job(arguments.store, arguments.split_class, _attribute(arguments))
-    _check_writable(job.run_dir)
-    _name_log(job.run_dir, arguments.verbose)
-    with ray_session(job.run_dir, verbose=arguments.verbose):
-        subtype(job, retry_rejected=arguments.retry_rejected)
-
-
-def _attribute(arguments: argparse.Namespace) -> "Attribute":
-    by, needs = arguments.by, {"colour": (), "classifier": ("model",), "prompts": ("model", "prompts")}
-    for flag in ("model", "prompts"):
-        given = getattr(arguments, flag) is not None
-        if given != (flag in needs[by]):
-            remedy = f"no --{flag}: remove it" if given else f"a --{flag}: give one"
-            raise RecipeError(f"--by {by} takes {remedy}")
-    if by == "colour":
-        from softlabel.results.colour import Colour
-
-        return Colour()
-    from softlabel.detectors.crops import crop_classifier, prompted_crops
-
-    if by == "classifier":
-        return crop_classifier(arguments.model)
-    from softlabel.workflows.vocabulary import read_vocabulary
-
-    return prompted_crops(arguments.model, read_vocabulary(arguments.prompts))
 
 
 def _tile(recipe: Recipe, run_dir: Path) -> None:
@@ -338,15 +218,15 @@ _SIDE_BY_SIDE = ("search", "compare")
 _TRAIN = ("train", "experiment", "search", "compare", "demo")
 _OPTIONS = {"label": ("retry_rejected",), "search": ("budget", "resume"), "categorize": ("vocabulary", "threshold")}
 _JOBLESS_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "describe": _describe,
-    "import-weights": _import_weights,
-    "status": _status,
+    "describe": without_recipe.describe,
+    "import-weights": without_recipe.import_weights,
+    "status": without_recipe.status,
 }
 _STORE_VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "export": _export,
-    "fuse": _fuse,
-    "show": _show,
-    "subtype": _subtype,
+    "export": without_recipe.export,
+    "fuse": without_recipe.fuse,
+    "show": without_recipe.show,
+    "subtype": without_recipe.subtype,
 }
 
 

@@ -1,5 +1,9 @@
 """What can go wrong by a user's doing. The CLI prints these as one line and exits with 2; all else is a bug."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Of an OSError: no space left, or none left for this user."""
 NO_LABELS = "nothing to train on"
 """How a TrainingError begins where a training set has no box: a search tells it from other failures."""
 

@@ -1,6 +1,5 @@
 """A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
 
-import errno
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from softlabel.errors import StoreError
+from softlabel.errors import DISK_FULL, StoreError
 from softlabel.shards import pack, to_pack
 
 _AHEAD = 4  # tasks handed to Ray for each CPU: more would only wait in its memory
@@ -45,7 +44,7 @@ def _pack(
     except StoreError as error:
         return str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         return f"no space left on the disk of {folder}: free some and run the same again"
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from softlabel.errors import SessionError
+from softlabel.errors import DISK_FULL, SessionError
 from softlabel.terminal import MARK, log_to, say
 
 LOG = "softlabel.log"
@@ -27,6 +28,29 @@ class Cluster:
 
     node_cpus: tuple[float, ...]
     gpus: int
+
+
+def name_log(run_dir: Path, verbose: bool) -> None:
+    """Say where the log is, if there is one."""
+    if not verbose:
+        say(f"log: {run_dir / LOG}")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to before hours of work are lost to it.
+
+    Raises:
+        SessionError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise SessionError(f"cannot write to {folder} ({reason}): give another folder") from None
 
 
 @contextmanager

@@ -7,7 +7,6 @@ What ends Ray's job from outside (a process, actor or node lost more often than 
 what is left, as long as each gets further than the last.
 """
 
-import errno
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from softlabel.autoscaling import wait_for
 from softlabel.config import Execution, Recipe
-from softlabel.errors import SoftlabelError, StoreError
+from softlabel.errors import DISK_FULL, SoftlabelError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
 from softlabel.labelling.job import LabelJob
@@ -277,7 +276,7 @@ def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
             continue
         if isinstance(cause, SoftlabelError):
             raise cause from None
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(cause, OSError) and cause.errno in DISK_FULL
         if full or isinstance(cause, OutOfDiskError):
             raise StoreError(
                 f"no space left on the disk of {folders[0]}, or on Ray's for spilling: free some and run the same again"

@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny_recipe
 from made_stores import CLASSES, detections, made_store, made_tile, unpack, write_store
 
-import softlabel.cli
+import softlabel.without_recipe
 from softlabel.cli import main
 from softlabel.config import TruthSource
 from softlabel.errors import StoreError
@@ -335,7 +335,7 @@ def test_fusing_again_in_any_order_does_no_work_and_goes_on_where_it_was(pair):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The command line in the Ray that is there."""
-    monkeypatch.setattr(softlabel.cli, "ray_session", lambda run_dir, verbose: contextlib.nullcontext())
+    monkeypatch.setattr(softlabel.without_recipe, "ray_session", lambda run_dir, verbose: contextlib.nullcontext())
 
     def call(*words):
         code = main([str(word) for word in words])
@@ -367,7 +367,9 @@ def test_fuse_on_the_command_line(pair, run):
 
 @pytest.mark.parametrize("verb", ["export", "fuse"])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, run, verb):
-    monkeypatch.setattr(softlabel.cli, "ray_session", lambda *_, **__: pytest.fail("a Ray was started for nothing"))
+    monkeypatch.setattr(
+        softlabel.without_recipe, "ray_session", lambda *_, **__: pytest.fail("a Ray was started for nothing")
+    )
     store = made_store(tmp_path, archive(scenes=1))
     for place, problem in ((tmp_path / "gone", "is no store"), (tmp_path / "tiles-made", "is no store")):
         code, _, error = run(verb, place)

@@ -11,6 +11,7 @@ import torch
 from pages import PAGES, blocks, lines, make_images
 
 import softlabel.cli
+import softlabel.without_recipe
 from softlabel.cli import main
 from softlabel.store import read_json, summary
 
@@ -23,9 +24,14 @@ def printed(start):
     return next(words for words in commands if " ".join(words).startswith(start))[1:]
 
 
+def stay_in_this_ray(monkeypatch):
+    for verbs in (softlabel.cli, softlabel.without_recipe):
+        monkeypatch.setattr(verbs, "ray_session", lambda run_dir, verbose: contextlib.nullcontext())
+
+
 def test_an_archive_is_labelled_and_exported_as_printed(tmp_path, monkeypatch, weights, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(softlabel.cli, "ray_session", lambda run_dir, verbose: contextlib.nullcontext())
+    stay_in_this_ray(monkeypatch)
     make_images(tmp_path)
     (tmp_path / "mine.yaml").write_text(next(block for block in blocks(PAGES[0]) if block.startswith("name: mine")))
     trained = Path("runs/mine/train-truth_1-HASH/weights.safetensors")  # by the experiment
@@ -46,7 +52,7 @@ def test_an_archive_is_labelled_and_exported_as_printed(tmp_path, monkeypatch, w
 def test_a_trained_model_labels_as_printed(tmp_path, monkeypatch, talkative_model, capsys):
     """The first case: a best.pt of plain ultralytics, whose classes have other names."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(softlabel.cli, "ray_session", lambda run_dir, verbose: contextlib.nullcontext())
+    stay_in_this_ray(monkeypatch)
     make_images(tmp_path)
     (tmp_path / "archive.yaml").write_text(next(b for b in blocks(PAGES[0]) if b.startswith("name: archive")))
     model = copy.deepcopy(talkative_model)

@@ -36,6 +36,7 @@ TOP = {
     "softlabel.flags",
     "softlabel.session",
     "softlabel.status",
+    "softlabel.without_recipe",
 }
 RAY = {
     "autoscaling.py",
