@@ -36,6 +36,10 @@ class StoreError(SoftlabelError):
     """A store is missing, was made by something else, or does not balance."""
 
 
+class StorageError(StoreError):
+    """A bucket cannot be reached, or refuses."""
+
+
 class WeightsError(SoftlabelError):
     """Weights cannot be loaded safely, or do not fit the model."""
 

@@ -2,11 +2,17 @@
 
 import os
 import sys
+import uuid
+from functools import partial
 from pathlib import Path
 
 import pytest
+from buckets import BUCKET, environment, serve_s3
+from drivers import by_tile
 
-from softlabel.config import Recipe
+from softlabel.config import Recipe, Synthetic
+from softlabel.storage import location
+from softlabel.store import summary
 
 CLASSES = ("car", "plane", "ship")
 
@@ -18,6 +24,27 @@ def shared() -> Path:
     if not folder:
         pytest.skip("set SOFTLABEL_SHARED to the folder with data/, weights/ and schemas/ to run this")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An empty bucket; this process and those that it starts from now on are led to it."""
+    with serve_s3() as url, pytest.MonkeyPatch.context() as patch:
+        for key, value in environment(url).items():
+            patch.setenv(key, value)
+        yield location(f"s3://{BUCKET}")
+
+
+@pytest.fixture
+def in_bucket(s3):
+    """A folder of the bucket, a test's own."""
+    return s3 / uuid.uuid4().hex
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def anywhere(request, tmp_path):
+    """A folder on a disk, and one in a bucket."""
+    return tmp_path if request.param == "disk" else request.getfixturevalue("in_bucket")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +105,45 @@ def tiles(recipe, tmp_path_factory) -> Path:
     from softlabel.imagery.run import tile
 
     return tile(recipe, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def many_tiles(weights, tmp_path_factory):
+    """A recipe of ten shards of small tiles, with other values for ``execution``."""
+    from softlabel.imagery.synthetic import write_scenes
+
+    settings = Synthetic(num_scenes=40, scene_size_px=256, difficulty=0.1)
+    scenes = write_scenes(tmp_path_factory.mktemp("scenes"), settings, 0)[0]
+    return partial(_many_tiles, scenes, weights)
+
+
+def _many_tiles(scenes, weights, **execution):
+    return tiny_recipe(
+        tiles={"scenes": str(scenes), "size_px": 64},
+        label={"weights": str(weights), "engine": "pytorch"},
+        execution={"batch_size": 16, "cpus_per_actor": 0.5, "reader_cpus_per_actor": 0.25, **execution},
+    )
+
+
+@pytest.fixture(scope="session")
+def small_tiles(many_tiles, tmp_path_factory):
+    """Its tiles."""
+    from softlabel.imagery.run import tile
+
+    return tile(many_tiles(), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(weights, many_tiles, small_tiles, ray_session, tmp_path_factory):
+    """Its rows by tile, of a run on a disk to which nothing happened."""
+    from softlabel.labelling.job import label_job
+    from softlabel.labelling.run import label
+
+    recipe = many_tiles()
+    (folder,) = label(recipe, [label_job(recipe, "labels", weights, small_tiles, None)], tmp_path_factory.mktemp("un"))
+    rows = by_tile(folder)
+    assert len(rows) == 640 and summary(folder)["boxes"] > 640
+    return rows
 
 
 @pytest.fixture(scope="session")

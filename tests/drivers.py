@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from softlabel.recipe_file import dump_recipe
 from softlabel.shards import read_soft_labels
+from softlabel.storage import is_remote
 
 JOBS = Path(__file__).parents[1] / "jobs"
 LABEL, SEARCH = JOBS / "label.py", JOBS / "search.py"
@@ -22,7 +24,9 @@ class Driver:
         run_dir.mkdir(parents=True, exist_ok=True)
         config = run_dir.with_name(f"{run_dir.name}.yaml")
         config.write_text(dump_recipe(recipe))
-        self.run_dir, self._log = run_dir, config.with_suffix(".log")
+        in_bucket = is_remote(run_dir)
+        self._log = Path(tempfile.mkstemp(suffix=".log")[1]) if in_bucket else config.with_suffix(".log")
+        self.run_dir, self._every_s = run_dir, 0.1 if in_bucket else 0.01
         command = [*wrapper, sys.executable, str(job), "--config", str(config), "--run-dir", str(run_dir), *flags]
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **(env or {})})
@@ -42,7 +46,7 @@ class Driver:
             if self.process.poll() is not None:
                 return False
             assert time.monotonic() < deadline, self.said
-            time.sleep(0.01)
+            time.sleep(self._every_s)
         return True
 
     def wait(self, seconds=300):

@@ -4,7 +4,6 @@ import random
 import shutil
 import signal
 import subprocess
-from functools import partial
 
 import psutil
 import pyarrow.parquet as pq
@@ -12,11 +11,6 @@ import pytest
 from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
 
-from softlabel.config import Synthetic
-from softlabel.imagery.run import tile
-from softlabel.imagery.synthetic import write_scenes
-from softlabel.labelling.job import label_job
-from softlabel.labelling.run import label
 from softlabel.status import status
 from softlabel.store import DONE, summary
 from softlabel.tile_table import read_tiles
@@ -27,42 +21,6 @@ KINDS = ["actor", "node", "driver", "worker"]
 SEEDS = [pytest.param(seed, marks=[pytest.mark.long] if seed >= 3 else []) for seed in range(20)]
 # A shell that sees a disk of its own, 1 MB small, at the place named; it needs no rights where user namespaces exist.
 SMALL_DISK = ("unshare", "--mount", "--map-root-user", "sh", "-c")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """Forty small scenes."""
-    settings = Synthetic(num_scenes=40, scene_size_px=256, difficulty=0.1)
-    return write_scenes(tmp_path_factory.mktemp("scenes"), settings, 0)[0]
-
-
-@pytest.fixture(scope="module")
-def many_tiles(scenes, weights):
-    """A recipe of ten shards of small tiles, with other values for ``execution``."""
-    return partial(_many_tiles, scenes, weights)
-
-
-def _many_tiles(scenes, weights, **execution):
-    return tiny_recipe(
-        tiles={"scenes": str(scenes), "size_px": 64},
-        label={"weights": str(weights), "engine": "pytorch"},
-        execution={"batch_size": 16, "cpus_per_actor": 0.5, "reader_cpus_per_actor": 0.25, **execution},
-    )
-
-
-@pytest.fixture(scope="module")
-def small_tiles(many_tiles, tmp_path_factory):
-    return tile(many_tiles(), tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(weights, many_tiles, small_tiles, tmp_path_factory):
-    """Rows by tile of a run to which nothing happened."""
-    recipe = many_tiles()
-    (folder,) = label(recipe, [label_job(recipe, "labels", weights, small_tiles, None)], tmp_path_factory.mktemp("un"))
-    rows = by_tile(folder)
-    assert len(rows) == 640 and summary(folder)["boxes"] > 640
-    return rows
 
 
 @pytest.fixture
@@ -131,7 +89,7 @@ def disturb(kind, cluster, driver, chance):
 def wait_for_work(driver, shards):
     """Until so many shards are there and another is in hand; False if the run ended before."""
     return driver.wait_until(
-        lambda: len(driver.shards) >= shards and any(driver.run_dir.glob("label-*/journal/*.jsonl"))
+        lambda: len(driver.shards) >= shards and any(driver.run_dir.glob("label-*/journal/*/*.json"))
     )
 
 

@@ -1,0 +1,203 @@
+"""Object stores: paths in them, and obstore's file system with conditional writes and failures that say what to do."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from typing import Any
+
+from obstore import store as stores
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.fsspec import BufferedFile, FsspecStore
+from upath.implementations.cloud import CloudPath
+from upath.registry import register_implementation
+
+from softlabel.errors import StorageError
+
+# A lease's reads and writes must not come late: who makes them tries again. Such options replace those that obstore
+# has from the environment.
+_QUICK = {"timeout": "5s", "connect_timeout": "5s"}
+_RETRY: dict[str, Any] = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
+_PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+_FROM_ENVIRONMENT = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
+
+
+class BucketPath(CloudPath):
+    """Of ``s3://``, ``gs://`` and ``az://``; small files are read and written by one request."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _fs_factory(cls, urlpath: str, protocol: str, storage_options: Mapping[str, Any]) -> "Bucket":
+        return Bucket(protocol)  # type: ignore[call-overload, no-any-return]
+
+    def read_bytes(self) -> bytes:
+        return self.fs.cat_file(self.path)
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def write_bytes(self, data: Any) -> int:
+        self.fs.pipe_file(self.path, bytes(data))
+        return len(data)
+
+    def write_text(self, data: str, *_: Any, **__: Any) -> int:
+        return self.write_bytes(data.encode())
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return bool(self.fs.is_object(self.path))
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        for name in self.fs.ls(self.path, detail=False):
+            yield self / str(name).rpartition("/")[2]
+
+    def glob(self, pattern: str, **options: Any) -> Iterator["BucketPath"]:
+        """As pathlib has it, ``**`` for whatever is below. A folder may come and go meanwhile, which fsspec's does not
+        like; and this lists each level once."""
+        first, _, rest = pattern.partition("/")
+        if first == "**":
+            below = (self / found.removeprefix(f"{self.path}/") for found in self.fs.find(self.path))
+            yield from (path for path in below if fnmatchcase(path.name, rest))
+        elif not glob.has_magic(first):
+            yield from (self / first).glob(rest) if rest else [self / first] if (self / first).exists() else []
+        else:
+            with suppress(FileNotFoundError):
+                for path in self.iterdir():
+                    if fnmatchcase(path.name, first):
+                        yield from path.glob(rest) if rest else [path]
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a bucket has no folders."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        self.fs.rm_file(self.path)
+
+
+for _protocol in ("s3", "gs", "az"):
+    register_implementation(_protocol, BucketPath, clobber=True)
+
+
+@contextmanager
+def _failures(url: str, *, writing: bool = False) -> Iterator[None]:
+    """What fails in it as a StorageError; where nothing is written a missing object stays a FileNotFoundError."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and not writing:
+            raise
+        text = " ".join(str(error).split())
+        if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text):  # in XML, as S3 has it
+            text = f"{answer[1]}: {answer[2]}"
+        raise StorageError(
+            f"{url} cannot be used ({text[:300]}): check the bucket's name, the credentials in the environment and the "
+            "network, then run the same again"
+        ) from None
+
+
+class Bucket(FsspecStore):
+    """All buckets of a protocol, as fsspec has file systems."""
+
+    def url(self, path: str) -> str:
+        """A path as the user knows it."""
+        return path if "://" in path else f"{self.protocol}://{path}"
+
+    def is_object(self, path: str) -> bool:
+        """Whether there is an object of that name."""
+        bucket, key = self._split_path(path)
+        with _failures(self.url(path)), suppress(FileNotFoundError):
+            self._construct_store(bucket).head(key)
+            return True
+        return False
+
+    def remove_all(self, path: str) -> None:
+        """Delete every object below it."""
+        bucket, key = self._split_path(path)
+        with _failures(self.url(path)):
+            below = self._construct_store(bucket)
+            for found in below.list(f"{key}/"):
+                paths = [one["path"] for one in found]
+                try:
+                    below.delete(paths)
+                except FileNotFoundError:  # another was here first, and it may be one of many
+                    for one in paths:
+                        with suppress(FileNotFoundError):
+                            below.delete(one)
+
+    def read_tagged(self, path: str) -> tuple[bytes, dict[str, str]]:
+        """An object's bytes, and what tells this object from another of its name; raises FileNotFoundError."""
+        with _failures(self.url(path)):
+            store, key = self._quick(path)
+            got = store.get(key)
+            tag = {name: value for name in ("e_tag", "version") if (value := got.meta[name]) is not None}  # type: ignore[literal-required]
+            return got.bytes().to_bytes(), tag
+
+    def put_if(self, path: str, data: bytes, condition: Any) -> bool:
+        """Whether there was no such object (``create``), or it was the one of that tag, and now it has these bytes."""
+        with _failures(self.url(path), writing=True):
+            store, key = self._quick(path)
+            try:
+                store.put(key, data, mode=condition)
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            except FileNotFoundError:
+                if condition == "create":  # there is no bucket
+                    raise
+                return False
+            return True
+
+    def _quick(self, path: str) -> tuple[Any, str]:
+        bucket, key = self._split_path(path)
+        names = {name: f"{_PREFIXES[str(self.protocol)]}{name.upper()}" for name in _FROM_ENVIRONMENT}
+        options: Any = _QUICK | {name: os.environ[given] for name, given in names.items() if given in os.environ}
+        from_url: Any = stores.from_url  # which has an overload for each provider
+        return from_url(f"{self.protocol}://{bucket}", client_options=options, retry_config=_RETRY), key
+
+    async def _cat_file(self, path: str, *arguments: Any, **options: Any) -> bytes:
+        with _failures(self.url(path)):
+            return await super()._cat_file(path, *arguments, **options)
+
+    async def _info(self, path: str, **options: Any) -> dict[str, Any]:
+        with _failures(self.url(path)):
+            return await super()._info(path, **options)
+
+    async def _ls(self, path: str, detail: bool = False, **options: Any) -> Any:
+        with _failures(self.url(path)):
+            return await super()._ls(path, detail, **options)  # type: ignore[call-overload]
+
+    async def _pipe_file(self, path: str, *arguments: Any, **options: Any) -> Any:
+        with _failures(self.url(path), writing=True):
+            return await super()._pipe_file(path, *arguments, **options)
+
+    async def _put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
+        with _failures(self.url(rpath), writing=True):
+            return await super()._put_file(lpath, rpath, *arguments, **options)
+
+    async def _rm_file(self, path: str, **options: Any) -> None:
+        with _failures(self.url(path)), suppress(FileNotFoundError):  # S3 asks nobody whether it was there
+            await super()._rm_file(path, **options)
+
+    def _open(self, path: str, mode: str = "rb", *_: Any, **options: Any) -> BufferedFile:
+        if mode == "rb":  # asked first: a file that is missing would leave one half made, which complains when it goes
+            options["size"] = self.info(path)["size"]
+        return _File(self, path, mode, **options)  # type: ignore[call-overload, no-any-return]
+
+
+class _File(BufferedFile):
+    def read(self, length: int = -1) -> bytes:
+        with _failures(self.fs.url(self.path)):
+            return super().read(length)
+
+    def write(self, data: bytes) -> int:
+        with _failures(self.fs.url(self.path), writing=True):
+            return super().write(bytes(data))  # of Arrow it is a buffer of another kind
+
+    def flush(self, force: bool = False) -> None:
+        with _failures(self.fs.url(self.path), writing=True):
+            super().flush(force)
+
+    def close(self) -> None:
+        with _failures(self.fs.url(self.path), writing=self.mode == "wb"):
+            super().close()

@@ -1,0 +1,135 @@
+"""Where a run folder lies: on a disk, or in a bucket (``s3://``, ``gs://``, ``az://``) behind paths that answer alike.
+
+A path in a bucket is a `upath.UPath`, which has pathlib's methods and stands wherever a Path does; obstore is below it.
+Credentials and endpoints come from the environment alone (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``): no file of a run, and
+no argument of a process, has any.
+
+A bucket's objects appear whole or not at all, and are never renamed; one may be created on condition that it is not
+there, and replaced on condition that it is still the one that was read.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+from softlabel.errors import SessionError
+
+_SCHEME = re.compile(r"(\w{2,}):/")  # one letter is a drive
+_BUCKETS = ("s3", "gs", "az")
+
+
+def location(text: Path | str) -> Path:
+    """A folder or file by its path or URL; what is one already stays it.
+
+    Raises:
+        SessionError: It is a URL, and of no place in a bucket.
+    """
+    if not isinstance(text, str):
+        return text
+    if not (scheme := _SCHEME.match(text)):
+        return Path(text)
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    if scheme[1] not in _BUCKETS:
+        raise SessionError(f"{text.partition('?')[0]} is no place for files: give a path, or s3://, gs:// or az://")
+    if not re.fullmatch(r"\w+://[^/@?*#[\]]+(/[^@?*#[\]]*)?", text):  # @ and ? come with secrets, the others are globs
+        raise SessionError(f"{scheme[1]}: give {scheme[1]}://BUCKET/FOLDER, and nothing else in it, such as @ ? # * [")
+    from softlabel.buckets import BucketPath  # takes a fifth of a second
+
+    return cast(Path, BucketPath(text.rstrip("/"), protocol=scheme[1]))
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is in a bucket."""
+    return not isinstance(path, Path)
+
+
+def upload(source: Path, path: Path) -> None:
+    """Put a file of this machine there, whole or not at all."""
+    _fs(path).put_file(str(source), _key(path))
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Whether there was no such file, and now there is, with these bytes: of two who try one is told so. In a bucket
+    that may be untrue where an answer was lost: then the file tells."""
+    if is_remote(path):
+        return bool(_fs(path).put_if(_key(path), data, "create"))
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def read_tagged(path: Path) -> tuple[bytes, Any]:
+    """A file's bytes, and in a bucket what tells the object from another that comes in its place; raises
+    FileNotFoundError."""
+    return _fs(path).read_tagged(_key(path)) if is_remote(path) else (path.read_bytes(), None)
+
+
+def replace(path: Path, data: bytes, tag: Any) -> bool:
+    """Whether the object of that ``tag`` (as `read_tagged` gave it) was still there, and now has these bytes. Answers
+    get lost as in `create`."""
+    return bool(_fs(path).put_if(_key(path), data, tag))
+
+
+def has_conditions(folder: Path) -> bool:
+    """Whether a bucket, which can be written to, keeps to the conditions of `create`: some that speak S3 do not."""
+    probe = folder / f".softlabel-{uuid.uuid4().hex}"
+    try:
+        create(probe, b"1")
+        return not create(probe, b"2") and probe.read_bytes() == b"1"
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, as far as it is there."""
+    if is_remote(folder):
+        _fs(folder).remove_all(_key(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_disk(path: Path | str) -> Path:
+    """The file itself, or a copy of it on a disk, for libraries that read no other: one for all processes of a machine.
+
+    Raises:
+        FileNotFoundError: There is no such file in the bucket.
+    """
+    path = location(path)
+    if not is_remote(path):
+        return path
+    found = _fs(path).info(_key(path))
+    name = hashlib.sha256(f"{path} {found['e_tag']} {found['size']}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"softlabel-{os.getuid()}" / name
+    if not (copy := folder / path.name).exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        half = folder / f".{uuid.uuid4().hex}"
+        half.write_bytes(path.read_bytes())
+        os.replace(half, copy)
+    return copy
+
+
+def ray_storage(folder: Path) -> dict[str, Any]:
+    """A folder as Ray's RunConfig takes it."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": _key(folder), "storage_filesystem": PyFileSystem(FSSpecHandler(_fs(folder)))}
+
+
+def _fs(path: Path) -> Any:
+    return cast(Any, path).fs
+
+
+def _key(path: Path) -> str:
+    return str(cast(Any, path).path)
