@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/export.py /shared/runs/demo/label-labels-* --format geojson
 
-The files go beside the store, or to --output, on storage that every node mounts.
+The files go beside the store, or to --output, in a bucket or on storage that every node mounts.
 """
 
 import sys

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from softlabel.config import Recipe
 from softlabel.errors import StoreError
 from softlabel.records import Detections
+from softlabel.storage import location
 
 _EDGE = 1e-7  # a score of 0 or 1 has no logit
 
@@ -63,7 +64,7 @@ def calibration_of(recipe: Recipe) -> Calibration | None:
         StoreError: As ``read_calibration``.
     """
     wanted = recipe.train.calibration
-    return read_calibration(Path(wanted), recipe.classes) if wanted else None
+    return read_calibration(location(wanted), recipe.classes) if wanted else None
 
 
 def read_calibration(path: Path, classes: tuple[str, ...]) -> Calibration:

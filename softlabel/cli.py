@@ -14,6 +14,7 @@ from softlabel.errors import DISK_FULL, RecipeError, SoftlabelError
 from softlabel.flags import WITHOUT_RAY, parser
 from softlabel.recipe_file import dump_recipe, load_recipe
 from softlabel.session import Terminated, check_writable, cluster, name_log, ray_session
+from softlabel.storage import location
 from softlabel.terminal import say
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _run_recipe(arguments)
         sys.stdout.flush()
-    except SoftlabelError as error:
-        print(f"softlabel {arguments.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+    except SoftlabelError as error:  # of a task of Ray's it has a traceback for a message, and the error for a cause
+        print(f"softlabel {arguments.verb}: {' '.join(str(getattr(error, 'cause', error)).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter meets it again
@@ -68,7 +69,7 @@ def _run_recipe(arguments: argparse.Namespace) -> None:
         raise RecipeError(
             f"train.store is for `softlabel train` alone, and {arguments.verb} labels by itself: remove it"
         )
-    run_dir = Path(arguments.run_dir or Path("runs") / recipe.name).resolve()
+    run_dir = (arguments.run_dir or Path("runs") / recipe.name).resolve()
     if arguments.dry_run:
         _print_plan(arguments.verb, recipe, run_dir)
         return
@@ -278,8 +279,8 @@ def _check_training(verb: str, recipe: Recipe) -> None:
     match verb:
         case "experiment" | "demo":
             check_soft(recipe, recipe.train.thresholds)
-        case "train" if not recipe.train.store or Path(recipe.train.store).is_dir():  # it may be on the cluster alone
-            _checked_labels(recipe)
+        case "train" if not recipe.train.store or location(recipe.train.store).is_dir():
+            _checked_labels(recipe)  # else they are on the cluster alone, maybe
         case "search":
             from softlabel.search.run import check_space
 

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 from softlabel.config import Recipe
 from softlabel.detectors.class_map import listed
@@ -14,6 +13,7 @@ from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
 from softlabel.results.chosen import chosen_labels
+from softlabel.storage import location
 from softlabel.training.arguments import check_models
 
 _SAMPLE = 20
@@ -36,10 +36,10 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
     """
     if trains:
         check_models(recipe.train)
-        here = recipe.train.store and Path(recipe.train.store).is_dir()
+        here = recipe.train.store and location(recipe.train.store).is_dir()
         if here and (chosen := chosen_labels(recipe)):
             yield f"labels: {chosen.store.folder}, of the classes {listed(chosen.store.classes)}"
-    if labels and recipe.label.weights and Path(recipe.label.weights).is_file():
+    if labels and recipe.label.weights and location(recipe.label.weights).is_file():
         recipe_teacher(recipe)
     settings = recipe.tiles
     if settings.synthetic:

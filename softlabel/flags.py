@@ -2,10 +2,9 @@
 
 import argparse
 import re
-from pathlib import Path
 
 import softlabel
-from softlabel.errors import SessionError
+from softlabel.storage import location
 
 _RECIPE_VERBS = {
     "tile": "cut scenes and truth into tiles",
@@ -35,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         purpose = "the recipe: a YAML file, or the name of one that comes along (demo, paper, ...)"
         verb.add_argument("--config", default=default, required=default is None, metavar="RECIPE", help=purpose)
         verb.add_argument(
-            "--run-dir", type=_local, metavar="DIR", help="where results go (default: runs/<name of the recipe>)"
+            "--run-dir", type=location, metavar="DIR", help="where results go (default: runs/<name of the recipe>)"
         )
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value")
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -45,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
             _add_retry_rejected(verb)
         if name == "categorize":
             purpose = "text file: a class name per line, or `name: phrasing, phrasing`"
-            verb.add_argument("--vocabulary", type=Path, required=True, metavar="FILE", help=purpose)
+            verb.add_argument("--vocabulary", type=location, required=True, metavar="FILE", help=purpose)
             verb.add_argument("--threshold", type=_share, default=0.1, help="boxes scoring above it (default: 0.1)")
         if name == "search":
             purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
@@ -56,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("weights", metavar="WEIGHTS", help="a .pt or .safetensors, or a model of transformers")
     purpose = "say how far a run is, while it runs and afterwards, on any machine that sees its folder"
     verb = verbs.add_parser("status", help=purpose, description=purpose)
-    verb.add_argument("run_dir", type=_local, metavar="RUN-DIR", help="what --run-dir of the run was")
+    verb.add_argument("run_dir", type=location, metavar="RUN-DIR", help="what --run-dir of the run was")
     _add_import_weights(verbs)
     _add_show(verbs)
     _add_export(verbs)
@@ -78,8 +77,8 @@ def _add_retry_rejected(verb: argparse.ArgumentParser) -> None:
 def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "turn a checkpoint of ultralytics or YOLOv5 (.pt) into safetensors, running nothing of it"
     verb = verbs.add_parser("import-weights", help=purpose, description=purpose)
-    verb.add_argument("checkpoint", type=Path, metavar="WEIGHTS", help="a .pt file; with --model tensors alone too")
-    verb.add_argument("--output", type=_local, help="where to (default: beside it, as .safetensors)")
+    verb.add_argument("checkpoint", type=location, metavar="WEIGHTS", help="a .pt file; with --model tensors alone too")
+    verb.add_argument("--output", type=location, help="where to (default: beside it, as .safetensors)")
     verb.add_argument("--model", metavar="YAML", help="of tensors alone: which model they belong to, as yolo11n.yaml")
     verb.add_argument("--classes", metavar="NAME,NAME", help="of tensors alone: what the model finds, in its order")
     purpose = "of tensors alone: longer side of the images it was trained on, in pixels (default: 640)"
@@ -89,18 +88,20 @@ def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentPars
 def _add_show(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "count a store of soft labels, and draw its most doubtful tiles for a look and for correction"
     verb = verbs.add_parser("show", help=purpose, description=purpose)
-    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
-    verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: STORE/show)")
+    verb.add_argument("store", type=location, metavar="STORE", help=_STORE)
+    verb.add_argument("--output", type=location, metavar="DIR", help="where to (default: STORE/show)")
     verb.add_argument("--doubtful", type=int, default=24, metavar="N", help="how many tiles to draw (default: 24)")
 
 
 def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "write a store as GeoParquet or GeoJSON (per scene, each object once), or as a data set of tiles"
     verb = verbs.add_parser("export", help=purpose, description=purpose)
-    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
+    verb.add_argument("store", type=location, metavar="STORE", help=_STORE)
     formats = ("geoparquet", "geojson", "coco", "yolo", "yolo-obb", "dota")
     verb.add_argument("--format", choices=formats, default="geoparquet")
-    verb.add_argument("--output", type=_local, metavar="DIR", help="where to (default: export-FORMAT-STORE, beside it)")
+    verb.add_argument(
+        "--output", type=location, metavar="DIR", help="where to (default: beside it, export-FORMAT-STORE)"
+    )
     verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
     verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
@@ -112,7 +113,7 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     purpose = "fuse the labels of several teachers over the same tiles into one store"
     verb = verbs.add_parser("fuse", help=purpose, description=purpose)
     verb.add_argument(
-        "stores", type=_local, nargs="+", metavar="STORE", help="label-*, fused-* or subtypes-* folders of a run"
+        "stores", type=location, nargs="+", metavar="STORE", help="label-*, fused-* or subtypes-* folders of a run"
     )
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
@@ -123,24 +124,16 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def _add_subtype(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     purpose = "split a class of a store into finer ones (red cars, white cars) by what its boxes show"
     verb = verbs.add_parser("subtype", help=purpose, description=purpose)
-    verb.add_argument("store", type=_local, metavar="STORE", help=_STORE)
+    verb.add_argument("store", type=location, metavar="STORE", help=_STORE)
     verb.add_argument("--class", dest="split_class", required=True, metavar="NAME", help="the class to split")
     purpose = "colour of its pixels, an image classifier's classes, or prompts that a CLIP or SigLIP compares it with"
     verb.add_argument("--by", choices=("colour", "classifier", "prompts"), default="colour", help=purpose)
     purpose = "of classifier and prompts: a folder of transformers with .safetensors, or a name on the hub"
     verb.add_argument("--model", metavar="MODEL", help=purpose)
     purpose = "of prompts: text file, a finer class per line, or `name: phrasing, phrasing`"
-    verb.add_argument("--prompts", type=Path, metavar="FILE", help=purpose)
+    verb.add_argument("--prompts", type=location, metavar="FILE", help=purpose)
     _add_retry_rejected(verb)
     _add_verbose(verb)
-
-
-def _local(text: str) -> Path:
-    """A path; of a URI Path would make a folder named ``s3:``. (argparse would put its usage before what is wrong.)"""
-    if re.match(r"\w{2,}:/", text):
-        problem = "is not a folder: results go to a local disk or one mounted on every node: give a path there"
-        raise SessionError(f"{text} {problem}")
-    return Path(text)
 
 
 def _seconds(text: str) -> float:

@@ -1,8 +1,9 @@
-"""One driver per store: a lease with a heartbeat, in a file, since a shared folder is all that two drivers share.
+"""One driver per store: a lease with a heartbeat, in a file, since a folder is all that two drivers share.
 
 The holder counts up a number in the file every few seconds. Who finds a lease watches it: a number that moves belongs
 to a living driver, and the newcomer is refused; one that stands still for longer belongs to a dead one, and is taken
-over. Nothing compares the clocks of two machines.
+over. Nothing compares the clocks of two machines. In a bucket every write is on condition that the lease is still the
+one that was read.
 """
 
 import fcntl
@@ -12,17 +13,21 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
-from softlabel.errors import StoreError
+from softlabel.errors import StorageError, StoreError
+from softlabel.storage import create, is_remote, read_tagged, replace
 from softlabel.store import write_text
 
 LEASE = "lease.json"
 BEAT_S = 2.0
 DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
+_WAITS_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_T = TypeVar("_T")
 _KEYS = ("id", "host", "pid", "space", "beat")
 
 
@@ -55,8 +60,8 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="softlabel-lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        while not self._create():
-            self._wait_for_death()
+        while not (self._create() or self._inherit()):
+            pass
         self._thread.start()
         return self
 
@@ -65,9 +70,8 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        with suppress(OSError):  # a share that is gone: the next run finds a dead one's lease
-            found = _read(self._path)
-            if found is not None and found["id"] == self._owner["id"]:
+        with suppress(OSError, StorageError):  # a share that is gone: the next run finds a dead one's lease
+            if self._is_ours(_read(self._path)):
                 self._path.unlink(missing_ok=True)
 
     @property
@@ -83,27 +87,34 @@ class Lease:
     def _create(self) -> bool:
         """Whether there was no lease, and now there is ours."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return _write_new(self._path, self._text(0))
+        return bool(_patiently(lambda: create(self._path, self._text(0).encode())))
 
-    def _wait_for_death(self) -> None:
-        """Return once the lease that is there is gone or removed as a dead one's; refuse when it beats."""
-        first = _read(self._path)
+    def _inherit(self) -> bool:
+        """Wait until the lease that is there is gone, or its holder is known to be dead; whether it is ours now. Refuse
+        when it beats."""
+        first = _patiently(lambda: _read(self._path))
+        if self._is_ours(first):  # written, and the answer to that was lost
+            return True
         if first is not None and self._died_here(first):
-            self._remove(first)
-            return
-        deadline = time.monotonic() + self._dead_after_s
+            return self._take_over(first)
+        still_s, looked = 0.0, time.monotonic()
         while first is not None:
             time.sleep(self._beat_s / 4)
-            now = _read(self._path)
+            now = _patiently(lambda: _read(self._path))
             if now is None or now["id"] != first["id"]:
-                return
+                return False
             if now["beat"] != first["beat"]:
                 raise StoreError(
                     f"{self._path.parent} is being written by {_who(now)}: wait for it or stop it, then run this again"
                 )
-            if time.monotonic() > deadline:
-                self._remove(first)
-                return
+            # An answer that was long on its way says no more than a quick one: the holder may have waited as well.
+            still_s, looked = still_s + min(time.monotonic() - looked, self._beat_s), time.monotonic()
+            if still_s > self._dead_after_s:
+                return self._take_over(first)
+        return False
+
+    def _is_ours(self, lease: dict | None) -> bool:
+        return lease is not None and lease["id"] == self._owner["id"]
 
     def _died_here(self, lease: dict) -> bool:
         """Whether the holder was a process of this machine that is no more."""
@@ -116,6 +127,14 @@ class Lease:
         except PermissionError:
             return False
         return False
+
+    def _take_over(self, dead: dict) -> bool:
+        """Replace the dead lease, if it is still that one, and say whether it was; or only remove it."""
+        if not is_remote(self._path):
+            self._remove(dead)
+            return False
+        found, tag = _patiently(lambda: _tagged(self._path))
+        return found == dead and bool(_patiently(lambda: replace(self._path, self._text(0).encode(), tag)))
 
     def _remove(self, dead: dict) -> None:
         """Remove the dead lease, if it is still that one: newcomers take turns from looking to removing."""
@@ -132,13 +151,18 @@ class Lease:
         beat = 0
         while not self._ended.wait(self._beat_s):
             try:
-                found = _read(self._path)
-                if found is not None and found["id"] != self._owner["id"]:
+                found, tag = _tagged(self._path)
+                if found is not None and not self._is_ours(found):
                     self._lost = _who(found)
                     return
                 beat += 1
-                write_text(self._path, self._text(beat))
-            except OSError:
+                if not is_remote(self._path):
+                    write_text(self._path, self._text(beat))
+                elif found is None:
+                    create(self._path, self._text(beat).encode())
+                else:
+                    replace(self._path, self._text(beat).encode(), tag)
+            except Exception:  # noqa: BLE001  whatever it is, a thread that ends would leave two holders
                 continue  # a full disk ends the run where rows are written, in its own words; a share may come back
 
     def _text(self, beat: int) -> str:
@@ -146,30 +170,35 @@ class Lease:
 
 
 def _pid_space() -> str | None:
-    """What process numbers count in: two containers may have one host name. None where there are no such spaces."""
+    """What process numbers count in: machines and containers may share a host name. None where that is not told."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
 
 
-def _write_new(path: Path, text: str) -> bool:
-    try:
-        with open(path, "x") as file:
-            file.write(text)
-    except FileExistsError:
-        return False
-    return True
+def _patiently(ask: Callable[[], _T]) -> _T:
+    """What a bucket answers, which may be away for a moment."""
+    for wait_s in _WAITS_S:
+        with suppress(StorageError):
+            return ask()
+        time.sleep(wait_s)
+    return ask()
 
 
 def _read(path: Path) -> dict | None:
+    return _tagged(path)[0]
+
+
+def _tagged(path: Path) -> tuple[dict | None, Any]:
     try:
-        return _parse(path.read_text())
+        data, tag = read_tagged(path)
     except FileNotFoundError:
-        return None
+        return None, None
+    return _parse(data), tag
 
 
-def _parse(text: str) -> dict:
+def _parse(text: bytes) -> dict:
     """A lease. What is none, as one whose holder died before it wrote anything, is one that stands still."""
     try:
         found = json.loads(text)

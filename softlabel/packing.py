@@ -1,6 +1,5 @@
 """A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from softlabel.errors import DISK_FULL, StoreError
 from softlabel.shards import pack, to_pack
+from softlabel.storage import remove_tree
 
 _AHEAD = 4  # tasks handed to Ray for each CPU: more would only wait in its memory
 
@@ -31,7 +31,7 @@ def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Count
             done, waiting = ray.wait(waiting)
             total.update(_told(done))
     total.update(_told(waiting))
-    shutil.rmtree(folder / "shards", ignore_errors=True)
+    remove_tree(folder / "shards")
     return total
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from softlabel.config import Recipe
 from softlabel.errors import RecipeError
+from softlabel.storage import location
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that come with the package."""
@@ -20,7 +21,7 @@ def find_recipe(path: Path | str) -> Path:
     Raises:
         RecipeError: There is neither.
     """
-    asked = Path(path)
+    asked = location(path)
     packaged = RECIPES / f"{asked.name.removesuffix('.yaml')}.yaml"
     if asked.is_file() or "/" in str(path) or not packaged.is_file():
         if not asked.exists():

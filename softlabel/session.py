@@ -1,6 +1,7 @@
 """The Ray that a command runs on: the cluster that it was submitted to, or one of its own; and its log."""
 
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from softlabel.errors import DISK_FULL, SessionError
+from softlabel.errors import DISK_FULL, SessionError, StorageError
+from softlabel.storage import has_conditions, is_remote, upload
 from softlabel.terminal import MARK, log_to, say
 
 LOG = "softlabel.log"
@@ -41,7 +43,13 @@ def check_writable(folder: Path) -> None:
 
     Raises:
         SessionError: It cannot be written to.
+        StorageError: Nor can the bucket.
     """
+    if is_remote(folder):
+        if not has_conditions(folder):
+            problem = "its server does not keep to If-None-Match, by which two runs at once are told apart"
+            raise SessionError(f"cannot write to {folder} ({problem}): give another, or a newer server")
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -65,8 +73,29 @@ def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[bool]:
         with _ray() as joined:
             yield joined
         return
-    with log_to(run_dir / LOG), _workers_heard(), _ray() as joined:
+    with _log_at(run_dir / LOG), _workers_heard(), _ray() as joined:
         yield joined
+
+
+@contextmanager
+def _log_at(path: Path) -> Iterator[None]:
+    """`log_to`; of a bucket, which no line can be added to, the log is on this machine, and is put there at the end."""
+    if not is_remote(path):
+        with log_to(path):
+            yield
+        return
+    log = Path(tempfile.mkdtemp(prefix="softlabel-")) / LOG
+    if path.exists():  # of the run that this one goes on with
+        log.write_bytes(path.read_bytes())
+    try:
+        with log_to(log):
+            yield
+    finally:
+        try:
+            upload(log, path)
+            shutil.rmtree(log.parent)
+        except StorageError:  # whatever else went wrong is what is to be told
+            say(f"the log stays on this machine, in {log}: {path} cannot be written")
 
 
 def cluster(*, joined: bool) -> Cluster:

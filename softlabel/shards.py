@@ -7,7 +7,6 @@ packed store a shard that was made again has a file of its own, which goes befor
 before format 7 have ``shard-001930.parquet``, all in one folder, and stay so.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from softlabel import tile_table
 from softlabel.errors import StoreError
 from softlabel.records import EMPTY, LABELLED, REJECTED
+from softlabel.storage import remove_tree
 from softlabel.store import commit, opened, read_table, summary, write_table
 from softlabel.tile_table import table_file
 
@@ -73,11 +73,11 @@ def read_shard(folder: Path, shard: int) -> pa.Table | None:
         StoreError: Its file is broken.
     """
     for path in (shard_file(folder, shard), _old_file(folder, shard)):
-        if path.exists():
+        if path.is_file():
             return read_table(path)
     number, group = divmod(shard, tile_table.FILE_SHARDS)
     path = table_file(folder, number)
-    if not path.exists():
+    if not path.is_file():
         return None
     with opened(path) as file:
         return _row_group(file, group, None) if group < file.num_row_groups else None
@@ -187,7 +187,7 @@ def pack(
         write_table(view, pa.concat_tables(rejected))
     else:
         view.unlink(missing_ok=True)
-    shutil.rmtree(_shards_of(folder, number), ignore_errors=True)
+    remove_tree(_shards_of(folder, number))
     for path in alone:
         path.unlink(missing_ok=True)
     return counts

@@ -5,6 +5,7 @@ Files of a run come and go while they are looked at: what is gone is left out.
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from softlabel.lease import holders
 from softlabel.records import REJECTED
 from softlabel.report import wording
 from softlabel.shards import shard_files
+from softlabel.storage import on_disk
 from softlabel.store import DONE, STORE, is_done, read_json, read_table, summary
 from softlabel.tile_table import has_tiles, shard_counts
 from softlabel.training.targets import STATE
@@ -97,7 +99,9 @@ def _labels(folder: Path) -> _Step:
 
 def _half_labelled(folder: Path, counts: Any) -> _Step:
     files = shard_files(folder)
-    newest = sorted((when, shard) for shard, path in files.items() if (when := _when(path)) is not None)
+    with ThreadPoolExecutor(32) as asking:  # a bucket takes a while to say it of each
+        times = asking.map(_when, files.values())
+        newest = sorted((when, shard) for shard, when in zip(files, times, strict=True) if when is not None)
     there, asked = sum(int(counts[shard]) for _, shard in newest), int(counts.sum())
     rejected = sum(_rejected(files[shard]) for _, shard in newest[-_LOOKED_AT:])
     of_those = "" if len(newest) <= _LOOKED_AT else f" of the last {_LOOKED_AT} shards"
@@ -143,7 +147,7 @@ def _state(path: Path) -> dict | None:
     import torch  # takes seconds, which other steps do without
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=True)
     except (FileNotFoundError, RuntimeError):
         if path.exists():
             raise StoreError(f"{path} cannot be read") from None
@@ -181,7 +185,7 @@ def _changed(paths: Iterable[Path]) -> float:
 
 def _when(path: Path) -> float | None:
     try:
-        return path.stat().st_mtime
+        return path.stat().st_mtime or None  # a bucket has no folders
     except FileNotFoundError:
         return None
 

@@ -7,9 +7,10 @@ half-finished work is never taken for a result.
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel.errors import StoreError
+from softlabel.storage import is_remote, location, upload
 
 FORMAT_VERSION = 7
 """Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
@@ -36,7 +38,7 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path | str) -> str:
     """10 hex digits of the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with location(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
@@ -46,10 +48,16 @@ def step_dir(run_dir: Path, name: str, inputs: Any) -> Path:
 
 
 def commit(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place; for a bucket one on this machine,
+    which is then put there.
 
     A kill at any moment leaves either the old file or the whole new one; temporary names start with a dot.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="softlabel-") as scratch:
+            write(made := Path(scratch) / path.name)
+            upload(made, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -98,7 +106,8 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         StoreError: It is missing or broken.
     """
     try:
-        table = pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
+        source = pa.BufferReader(path.read_bytes()) if is_remote(path) else path  # a request, not one for each column
+        table = pq.read_table(source, columns=columns, partitioning=None, page_checksum_verification=True)
         table.validate(full=True)  # else text that is not UTF-8 fails later, where rows are made of it
         return table
     except FileNotFoundError:
@@ -115,7 +124,10 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
         StoreError: It is missing or broken, then or while it is read.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            path.open("rb") if is_remote(path) else nullcontext(path) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
             yield file
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
@@ -125,7 +137,7 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 def is_done(folder: Path) -> bool:
     """Whether the step that writes ``folder`` finished."""
-    return (folder / DONE).exists()
+    return (folder / DONE).is_file()
 
 
 def finish(folder: Path, summary: dict) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from softlabel.detectors.class_map import listed
 from softlabel.detectors.families import FAMILIES
 from softlabel.detectors.header import Header, is_checkpoint, is_onnx, open_weights, read_safetensors_header
+from softlabel.storage import location
 
 _TASKS = {
     "segment": "boxes; its masks are left out",
@@ -42,7 +43,7 @@ def describe(weights: str) -> dict[str, str]:
     """
     from softlabel.detectors.hub import is_file
 
-    return _file(Path(weights)) if is_file(weights) or Path(weights).is_file() else _folder(weights)
+    return _file(location(weights)) if is_file(weights) or location(weights).is_file() else _folder(weights)
 
 
 def _file(path: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from softlabel.errors import WeightsError
+from softlabel.storage import on_disk
 
 _FAMILIES = {"RTDETRDecoder": "rtdetr_ultralytics", "ONNX": "onnx"}
 """Heads that are no YOLO's."""
@@ -55,12 +56,12 @@ def tensors_alone(path: Path | str) -> str:
 
 def is_checkpoint(path: Path | str) -> bool:
     """Whether a file is a checkpoint of PyTorch's, by its name."""
-    return Path(path).suffix == ".pt"
+    return str(path).endswith(".pt")
 
 
 def is_onnx(path: Path | str) -> bool:
     """Whether a file is an exported graph, by its name."""
-    return Path(path).suffix == ".onnx"
+    return str(path).endswith(".onnx")
 
 
 def open_weights(path: Path | str) -> safe_open:
@@ -70,7 +71,7 @@ def open_weights(path: Path | str) -> safe_open:
         WeightsError: It is not there, or is none.
     """
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(on_disk(path), framework="pt")
     except FileNotFoundError:
         raise WeightsError(
             f"no weights at {path}: give an existing .safetensors file, or a .pt of ultralytics or YOLOv5"

@@ -28,7 +28,7 @@ def content_digest(folder: Path) -> str:
 
 def is_file(weights: str) -> bool:
     """Whether weights are a file, by their name, and not a folder or a name on the hub."""
-    return Path(weights).suffix in (".pt", ".safetensors", ".onnx")
+    return weights.endswith((".pt", ".safetensors", ".onnx"))
 
 
 def model_type(folder: Path) -> str:

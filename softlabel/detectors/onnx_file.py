@@ -10,6 +10,7 @@ from typing import Any
 
 from softlabel.detectors.header import Header
 from softlabel.errors import WeightsError
+from softlabel.storage import on_disk
 
 _EXPORT = "yolo export model=best.pt format=onnx"
 _BESIDES = {"detect": (0, 0), "obb": (1, 1), "segment": (1, 1 << 10), "pose": (1, 1 << 10)}
@@ -43,7 +44,7 @@ def read_onnx_header(path: Path | str) -> Header:
             f"{path} has NMS baked in, and one class for each box instead of all scores: export it without "
             f"({_EXPORT} nms=False end2end=False)"
         )
-    yaml = {"yaml_file": Path(path).name, "nc": len(classes), "head": [[-1, 1, "ONNX", [stride, task]]]}
+    yaml = {"yaml_file": str(path).rpartition("/")[2], "nc": len(classes), "head": [[-1, 1, "ONNX", [stride, task]]]}
     return Header(yaml, classes, imgsz, {})
 
 
@@ -58,14 +59,18 @@ def open_session(path: Path | str, threads: int | None) -> Any:
         WeightsError: The file is not there or damaged, or onnxruntime is not installed.
     """
     runtime = _onnxruntime(path)
-    if not Path(path).is_file():
+    try:
+        file = on_disk(path)
+    except FileNotFoundError:
+        file = None
+    if file is None or not file.is_file():
         raise WeightsError(f"no weights at {path}: give an existing file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in runtime.get_available_providers()]
     try:
-        return runtime.InferenceSession(str(path), options, providers=providers)
+        return runtime.InferenceSession(str(file), options, providers=providers)
     # onnxruntime has an exception for each of its status codes, of no common kind.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]

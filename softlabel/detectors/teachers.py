@@ -18,6 +18,7 @@ from softlabel.detectors.header import Header
 from softlabel.detectors.queries import Crop, Queries
 from softlabel.errors import RecipeError
 from softlabel.records import Nms
+from softlabel.storage import location
 from softlabel.store import file_digest
 
 
@@ -53,7 +54,7 @@ def weights_teacher(
         fingerprint |= {"classes": list(mapped.classes), "class_map": mapped.identity()}
     return Teacher(
         family,
-        Path(weights),
+        location(weights),
         fingerprint,
         len(recipe.classes),
         imgsz,
@@ -163,8 +164,8 @@ def _named_teacher(recipe: Recipe) -> Teacher:
         return open_vocabulary_teacher(recipe)
     from softlabel.detectors.hub import is_file
 
-    if is_file(settings.weights) or Path(settings.weights).is_file():
-        return weights_teacher(recipe, Path(settings.weights).resolve(), settings.classes)
+    if is_file(settings.weights) or location(settings.weights).is_file():
+        return weights_teacher(recipe, location(settings.weights).resolve(), settings.classes)
     return transformers_teacher(recipe, settings.weights, settings.classes)
 
 

@@ -25,6 +25,7 @@ from ultralytics.nn import modules, tasks
 from ultralytics.utils import loss, tal
 
 from softlabel.errors import WeightsError
+from softlabel.storage import on_disk
 
 
 class StandIn:
@@ -46,9 +47,9 @@ def read_pickle(path: Path | str) -> Any:
             consists of (which is named).
     """
     try:
-        _refuse_other_forms(path)
+        _refuse_other_forms(file := on_disk(path))
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED)
+            return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED)
     except WeightsError:
         raise
     except FileNotFoundError:

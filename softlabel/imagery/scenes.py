@@ -43,6 +43,17 @@ _GDAL = {
     "GDAL_HTTP_MAX_RETRY": 3,
     "GDAL_HTTP_RETRY_DELAY": 1,
 }
+
+
+def _gdal() -> dict[str, Any]:
+    """What GDAL is told; where an S3 of its own is in the environment, too, as all else here understands it."""
+    if not (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        return _GDAL
+    scheme, _, host = endpoint.rstrip("/").rpartition("://")
+    https = "NO" if scheme == "http" else "YES"
+    return {**_GDAL, "AWS_S3_ENDPOINT": host, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
+
+
 # Plain photographs have no georeference, and are welcome.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
@@ -191,7 +202,7 @@ class TileReader:
         try:
             self._check_stamp(uri, row["scene_stamp"])
             # One Env, its cache sized by the tile before: leaving an inner one would shrink the cache, and empty it.
-            with _scene_errors(uri), rasterio.Env(**{**_GDAL, "GDAL_CACHEMAX": self._cache_bytes}):
+            with _scene_errors(uri), rasterio.Env(**{**_gdal(), "GDAL_CACHEMAX": self._cache_bytes}):
                 if uri != self._uri:
                     self._open(uri)
                 self._check_window(row)
@@ -266,7 +277,7 @@ def _scene_errors(uri: str) -> Iterator[None]:
 def _open(uri: str) -> Iterator[Any]:
     with _scene_errors(uri):
         uri.encode()  # a name that is not UTF-8 cannot be written to a table
-        with rasterio.Env(**_GDAL), rasterio.open(uri) as dataset:
+        with rasterio.Env(**_gdal()), rasterio.open(uri) as dataset:
             _forget_errors(dataset)
             blocks.check_blocks(uri, dataset)
             yield dataset

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 import numpy as np
@@ -24,6 +24,7 @@ from softlabel.imagery.truth_fields import IMAGE_SUFFIXES, load_yaml, one_line
 from softlabel.imagery.truth_formats import dota_files, read_coco, read_dota, read_xview
 from softlabel.imagery.truth_yolo import read_yolo, yolo_images
 from softlabel.records import UNKNOWN_CLASS
+from softlabel.storage import is_remote, location
 
 _MIN_SIDE_PX = 0.01  # thinner is a slip of the mouse, and would lose its area in float32 tile pixels
 
@@ -110,7 +111,11 @@ def truth_digest(source: TruthSource) -> str:
     Raises:
         TruthError: They cannot be found or read.
     """
-    path, names = Path(source.path), list[str]()
+    path, names = location(source.path), list[str]()
+    if is_remote(path) and source.format in ("dota", "yolo"):
+        raise TruthError(
+            f"{path}: {source.format} truth is a folder of files, and read from a disk alone: copy it there"
+        )
     if source.format == "dota":
         files = dota_files(path)
     else:

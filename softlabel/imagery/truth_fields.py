@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 
 from softlabel.errors import TruthError
+from softlabel.storage import location
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _FAR_PX = 1e9
@@ -37,7 +38,7 @@ def attempt(check: Callable[[], T]) -> T | BadRow:
 def load(path: Path | str, parse: Callable[[str], Any], kind: str) -> Any:
     """What ``parse`` makes of a file; TruthError where it is missing or broken, whatever ``parse`` raises."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8-sig"))
+        return parse(location(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TruthError(f"no truth file at {path}: correct tiles.truth.path") from None
     except _UNREADABLE as error:

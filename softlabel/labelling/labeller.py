@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -47,7 +47,10 @@ class Labeller:
         """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
         index, shard, table = read["job"][0].as_py(), read["shard"][0].as_py(), tiles_of(read)
         journal = Journal(self._stores[index], shard, LABELLING)
-        with self._turn(alone=journal.has_suspects or self._jobs[index].with_losses) as handed_over:
+        # Noted before its turn comes: a bucket takes a while to write it, and the model is not to wait for that.
+        noted = nullcontext() if journal.has_suspects else journal.in_hand(_readable(table))
+        alone = journal.has_suspects or self._jobs[index].with_losses
+        with noted, self._turn(alone=alone) as handed_over:
             labels, began, device = self._label(table, index, shard, journal, handed_over)
             handed_over()  # for a shard without a tile that can be read
             ended = time.time()
@@ -111,7 +114,7 @@ class Labeller:
             if verdict:
                 reasons[chosen[0]] = verdict
             elif chosen:
-                with journal.in_hand([tile_ids[i] for i in chosen]):
+                with journal.in_hand([tile_ids[i] for i in chosen]) if journal.has_suspects else nullcontext():
                     drawn = None if truths is None else [truths[tile_ids[i]] for i in chosen]
                     answers = _detect(detector, [images[i] for i in chosen], drawn, handed_over)
                 for i, (detections, terms) in zip(chosen, answers, strict=True):
@@ -145,6 +148,11 @@ class Labeller:
                     load(self._jobs[index].teacher, threads=self._threads, batch_size=self._batch_size),
                 )
         return self._loaded[1]
+
+
+def _readable(table: pa.Table) -> list[str]:
+    seen = pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"]))
+    return table["tile_id"].filter(seen).to_pylist()
 
 
 def _together(before: pa.Table, after: pa.Table) -> pa.Table:

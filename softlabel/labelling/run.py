@@ -36,6 +36,7 @@ from softlabel.packing import pack_store
 from softlabel.recipe_file import dump_recipe
 from softlabel.records import EMPTY, LABELLED, REJECTED
 from softlabel.shards import STATUSES, committed, read_shard, retryable_counts, retryable_ids
+from softlabel.storage import is_remote
 from softlabel.store import DONE, STORE, finish, is_done, read_json, summary, write_json, write_text
 from softlabel.terminal import progress, say
 
@@ -316,8 +317,9 @@ def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
     if sum(counts[status] for status in STATUSES) != requested:
         raise StoreError(f"{folder} does not balance ({dict(counts)} of {requested}): delete it and label again")
     journal.forget_all(folder)
-    for left in folder.glob("**/.*.*"):  # by processes that died while they committed
-        left.unlink(missing_ok=True)
+    if not is_remote(folder):  # where there are no half files
+        for left in folder.glob("**/.*.*"):  # by processes that died while they committed
+            left.unlink(missing_ok=True)
     told = {"name": job.name, "requested": requested, **counts}
     finish(folder, {**told, "speed": speed.summary() if speed.tiles else None})
     empty = f" + {counts[EMPTY]} empty (no valid pixel)" if counts[EMPTY] else ""

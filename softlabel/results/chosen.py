@@ -7,6 +7,7 @@ from softlabel.config import Recipe
 from softlabel.detectors.class_map import ClassMap, listed
 from softlabel.errors import RecipeError
 from softlabel.results.stores import Store, open_store
+from softlabel.storage import location
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def chosen_labels(recipe: Recipe) -> ChosenLabels | None:
         return None
     if settings.labels == "truth":
         raise RecipeError("train.store is labels to learn from, and train.labels is truth: remove one of them")
-    store = open_store(Path(settings.store))
+    store = open_store(location(settings.store))
     if store.splits is not None and settings.split not in store.splits:
         raise RecipeError(
             f"train.store: {store.folder} has labels of {listed(store.splits)}, and train.split is {settings.split}: "

@@ -26,6 +26,7 @@ from softlabel.search.trainable import Student
 from softlabel.search.trials import Trial
 from softlabel.search.tuning import Monitor, PlanScheduler, PlanSearcher
 from softlabel.search.worker_groups import WorkerGroups, num_groups
+from softlabel.storage import ray_storage
 from softlabel.store import finish, is_done, read_json, step_dir, write_json, write_text
 from softlabel.terminal import say
 from softlabel.training.arguments import check_soft, check_train_args
@@ -203,7 +204,7 @@ class _Search:
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{uuid.uuid4().hex[:6]}",
-                storage_path=str(self.folder / "tune"),
+                **ray_storage(self.folder / "tune"),
                 callbacks=[Monitor(self)],
                 failure_config=tune.FailureConfig(max_failures=self.inputs.recipe.search.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the students' folders have it all

@@ -1,6 +1,5 @@
 """Worker groups of Ray Train that live as long as a search, and train one student after another."""
 
-import shutil
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from softlabel.errors import RecipeError, SoftlabelError, TrainingError
 from softlabel.lease import Lease
 from softlabel.recipe_file import dump_recipe
 from softlabel.search.dispatcher import Dispatcher
+from softlabel.storage import ray_storage, remove_tree
 from softlabel.store import is_done, summary, write_text
 from softlabel.terminal import say
 from softlabel.training.job import scaling
@@ -85,10 +85,10 @@ class WorkerGroups:
 
     def remove_traces(self) -> None:
         """Delete what Ray Train has written."""
-        shutil.rmtree(self._folder / "ray", ignore_errors=True)
+        remove_tree(self._folder / "ray")
 
     def _launch(self, group: int) -> ray.ObjectRef:
-        return self._launcher.remote(self.dispatcher, group, self._execution, str(self._folder))
+        return self._launcher.remote(self.dispatcher, group, self._execution, self._folder)
 
 
 def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _num_groups(execution: Execution) -> int:
 
 
 @ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its process holds Ray Train's controller for as long as it lives
-def launch(dispatcher: Any, group: int, execution: Execution, folder: str) -> None:
+def launch(dispatcher: Any, group: int, execution: Execution, folder: Path) -> None:
     """One worker group, from the first student to the last; Ray Train begins it again whenever a worker dies."""
     TorchTrainer(
         _worker,
@@ -195,7 +195,7 @@ def launch(dispatcher: Any, group: int, execution: Execution, folder: str) -> No
         scaling_config=ray.train.ScalingConfig(**scaling(execution)),
         run_config=ray.train.RunConfig(
             name=f"group-{group}-{uuid.uuid4().hex[:6]}",
-            storage_path=f"{folder}/ray",
+            **ray_storage(folder / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=1000),  # the dispatcher counts, by student
         ),
     ).fit()

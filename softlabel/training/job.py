@@ -8,6 +8,7 @@ from softlabel.calibration import calibration_of
 from softlabel.config import Execution, Model, Recipe, Soft, Supplement, Threshold, default_iou
 from softlabel.detectors.class_map import ClassMap
 from softlabel.errors import RecipeError, WeightsError
+from softlabel.storage import location
 from softlabel.store import step_dir, summary
 from softlabel.training.targets import TrainJob
 
@@ -39,7 +40,7 @@ def train_job(
         StoreError: There is no calibration where the recipe says.
         RecipeError: ``soft.supplement`` names no other training set.
     """
-    weights = Path(model.weights).resolve() if model.weights else None
+    weights = location(model.weights).resolve() if model.weights else None
     if weights and not weights.is_file():
         raise WeightsError(f"no weights at {weights}: correct train.*.weights, or set it to null to start from scratch")
     nms = recipe.label.nms(default_iou(model.model))

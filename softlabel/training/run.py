@@ -1,7 +1,6 @@
 """The training step: any number of models in one Ray Train launch, since starting one costs half a minute and more."""
 
 import os
-import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ray.train.torch import TorchTrainer
 from softlabel.config import Execution, Recipe
 from softlabel.errors import TrainingError
 from softlabel.recipe_file import dump_recipe
+from softlabel.storage import ray_storage, remove_tree
 from softlabel.store import digest, is_done, write_text
 from softlabel.terminal import say
 from softlabel.training.job import scaling
@@ -48,7 +48,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
         scaling_config=ray.train.ScalingConfig(**scaling(recipe.execution)),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(storage),
+            **ray_storage(storage),
             failure_config=ray.train.FailureConfig(max_failures=recipe.execution.max_failures),
         ),
     )
@@ -60,7 +60,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
         raise TrainingError(f"training failed: {_cause(error)}") from error
     finally:  # Ray Train leaves a handler that would swallow the next Ctrl-C, and holds its controller
         signal.signal(signal.SIGINT, before)
-    shutil.rmtree(storage / name, ignore_errors=True)
+    remove_tree(storage / name)
 
 
 def _worker(config: dict) -> None:

@@ -1,5 +1,6 @@
 """What of a training run is on disk after every epoch: enough to go on as if nothing had happened."""
 
+import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from ultralytics.utils.torch_utils import unwrap_model
 
+from softlabel.storage import is_remote
 from softlabel.store import commit
 from softlabel.training.targets import STATE, WEIGHTS, TrainJob
 
@@ -15,9 +17,10 @@ from softlabel.training.targets import STATE, WEIGHTS, TrainJob
 def read_state(job: TrainJob, scratch: Path) -> dict | None:
     """The state after the last epoch, with the best weights so far laid where the trainer will look for them."""
     path = job.folder / STATE
-    if not path.exists():
+    if not path.is_file():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    source = io.BytesIO(path.read_bytes()) if is_remote(path) else path
+    state = torch.load(source, map_location="cpu", weights_only=True)
     (scratch / WEIGHTS).write_bytes(state.pop("best_weights").numpy().tobytes())
     return state
 

@@ -25,7 +25,9 @@ GROUND = {
     "softlabel.terminal",
     "softlabel.calibration",
     "softlabel.packing",
+    "softlabel.buckets",
     "softlabel.shards",
+    "softlabel.storage",
     "softlabel.store",
     "softlabel.tile_table",
 }
@@ -104,6 +106,8 @@ def test_libraries_stay_in_their_rooms(name):
     assert not uses(name, "ultralytics") or name in ULTRALYTICS
     assert not uses(name, "transformers") or name in TRANSFORMERS
     assert not uses(name, "rasterio") or name.startswith("imagery/")
+    buckets = ("fsspec", "obstore", "upath")
+    assert not any(uses(name, package) for package in buckets) or name in ("buckets.py", "storage.py")
 
 
 @pytest.mark.parametrize("name", files())

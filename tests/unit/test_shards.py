@@ -1,7 +1,6 @@
 """The shards of a store: committed one by one, packed into few files, read the same at every stage."""
 
 import errno
-import shutil
 from collections import Counter
 from unittest import mock
 
@@ -15,6 +14,7 @@ from softlabel import packing, shards, tile_table
 from softlabel.errors import StoreError
 from softlabel.records import EMPTY
 from softlabel.shards import committed, pack, read_shard, read_shards, read_soft_labels, retryable_counts, to_pack
+from softlabel.storage import is_remote
 from softlabel.store import finish, read_table, write_table
 
 SHARD, FILE = 2, 3
@@ -37,9 +37,9 @@ def made(monkeypatch):
 
 
 @pytest.fixture
-def store(made, tmp_path):
-    write_tiles(tmp_path, made, shard_tiles=SHARD)
-    return write_store(tmp_path, made, shard_tiles=SHARD, splits=["test"])
+def store(made, anywhere):
+    write_tiles(anywhere, made, shard_tiles=SHARD)
+    return write_store(anywhere, made, shard_tiles=SHARD, splits=["test"])
 
 
 def packed(store):
@@ -47,6 +47,11 @@ def packed(store):
     for number, expected in to_pack(tiles, ["test"]):
         counts.update(pack(store, tiles, ["test"], number, expected))
     return counts
+
+
+def as_one_table(folder):
+    """As any reader of Parquet takes it."""
+    return pq.read_table(folder.path, filesystem=folder.fs) if is_remote(folder) else pq.read_table(folder)
 
 
 def rows(store):
@@ -61,7 +66,7 @@ def test_a_packed_store_is_the_same_store(store, made):
     counts = packed(store)
     files = sorted(path.name for path in (store / "table").iterdir())
     assert files == ["000000.parquet", "000001.parquet", "000002.parquet", "000003.parquet"]
-    assert rows(store) == before == pq.read_table(store / "table").to_pylist()
+    assert rows(store) == before == as_one_table(store / "table").to_pylist()
     for shard, expected in enumerate(alone):
         found = read_shard(store, shard)
         assert (not found and expected is None) or found.equals(expected)
@@ -73,7 +78,7 @@ def test_a_packed_store_is_the_same_store(store, made):
         "saturated": 0,
         "boxes": sum(len(row["boxes"]) for row in before),
     }
-    view = pq.read_table(store / "rejected").to_pylist()
+    view = as_one_table(store / "rejected").to_pylist()
     assert [(row["tile_id"][:3], row["scene_uri"], row["retryable"]) for row in view] == [
         ("s02", "/gone/s02", False),
         ("s13", "/gone/s13", True),
@@ -88,11 +93,13 @@ def test_packing_again_changes_nothing(store):
     assert {path: path.read_bytes() for path in store.glob("**/*.parquet")} == before
 
 
-def test_what_was_killed_between_packing_and_tidying_up_is_read_once_and_packed_again(store, tmp_path):
+def test_what_was_killed_between_packing_and_tidying_up_is_read_once_and_packed_again(store):
     before = rows(store)
-    shutil.copytree(store / "shards", tmp_path / "kept")
+    kept = {path: path.read_bytes() for path in store.glob("shards/*/*.parquet")}
     packed(store)
-    shutil.copytree(tmp_path / "kept", store / "shards", dirs_exist_ok=True)
+    for path, data in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     assert rows(store) == before
     packed(store)
     assert rows(store) == before and not list(store.glob("shards/*/*"))
@@ -110,7 +117,7 @@ def test_a_shard_made_again_goes_before_the_packed_one(store):
     )
     assert packed(store)["retryable"] == 0 and retryable_counts(store) == {}
     assert read_shard(store, 6).equals(healed)
-    assert len(pq.read_table(store / "rejected")) == 1
+    assert len(as_one_table(store / "rejected")) == 1
 
 
 def test_shards_that_are_there_are_known_at_every_stage(store):
@@ -153,13 +160,13 @@ def test_a_broken_file_is_named_in_one_line(store):
             list(read_shards(store))
 
 
-def test_a_store_that_is_not_finished_is_not_read(made, tmp_path):
-    finish(tmp_path / "x", {})
-    assert rows(tmp_path / "x") == []
+def test_a_store_that_is_not_finished_is_not_read(made, anywhere):
+    finish(anywhere / "x", {})
+    assert rows(anywhere / "x") == []
     with pytest.raises(StoreError, match=r"done\.json is missing"):
-        rows(tmp_path / "y")
+        rows(anywhere / "y")
     assert np.array_equal(
-        tile_table.shard_counts(write_tiles(tmp_path, made, shard_tiles=SHARD), ["none"]), np.zeros(11)
+        tile_table.shard_counts(write_tiles(anywhere, made, shard_tiles=SHARD), ["none"]), np.zeros(11)
     )
 
 

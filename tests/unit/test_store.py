@@ -28,9 +28,9 @@ def test_a_digest_ignores_key_order_and_nothing_else():
     assert len({digest(value) for value in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {"b": 1}, [1, 2], [2, 1])}) == 6
 
 
-def test_a_step_s_folder_changes_with_its_inputs_only(tmp_path):
-    assert step_dir(tmp_path, "tiles", {"size": 3}) == step_dir(tmp_path, "tiles", {"size": 3})
-    assert step_dir(tmp_path, "tiles", {"size": 3}) != step_dir(tmp_path, "tiles", {"size": 4})
+def test_a_step_s_folder_changes_with_its_inputs_only(anywhere):
+    assert step_dir(anywhere, "tiles", {"size": 3}) == step_dir(anywhere, "tiles", {"size": 3})
+    assert step_dir(anywhere, "tiles", {"size": 3}) != step_dir(anywhere, "tiles", {"size": 4})
 
 
 def test_a_step_s_folder_keeps_its_name_from_release_to_release():
@@ -38,8 +38,8 @@ def test_a_step_s_folder_keeps_its_name_from_release_to_release():
     assert step_dir(Path("r"), "label", {"a": 1}) == Path("r/label-d70c65b3dd")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "deep" / "file.txt"
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(anywhere):
+    path = anywhere / "deep" / "file.txt"
     commit(path, lambda temporary: temporary.write_text("old"))
 
     def half(temporary):
@@ -52,14 +52,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_nan_is_null(tmp_path):
-    write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("nan"), 1]})
-    assert read_json(tmp_path / "x.json") == {"a": None, "b": [None, 1]}
+def test_nan_is_null(anywhere):
+    write_json(anywhere / "x.json", {"a": float("nan"), "b": [float("nan"), 1]})
+    assert read_json(anywhere / "x.json") == {"a": None, "b": [None, 1]}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
-def test_missing_and_broken_files_are_named(tmp_path, content):
-    path = tmp_path / "x"
+def test_missing_and_broken_files_are_named(anywhere, content):
+    path = anywhere / "x"
     if content is not None:
         path.write_bytes(content)
     for read in (read_json, read_table):
@@ -67,8 +67,8 @@ def test_missing_and_broken_files_are_named(tmp_path, content):
             read(path)
 
 
-def test_a_step_is_done_once_it_says_so(tmp_path):
-    folder = tmp_path / "step"
+def test_a_step_is_done_once_it_says_so(anywhere):
+    folder = anywhere / "step"
     write_table(shard_file(folder, 0), pa.table({"a": [1]}))
     assert not is_done(folder)
     with pytest.raises(StoreError, match=r"done\.json is missing"):
@@ -78,15 +78,15 @@ def test_a_step_is_done_once_it_says_so(tmp_path):
     assert list(read_soft_labels(folder)) == [{"a": 1}]
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    write_json(tmp_path / "done.json", {"format_version": 99})
+def test_a_newer_format_is_refused(anywhere):
+    write_json(anywhere / "done.json", {"format_version": 99})
     with pytest.raises(StoreError, match="format_version 99"):
-        summary(tmp_path)
+        summary(anywhere)
 
 
-def test_tiles_in_no_split_have_a_name(tmp_path):
+def test_tiles_in_no_split_have_a_name(anywhere):
     splits = ["train_1", None, "test", None]
-    tiles = write_tiles(tmp_path, [made_tile(f"s{i}", (0, 0, 64, 64), split=one) for i, one in enumerate(splits)])
+    tiles = write_tiles(anywhere, [made_tile(f"s{i}", (0, 0, 64, 64), split=one) for i, one in enumerate(splits)])
     for asked, expected in ((None, "0123"), (["none"], "13"), (["none", "test"], "123"), (["train_1"], "0")):
         found = [row["scene_id"] for row in read_tiles(tiles, asked)]
         assert found == [f"s{i}" for i in expected]
