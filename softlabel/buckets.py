@@ -1,16 +1,18 @@
 """Object stores: paths in them, and obstore's file system with conditional writes and failures that say what to do."""
 
+import asyncio
 import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
 from obstore import store as stores
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.fsspec import BufferedFile, FsspecStore
 from upath.implementations.cloud import CloudPath
 from upath.registry import register_implementation
@@ -21,6 +23,8 @@ from softlabel.errors import StorageError
 # has from the environment.
 _QUICK = {"timeout": "5s", "connect_timeout": "5s"}
 _RETRY: dict[str, Any] = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
+_WAITS_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Before a deletion is tried again."""
 _PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _FROM_ENVIRONMENT = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
 
@@ -118,13 +122,8 @@ class Bucket(FsspecStore):
         with _failures(self.url(path)):
             below = self._construct_store(bucket)
             for found in below.list(f"{key}/"):
-                paths = [one["path"] for one in found]
-                try:
-                    below.delete(paths)
-                except FileNotFoundError:  # another was here first, and it may be one of many
-                    for one in paths:
-                        with suppress(FileNotFoundError):
-                            below.delete(one)
+                with ThreadPoolExecutor(16) as deleting:
+                    list(deleting.map(self.rm_file, (f"{bucket}/{one['path']}" for one in found)))
 
     def read_tagged(self, path: str) -> tuple[bytes, dict[str, str]]:
         """An object's bytes, and what tells this object from another of its name; raises FileNotFoundError."""
@@ -177,7 +176,13 @@ class Bucket(FsspecStore):
 
     async def _rm_file(self, path: str, **options: Any) -> None:
         with _failures(self.url(path)), suppress(FileNotFoundError):  # S3 asks nobody whether it was there
-            await super()._rm_file(path, **options)
+            for wait_s in (*_WAITS_S, None):  # obstore tries all else again
+                try:
+                    return await super()._rm_file(path, **options)
+                except GenericError:
+                    if wait_s is None:
+                        raise
+                    await asyncio.sleep(wait_s)
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **options: Any) -> BufferedFile:
         if mode == "rb":  # asked first: a file that is missing would leave one half made, which complains when it goes

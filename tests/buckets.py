@@ -9,39 +9,41 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-BUCKET = "archive"
 SILENT_S = 3.0  # and a client waits for 2 s
 SECRET = "PLANTED-secret-access-key"
 _SERVER = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
 
 
 @contextmanager
-def serve_s3() -> Iterator[str]:
-    """The address of a server that has an empty bucket."""
+def serve_s3() -> Iterator[tuple[str, str]]:
+    """The address of a server, and an empty bucket that it has. No two have one of the same name: a process remembers
+    where a bucket was."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, quiet = f"http://127.0.0.1:{port}", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    url, bucket = f"http://127.0.0.1:{port}", f"archive-{uuid.uuid4().hex[:8]}"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen([sys.executable, "-c", _SERVER, str(port)], **quiet)
     try:
         deadline = time.monotonic() + 60
-        while not _has_bucket(url):
+        while not _made(f"{url}/{bucket}"):
             assert server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
             time.sleep(0.1)
-        yield url
+        yield url, bucket
     finally:
         server.kill()
         server.wait()
 
 
-def _has_bucket(url: str) -> bool:
+def _made(bucket: str) -> bool:
     try:
-        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=10)
+        urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"), timeout=10)
     except urllib.error.URLError:
         return False
     return True

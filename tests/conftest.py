@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from buckets import BUCKET, environment, serve_s3
+from buckets import environment, serve_s3
 from drivers import by_tile
 
 from softlabel.config import Recipe, Synthetic
@@ -29,10 +29,10 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def s3():
     """An empty bucket; this process and those that it starts from now on are led to it."""
-    with serve_s3() as url, pytest.MonkeyPatch.context() as patch:
+    with serve_s3() as (url, bucket), pytest.MonkeyPatch.context() as patch:
         for key, value in environment(url).items():
             patch.setenv(key, value)
-        yield location(f"s3://{BUCKET}")
+        yield location(f"s3://{bucket}")
 
 
 @pytest.fixture

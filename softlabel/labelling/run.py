@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from softlabel.autoscaling import wait_for
 from softlabel.config import Execution, Recipe
-from softlabel.errors import DISK_FULL, SoftlabelError, StoreError
+from softlabel.errors import DISK_FULL, SoftlabelError, StorageError, StoreError
 from softlabel.imagery.scenes import read_tile
 from softlabel.labelling import journal
 from softlabel.labelling.job import LabelJob
@@ -275,6 +275,8 @@ def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
     for cause in _causes(error):
         if isinstance(cause, RayTaskError):  # may be of its cause's class too, with a traceback for a message
             continue
+        if isinstance(cause, StorageError):  # which may be over by the next try
+            return
         if isinstance(cause, SoftlabelError):
             raise cause from None
         full = isinstance(cause, OSError) and cause.errno in DISK_FULL
