@@ -89,7 +89,8 @@ def test_one_shard_is_committed_while_another_is_in_the_model(shards):
 
 def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
     job, store, read = shards
-    Journal(store, 1, LABELLING)._note({"begin": ["scene#256_0_128x128"], "at": 0.0})  # and no end
+    dead = Journal(store, 1, LABELLING).in_hand(["scene#256_0_128x128"])
+    dead.__enter__()  # and no end, until the last line
     in_model, start = threading.Lock(), YoloDetector.start
 
     def start_alone(detector, images):
@@ -105,6 +106,7 @@ def test_a_shard_that_killed_its_process_is_alone_in_the_model(shards):
 
     with mock.patch.object(YoloDetector, "start", start_alone):
         label_both(job, store, read)
+    dead.__exit__(None, None, None)
 
 
 def test_an_empty_tile_is_a_row_of_its_own_kind_and_never_in_the_model(shards):
