@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
-TOOLS := pytest pytest-timeout onnx jsonschema kubernetes-validate pycocotools sahi
+TOOLS := pytest pytest-timeout onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
 READY := .venv/.ready
 
 .PHONY: demo test test-long test-pythons lint clean
@@ -27,7 +27,8 @@ test-pythons: $(READY)
 	    .venv-other/bin/pytest tests/unit || exit 1; \
 	done
 	$(OTHER) venv --quiet --clear --python $(PYTHON) .venv-other
-	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx]"
+	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx]" \
+	    "python-dateutil>=2.9,<3"  # as the tools want it
 	$(OTHER) pip freeze --exclude-editable > .venv-other/oldest.txt
 	$(OTHER) pip install --quiet --constraint .venv-other/oldest.txt $(TOOLS)
 	.venv-other/bin/pytest tests/unit
