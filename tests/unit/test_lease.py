@@ -78,6 +78,24 @@ def test_a_share_that_is_away_for_a_moment_costs_no_lease(anywhere, monkeypatch)
         lease.check()
 
 
+def test_an_answer_that_is_long_on_its_way_is_no_death(tmp_path, monkeypatch):
+    """As where a bucket is away for both: the holder could not write either."""
+    write_lease(tmp_path)
+    asked, tagged = [], lease_module._tagged
+
+    def slow(path):
+        asked.append(path)
+        if len(asked) == 3:
+            threading.Event().wait(3 * FAST["dead_after_s"])
+        if len(asked) == 5:
+            write_lease(tmp_path, beat=4)
+        return tagged(path)
+
+    monkeypatch.setattr(lease_module, "_tagged", slow)
+    with pytest.raises(StoreError, match="is being written by process 1 on elsewhere"), Lease(tmp_path, **FAST):
+        pass
+
+
 def test_a_lost_lease_is_not_removed_before_anybody_noticed(anywhere):
     with Lease(anywhere, beat_s=600):
         write_lease(anywhere)

@@ -26,7 +26,7 @@ from softlabel.storage import (
     remove_tree,
     replace,
 )
-from softlabel.store import commit, opened, read_json, read_table, write_json, write_table
+from softlabel.store import commit, file_digest, opened, read_json, read_table, write_json, write_table
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,14 @@ def refusing():
 
     class Handler(BaseHTTPRequestHandler):
         status = 403
+        head = None
+
+        def do_HEAD(self):
+            self.send_response(self.head or self.status)
+            self.send_header("Content-Length", "1000")
+            self.send_header("ETag", '"1"')
+            self.send_header("Last-Modified", "Mon, 30 Nov 2026 00:00:00 GMT")
+            self.end_headers()
 
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -191,9 +199,9 @@ def refusing():
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", '"1"')
             self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else data)
+            self.wfile.write(data)
 
-        do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
+        do_PUT = do_POST = do_DELETE = do_GET
 
         def log_message(self, *_):
             pass
@@ -216,6 +224,14 @@ def test_what_is_refused_is_never_taken_for_missing_or_broken(refusing):
             way()
     with pytest.raises(StorageError, match="cannot be used"), opened(path):
         pass
+
+
+def test_nor_is_what_fails_once_it_is_open(refusing):
+    path = location(f"s3://refused-{uuid.uuid4().hex}/x")
+    refusing.head = 200
+    for read in (file_digest, read_table, lambda path: opened(path).__enter__()):
+        with pytest.raises(StorageError, match="cannot be used"):
+            read(path)
 
 
 def test_a_server_that_keeps_to_no_condition_is_found_out(refusing, s3):

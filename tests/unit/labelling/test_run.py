@@ -14,7 +14,7 @@ from ray.exceptions import (
 )
 from tqdm import tqdm
 
-from softlabel.errors import SceneError, StoreError
+from softlabel.errors import SceneError, StorageError, StoreError
 from softlabel.labelling.run import _drop_committed, _raise_unless_lost
 from softlabel.shards import shard_file
 
@@ -30,6 +30,7 @@ def in_a_task(cause):
         NodeDiedError("gone"),
         in_a_task(OutOfMemoryError("killed")),
         in_a_task(ObjectLostError("00" * 28, None, "")),
+        in_a_task(StorageError("s3://b/x cannot be used")),
     ],
     ids=lambda error: type(error).__name__,
 )
