@@ -41,6 +41,31 @@ class TruthSource(_Section):
     )
 
 
+class Stac(_Section):
+    """Scenes by their STAC items; the filters are pystac-client's, of an API and of a file alike."""
+
+    url: str = Field(description="an API (https://...), or a file with an item collection")
+    asset: str = Field("visual", description="of each item, what is a scene")
+    collections: tuple[str, ...] = ()
+    bbox: tuple[float, float, float, float] | None = Field(None, description="west, south, east, north in degrees")
+    intersects: dict[str, Any] | None = Field(None, description="a GeoJSON geometry in degrees, instead of `bbox`")
+    datetime: str | None = Field(
+        None, description="a time or an interval: 2024-05, 2024-05-01/2024-06-15, 2024-05-01/.."
+    )
+    query: dict[str, dict[str, Any]] = Field({}, description="per property: {eo:cloud_cover: {lt: 20}}")
+    max_items: Pixels | None = Field(None, description="the first ones only")
+
+    @model_validator(mode="after")
+    def _is_one_place(self) -> "Stac":
+        if self.bbox and self.intersects:
+            raise ValueError("give one of tiles.stac.bbox and tiles.stac.intersects")
+        if "@" in self.url or "?" in self.url:
+            raise ValueError(
+                "tiles.stac.url has a @ or a ?, which come with secrets, and would be kept: leave them out"
+            )
+        return self
+
+
 class Split(_Section):
     """Shares of tiles per split, dealt out by group; `validation` is carved from each training set."""
 
@@ -60,7 +85,8 @@ class Split(_Section):
 class Tiles(_Section):
     """Scenes and truth to tiles."""
 
-    scenes: str | None = Field(None, description="a folder of images, a glob, or one image; null with `synthetic`")
+    scenes: str | None = Field(None, description="a folder of images, a glob, a table, or one image")
+    stac: Stac | None = Field(None, description="a STAC catalogue's items instead")
     synthetic: Synthetic | None = None
     truth: TruthSource | None = None
     size_px: Pixels = 640
@@ -80,8 +106,8 @@ class Tiles(_Section):
 
     @model_validator(mode="after")
     def _has_scenes(self) -> "Tiles":
-        if (self.scenes is None) == (self.synthetic is None):
-            raise ValueError("give one of tiles.scenes (a path) and tiles.synthetic")
+        if [self.scenes, self.stac, self.synthetic].count(None) != 2:
+            raise ValueError("give one of tiles.scenes (a path), tiles.stac and tiles.synthetic")
         if self.overlap_px >= self.size_px:
             raise ValueError(f"overlap_px={self.overlap_px} must be below size_px={self.size_px}")
         return self

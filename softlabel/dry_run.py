@@ -9,7 +9,7 @@ from softlabel.detectors.class_map import listed
 from softlabel.detectors.teachers import recipe_teacher
 from softlabel.devices import lines
 from softlabel.errors import SceneError
-from softlabel.imagery.listing import list_scenes
+from softlabel.imagery.catalog import given_scenes
 from softlabel.imagery.scenes import describe_scene
 from softlabel.imagery.tiles import windows
 from softlabel.results.chosen import chosen_labels
@@ -47,9 +47,9 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
         yield f"scenes: {count} made up, {side} x {side} px"
         sizes = [(side, side)]
     else:
-        scenes = list_scenes(str(settings.scenes))
+        scenes = given_scenes(settings)
         count = len(scenes)
-        yield f"scenes: {count} at {settings.scenes}"
+        yield f"scenes: {count} at {settings.stac.url if settings.stac else settings.scenes}"
         sample = random.Random(0).sample(scenes, min(count, _SAMPLE))
         sizes, problems = _sizes(recipe, sorted(uri for _, uri in sample))
         if problems:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from softlabel.config import Recipe, Split, TruthSource
+from softlabel.config import Recipe, Split, Tiles, TruthSource
 from softlabel.errors import RecipeError, SceneError, TruthError
 from softlabel.imagery import scenes as scene_files
 from softlabel.imagery import tiles
+from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.scenes import SceneInfo
 from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, lookalike, match_scenes
 from softlabel.terminal import progress
@@ -37,6 +38,15 @@ class Scene:
     def windows(self, recipe: Recipe) -> list[tiles.Window]:
         """Its tiles."""
         return tiles.windows(self.info.width, self.info.height, recipe.tiles.size_px, recipe.tiles.overlap_px)
+
+
+def given_scenes(settings: Tiles) -> list[tuple[str, str]]:
+    """The scenes of a recipe that does not make them up, as `list_scenes` or `stac.list_items` gives them."""
+    if settings.stac is None:
+        return list_scenes(str(settings.scenes))
+    from softlabel.imagery.stac import list_items  # shapely takes a fifth of a second
+
+    return list_items(settings.stac)
 
 
 def load_scenes(

@@ -115,7 +115,7 @@ def _list_table(spec: str) -> list[tuple[str, str]]:
             f"{spec} has no column {' or '.join(_URI_COLUMNS)}: give one with a scene's path or URI in a row"
         )
     folder = spec.rpartition("/")[0] if remote else os.path.dirname(os.path.abspath(spec))
-    uris = [_absolute(str(uri), folder) for uri in table[column].to_pylist() if uri]
+    uris = [absolute(str(uri), folder) for uri in table[column].to_pylist() if uri]
     named = table["scene_id"].to_pylist() if "scene_id" in table.column_names else _below(uris)
     ids = [str(name) for name in named if name is not None]
     if not len(uris) == len({*ids}) == table.num_rows:
@@ -123,10 +123,14 @@ def _list_table(spec: str) -> list[tuple[str, str]]:
     return list(zip(ids, uris, strict=True))
 
 
-def _absolute(uri: str, folder: str) -> str:
+def absolute(uri: str, folder: str) -> str:
+    """A path or URI that may count from a folder, local or on an object store, on its own."""
     if has_scheme(uri) or uri.startswith("/"):
         return uri
-    return f"{folder}/{uri}" if has_scheme(folder) else os.path.normpath(os.path.join(folder, uri))
+    if not has_scheme(folder):
+        return os.path.normpath(os.path.join(folder, uri))
+    scheme, _, path = folder.partition("://")
+    return f"{scheme}://{os.path.normpath(f'{path}/{uri}')}"
 
 
 def _below(uris: list[str]) -> list[str]:

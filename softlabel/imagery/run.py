@@ -17,7 +17,15 @@ from softlabel import store
 from softlabel.config import Recipe, Split, TruthSource
 from softlabel.errors import RecipeError, SoftlabelError, TruthError
 from softlabel.imagery import synthetic, tiles
-from softlabel.imagery.catalog import MANY_SCENES, Scene, groups_in_two_splits, load_scenes, rejected_truth, set_splits
+from softlabel.imagery.catalog import (
+    MANY_SCENES,
+    Scene,
+    given_scenes,
+    groups_in_two_splits,
+    load_scenes,
+    rejected_truth,
+    set_splits,
+)
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.truth import SceneTruth, TruthSet, read_truth, truth_digest
 from softlabel.recipe_file import dump_recipe
@@ -67,8 +75,7 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
         RecipeError: A split would be empty.
     """
     _check_stretch(recipe)
-    spec, source = _inputs(recipe, run_dir)
-    listed = list_scenes(spec)
+    listed, source = _inputs(recipe, run_dir)
     step = store.step_dir(run_dir, "tiles", _fingerprint(recipe, listed, source))
     if not store.is_done(step):
         _write_step(recipe, listed, source, step)
@@ -81,11 +88,11 @@ def tile(recipe: Recipe, run_dir: Path) -> Path:
     return step
 
 
-def _inputs(recipe: Recipe, run_dir: Path) -> tuple[str, TruthSource | None]:
-    """Where the scenes are, and the truth; made-up scenes are made first."""
+def _inputs(recipe: Recipe, run_dir: Path) -> tuple[list[tuple[str, str]], TruthSource | None]:
+    """The scenes' ids and uris, and where the truth is; made-up scenes are made first."""
     settings, source = recipe.tiles.synthetic, recipe.tiles.truth
     if settings is None:
-        return str(recipe.tiles.scenes), source
+        return given_scenes(recipe.tiles), source
     folder = store.step_dir(run_dir, "scenes", [settings.model_dump(mode="json"), recipe.seed])
     scenes, truth = synthetic.write_scenes(folder, settings, recipe.seed)
     if source is None:
@@ -93,8 +100,10 @@ def _inputs(recipe: Recipe, run_dir: Path) -> tuple[str, TruthSource | None]:
             type_id: name for name, type_id in synthetic.TYPE_IDS.items() if name in recipe.classes
         }
         # What the recipe's classes leave out is left out on purpose.
-        return str(scenes), TruthSource(format="xview", path=str(truth), mapping=mapping, other_classes="drop")
-    return str(scenes), source.model_copy(update={"format": "xview", "path": str(truth)})
+        return list_scenes(str(scenes)), TruthSource(
+            format="xview", path=str(truth), mapping=mapping, other_classes="drop"
+        )
+    return list_scenes(str(scenes)), source.model_copy(update={"format": "xview", "path": str(truth)})
 
 
 def _check_stretch(recipe: Recipe) -> None:
@@ -104,8 +113,9 @@ def _check_stretch(recipe: Recipe) -> None:
 
 
 def _fingerprint(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSource | None) -> dict:
+    new = {"stac"} if recipe.tiles.stac is None else set()  # what earlier versions tiled keeps its name
     return {
-        "tiles": recipe.tiles.model_dump(mode="json", exclude={"max_rejected_fraction"}),
+        "tiles": recipe.tiles.model_dump(mode="json", exclude={"max_rejected_fraction", *new}),
         "classes": recipe.classes,
         "seed": recipe.seed,
         # Which scenes, not what is in them: one that is replaced later is a rejected row of labelling, and no reason to
