@@ -96,11 +96,23 @@ def ray(words):
 
 
 def kubectl(words):
-    """Files that are there, and for logs the pod's job, which KubeRay names after the RayJob."""
-    if words[0] == "logs":
-        name = yaml.safe_load((REPO / "k8s" / "rayjob.yaml").read_text())["metadata"]["name"]
-        return words[-1] == f"job/{name}"
-    return words[0] in ("apply", "replace") and (REPO / words[words.index("-f") + 1]).is_file()
+    """Folders that kustomize builds, and names of the jobs there and of what KubeRay makes of them."""
+    words = [word for word in words if word not in ("-n", "softlabel")]
+    jobs = {f"softlabel-{path.parent.name}" for path in (REPO / "k8s" / "jobs").glob("*/entrypoint.yaml")}
+    match words:
+        case ["apply", "-k", folder]:
+            return (REPO / folder / "kustomization.yaml").is_file()
+        case ["logs", "-f", job]:
+            return job.removeprefix("job/") in jobs
+        case ["delete", "rayjob", job]:
+            return job in jobs
+        case ["create", "secret", "generic", "softlabel-object-store", *literals]:
+            return all(word.startswith("--from-literal=") for word in literals)
+        case ["create", "namespace"]:
+            return True
+        case ["port-forward", service, ports]:
+            return service == "service/softlabel-head-svc" and ports == "8265"
+    return False
 
 
 def docker(words):
@@ -156,7 +168,7 @@ def test_no_block_is_overlooked(page):
     [
         "python jobs/experiment.py --config paper --set tiles.truht.path=/y",
         "python jobs/nosuch.py --config paper",
-        "kubectl apply -f nosuch/x.yaml",
+        "kubectl apply -k nosuch/x",
         "kubectl logs -f job/nosuch",
         "docker build -f Dockerfile.nosuch .",
         "pip install nosuch",
