@@ -57,10 +57,10 @@ def _threads():
         torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["few", "many"])
 def is_long(request) -> bool:
-    """Whether this is `make test-long`, where what is done a few times is done often."""
-    return "or not long" in request.config.option.markexpr
+    """Whether what `make test` does a few times is done often, as a test of its own in `make test-long`."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

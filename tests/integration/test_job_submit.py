@@ -1,27 +1,14 @@
 """Jobs on a Ray that runs already, as on a cluster: `ray start --head`, then `ray job submit`."""
 
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
-import psutil
 import pytest
 import yaml
+from ray_head import started_head
 
 from softlabel.session import LOG
 from softlabel.store import is_done, summary
 
-REPO = Path(__file__).parents[2]
-_START_S, _JOB_S = 120, 400
 pytestmark = pytest.mark.long
 
 TINY = [
@@ -31,88 +18,10 @@ TINY = [
 ]
 
 
-def free_ports(count):
-    """Ports that nobody listens on, above the 10002-19999 that Ray gives to workers."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-class Head:
-    """A Ray with one node, its address for jobs, and the environment that both sides share."""
-
-    def __init__(self, folder):
-        self.temp_dir = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))  # short: socket paths end at 107 bytes
-        token = folder / "token"
-        token.write_text("0123456789abcdef" * 4)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is the first on PATH
-        self.env = {**kept, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self.port, dashboard, client, agent = free_ports(4)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.log = folder / "ray-start.log"
-        with open(self.log, "w") as log:
-            self._process = subprocess.Popen(
-                [
-                    *("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-                    *(f"--port={self.port}", f"--temp-dir={self.temp_dir}"),
-                    *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                    *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
-                ],
-                env=self.env,
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self):
-        """Until the dashboard answers; without the token its answer is 401, which will do."""
-        deadline = time.monotonic() + _START_S
-        while True:
-            assert self._process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            try:
-                urllib.request.urlopen(f"{self.address}/api/version", timeout=5)
-            except urllib.error.HTTPError as error:
-                return error.code
-            except OSError:
-                time.sleep(0.5)
-
-    def submit(self, *command, env=None):
-        return subprocess.run(
-            ["ray", "job", "submit", "--address", self.address, *command],
-            env=env or self.env,
-            cwd=REPO,
-            capture_output=True,
-            text=True,
-            timeout=_JOB_S,
-        )
-
-    def stop(self):
-        """End this Ray and nothing else: by the ids of the processes that it started."""
-        leader = psutil.Process(self._process.pid)
-        started = [leader, *leader.children(recursive=True)]
-        self._process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(started, timeout=45)  # it drains for up to 30 s
-        for process in left:
-            process.kill()
-        self._process.wait(10)
-        shutil.rmtree(self.temp_dir, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    head = Head(tmp_path_factory.mktemp("head"))
-    try:
-        assert head.wait() == 401
+    with started_head(tmp_path_factory.mktemp("head"), "--num-cpus=2") as head:
         yield head
-    finally:
-        head.stop()
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,9 @@ def test_the_store_has_what_the_model_finds(checkpoint, run):
     for tile in list(read_all(open_store(run[2])))[:20]:
         (expected,) = detector.detect([reader.read(tile.tile)])
         assert len(tile.found.boxes) == len(expected.boxes)
-        np.testing.assert_allclose(tile.found.xywhr[:, :4], expected.xywhr[:, :4], atol=1e-2)
-        np.testing.assert_allclose(tile.found.scores, expected.scores, atol=1e-3)  # other batches round otherwise
+        # Other batches round otherwise; of this model's boxes some are four times as large as their tile.
+        np.testing.assert_allclose(tile.found.xywhr[:, :4], expected.xywhr[:, :4], atol=1e-2, rtol=1e-4)
+        np.testing.assert_allclose(tile.found.scores, expected.scores, atol=1e-3)
         hulls = np.clip(rotated.hulls(tile.found.xywhr), 0, 128)
         np.testing.assert_allclose(tile.found.boxes, hulls, atol=1e-2)
         total += len(expected.boxes)

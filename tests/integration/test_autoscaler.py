@@ -1,0 +1,71 @@
+"""A cluster that grows from nothing and shrinks again: Ray's fake provider, whose nodes are processes of this machine.
+
+Their GPUs are numbers that Ray hands out, no devices.
+"""
+
+import json
+import time
+
+import pytest
+from ray_head import started_head
+
+from softlabel.store import summary
+
+pytestmark = pytest.mark.long
+
+_CLUSTER = {
+    "cluster_name": "fake",
+    "max_workers": 3,
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 0.1,
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,  # they share one address
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
+    "auth": {},
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("autoscaler")
+    (folder / "cluster.json").write_text(json.dumps(_CLUSTER))
+    env = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    flags = ("--num-cpus=0", f"--autoscaling-config={folder / 'cluster.json'}")
+    with started_head(folder, *flags, **env) as head:
+        yield head
+
+
+def gpus(cluster):
+    return sum(node["resources_total"].get("GPU", 0) for node in cluster.nodes())
+
+
+def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
+    assert gpus(cluster) == 0
+    job = cluster.start(
+        *("python", "jobs/label.py", "--config", "demo", "--run-dir", str(tmp_path), f"--set=label.weights={weights}"),
+        *("--set=execution.gpus_per_actor=1", "--set=execution.actors=[0,3]", "--set=execution.wait_minutes=5"),
+        *("--set=label.precision=float32", "--set=label.engine=pytorch", "--set=label.imgsz=640"),
+    )
+    seen = []
+    while job.poll() is None:
+        seen.append(gpus(cluster))
+        time.sleep(1)
+    said = job.stdout.read()
+    assert job.returncode == 0, said
+    assert "waiting for the autoscaler, 5 min at most: labelling needs" in said
+    assert max(seen) == 3
+    (store,) = tmp_path.glob("label-labels-*")
+    counts = summary(store)
+    assert counts["requested"] == counts["labelled"] > 0 and counts["speed"]["actors"] == 3
+    deadline = time.monotonic() + 120
+    while gpus(cluster) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert gpus(cluster) == 0
