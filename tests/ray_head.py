@@ -72,20 +72,18 @@ class Head:
             except OSError:
                 time.sleep(0.5)
 
-    def submit(self, *command, env=None):
+    def ray(self, *command, env=None):
         return subprocess.run(
-            ["ray", "job", "submit", "--address", self.address, *command],
-            env=env or self.env,
-            cwd=REPO,
-            capture_output=True,
-            text=True,
-            timeout=_JOB_S,
+            ["ray", *command], env=env or self.env, cwd=REPO, capture_output=True, text=True, timeout=_JOB_S
         )
+
+    def submit(self, *command, env=None):
+        return self.ray("job", "submit", "--address", self.address, *command, env=env)
 
     def start(self, *command):
         """A job that goes on while the test looks at it; its output is one pipe."""
         return subprocess.Popen(
-            ["ray", "job", "submit", "--address", self.address, "--working-dir", ".", "--", *command],
+            ["ray", "job", "submit", "--address", self.address, *command],
             env=self.env,
             cwd=REPO,
             stdout=subprocess.PIPE,

@@ -50,6 +50,7 @@ def gpus(cluster):
 def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
     assert gpus(cluster) == 0
     job = cluster.start(
+        *("--working-dir", ".", "--"),
         *("python", "jobs/label.py", "--config", "demo", "--run-dir", str(tmp_path), f"--set=label.weights={weights}"),
         *("--set=execution.gpus_per_actor=1", "--set=execution.actors=[0,3]", "--set=execution.wait_minutes=5"),
         *("--set=label.precision=float32", "--set=label.engine=pytorch", "--set=label.imgsz=640"),

@@ -9,7 +9,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_recipe
-from drivers import Driver, assert_same, by_tile
+from drivers import JOBS, Driver, assert_same, by_tile
 
 from softlabel.status import status
 from softlabel.store import DONE, summary
@@ -221,3 +221,19 @@ def test_an_object_store_too_small_for_the_work_spills(cluster, weights, tmp_pat
     assert driver.wait(500) == 0, driver.said
     (folder,) = (tmp_path / "run").glob("label-*")
     assert summary(folder)["labelled"] == len(by_tile(folder)) == 512
+
+
+@pytest.mark.long
+def test_a_training_that_loses_a_node_goes_on_from_its_last_epoch(cluster, tmp_path):
+    recipe = tiny_recipe(execution={"workers": 2, "cpus_per_worker": 1, "max_failures": 2})
+    student = recipe.train.student.model_copy(update={"args": {**recipe.train.student.args, "epochs": 5}})
+    train = recipe.train.model_copy(update={"labels": "truth", "split": "train_1", "student": student})
+    recipe = recipe.model_copy(update={"train": train})
+    driver = Driver(recipe, tmp_path / "run", job=JOBS / "train.py", env={"RAY_ADDRESS": cluster.address})
+    assert driver.wait_until(lambda: list(driver.run_dir.glob("train-*/state.pt"))), driver.said
+    assert workers(cluster, "RayTrainWorker")
+    disturb("node", cluster, driver, random.Random(0))
+    assert driver.wait(500) == 0, driver.said
+    (folder,) = driver.run_dir.glob("train-*")
+    assert [row["epoch"] for row in summary(folder)["history"]] == [1, 2, 3, 4, 5]
+    assert summary(folder)["world_size"] == 2

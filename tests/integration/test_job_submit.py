@@ -1,11 +1,14 @@
 """Jobs on a Ray that runs already, as on a cluster: `ray start --head`, then `ray job submit`."""
 
 import re
+import shutil
+import time
 
 import pytest
 import yaml
 from ray_head import started_head
 
+from softlabel.recipe_file import dump_recipe
 from softlabel.session import LOG
 from softlabel.store import is_done, summary
 
@@ -88,7 +91,7 @@ def test_the_workers_of_a_job_know_the_address_of_their_ray(head, tmp_path):
 
 
 def test_a_job_without_a_working_dir_runs_where_ray_was_started(head):
-    """k8s/rayjob.yaml uploads nothing: its entrypoint names files of the image's own folder."""
+    """The jobs of k8s/ upload nothing: their entrypoints name files of the image's own folder."""
     done = head.submit("--", "python", "-c", "import os; print('in', os.getcwd())")
     assert f"in {head.log.parent}" in done.stdout
 
@@ -97,6 +100,35 @@ def test_a_job_with_a_users_mistake_fails(head, run_dir):
     done = head.submit("--working-dir", ".", "--", "python", "jobs/tile.py", "--config", "none.yaml")
     assert done.returncode == 1
     assert "no recipe at none.yaml" in done.stdout
+
+
+def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(head, many_tiles, small_tiles, tmp_path):
+    config, run_dir = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(dump_recipe(many_tiles()))
+    shutil.copytree(small_tiles, run_dir / small_tiles.name)
+    command = ("python", "jobs/label.py", "--config", str(config), "--run-dir", str(run_dir))
+    job = head.start("--submission-id=stopped", "--working-dir", ".", "--", *command)
+    deadline = time.monotonic() + 300
+    while not (there := list(run_dir.glob("label-*/shards/*/*.parquet"))):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    stopped = head.ray("job", "stop", "--address", head.address, "stopped")
+    assert stopped.returncode == 0 and job.wait(60) != 0, stopped.stderr
+    (folder,) = run_dir.glob("label-*")
+    assert not is_done(folder)
+    there = list(folder.glob("shards/*/*.parquet"))
+    again = head.submit("--working-dir", ".", "--", *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"in {10 - len(there)} shards" in again.stdout
+    assert summary(folder)["requested"] == summary(folder)["labelled"] == 640
+
+
+def test_another_token_is_refused(head, tmp_path):
+    (tmp_path / "token").write_text("fedcba9876543210" * 4)
+    env = {**head.env, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    done = head.submit("--", "true", env=env)
+    assert done.returncode != 0
+    assert "token" in (done.stdout + done.stderr).lower()
 
 
 def test_without_the_token_nothing_is_submitted(head):
