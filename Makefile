@@ -2,8 +2,10 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
+# Two at a time, each with a Ray of its own; the files with the longest tests come first.
+TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
-TOOLS := pytest pytest-timeout onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
+TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
 READY := .venv/.ready
 
 .PHONY: demo test test-long test-pythons lint clean
@@ -13,25 +15,25 @@ demo: $(READY)
 	$(BIN)/softlabel demo --run-dir runs/demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWICE)
 
-# Every seed of every fault, and whatever takes minutes.
+# What `make test` leaves out: every seed of every fault, and whatever takes minutes.
 test-long: lint test-pythons
-	$(BIN)/pytest -m "long or not long"
+	$(BIN)/pytest $(TWICE) -m long
 
 # The unit tests on the other Pythons that pyproject.toml allows, and on the oldest versions of what it asks for.
 test-pythons: $(READY)
 	for python in $(OTHER_PYTHONS); do \
 	    $(OTHER) venv --quiet --clear --python $$python .venv-other && \
 	    $(OTHER) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev]" && \
-	    .venv-other/bin/pytest tests/unit || exit 1; \
+	    .venv-other/bin/pytest $(TWICE) tests/unit || exit 1; \
 	done
 	$(OTHER) venv --quiet --clear --python $(PYTHON) .venv-other
-	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx]" \
+	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx,stac]" \
 	    "python-dateutil>=2.9,<3"  # as the tools want it
 	$(OTHER) pip freeze --exclude-editable > .venv-other/oldest.txt
 	$(OTHER) pip install --quiet --constraint .venv-other/oldest.txt $(TOOLS)
-	.venv-other/bin/pytest tests/unit
+	.venv-other/bin/pytest $(TWICE) tests/unit
 	rm -rf .venv-other
 
 lint: $(READY)

@@ -34,14 +34,15 @@ def free_ports(count):
 class Head:
     """A Ray with one node, its address for jobs, and the environment that both sides share."""
 
-    def __init__(self, folder, *flags, **env):
+    def __init__(self, folder, *flags, port=None, **env):
         self.temp_dir = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))  # short: socket paths end at 107 bytes
         token = folder / "token"
         token.write_text("0123456789abcdef" * 4)
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is the first on PATH
         self.env = {**kept, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **env}
-        self.port, dashboard, client, agent = free_ports(4)
+        free, dashboard, client, agent = free_ports(4)
+        self.port = port or free
         self.address = f"http://127.0.0.1:{dashboard}"
         self.log = folder / "ray-start.log"
         with open(self.log, "w") as log:
@@ -112,9 +113,9 @@ class Head:
 
 
 @contextmanager
-def started_head(folder, *flags, **env):
+def started_head(folder, *flags, port=None, **env):
     """A head that answers; it is ended, and what it started, whatever happens."""
-    head = Head(folder, *flags, **env)
+    head = Head(folder, *flags, port=port, **env)
     try:
         assert head.wait() == 401
         yield head

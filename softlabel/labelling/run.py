@@ -213,7 +213,7 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
             batch_size=1,  # row: a shard
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=resources.least_actors,
+                min_size=max(1, resources.least_actors),  # 0 waits for no GPU, but Ray Data knows no 0
                 max_size=resources.most_actors,
                 max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=True,

@@ -7,7 +7,9 @@ import json
 import time
 
 import pytest
-from ray_head import started_head
+from drivers import JOBS
+from ray._private.services import get_node_ip_address
+from ray_head import free_ports, started_head
 
 from softlabel.store import summary
 
@@ -24,10 +26,13 @@ _CLUSTER = {
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
     },
-    "auth": {},
-    "head_node_type": "head",
+    **{key: {} for key in ("auth", "docker", "file_mounts")},
+    **{key: [] for key in ("cluster_synced_files", "initialization_commands", "setup_commands")},
+    **{key: [] for key in ("head_setup_commands", "worker_setup_commands")},
+    **{key: [] for key in ("head_start_ray_commands", "worker_start_ray_commands")},
+    "head_node_type": "ray.head.default",
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
     },
 }
@@ -36,10 +41,12 @@ _CLUSTER = {
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("autoscaler")
-    (folder / "cluster.json").write_text(json.dumps(_CLUSTER))
+    (port,) = free_ports(1)
+    provider = {**_CLUSTER["provider"], "gcs_address": f"{get_node_ip_address()}:{port}"}
+    (folder / "cluster.json").write_text(json.dumps({**_CLUSTER, "provider": provider}))
     env = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     flags = ("--num-cpus=0", f"--autoscaling-config={folder / 'cluster.json'}")
-    with started_head(folder, *flags, **env) as head:
+    with started_head(folder, *flags, port=port, **env) as head:
         yield head
 
 
@@ -49,12 +56,25 @@ def gpus(cluster):
 
 def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
     assert gpus(cluster) == 0
-    job = cluster.start(
-        *("--working-dir", ".", "--"),
-        *("python", "jobs/label.py", "--config", "demo", "--run-dir", str(tmp_path), f"--set=label.weights={weights}"),
-        *("--set=execution.gpus_per_actor=1", "--set=execution.actors=[0,3]", "--set=execution.wait_minutes=5"),
-        *("--set=label.precision=float32", "--set=label.engine=pytorch", "--set=label.imgsz=640"),
-    )
+    options = {
+        "label.weights": weights,
+        "label.engine": "pytorch",
+        "label.precision": "float32",
+        "label.imgsz": 640,
+        "tiles.size_px": 96,
+        "execution.gpus_per_actor": 1,
+        "execution.actors": [0, 3],
+        "execution.wait_minutes": 5,
+    }
+    flags = [
+        "--config",
+        "demo",
+        "--run-dir",
+        str(tmp_path),
+        *(f"--set={key}={value}" for key, value in options.items()),
+    ]
+    # No --working-dir: nodes of this provider share one folder for such copies, and any that goes empties it.
+    job = cluster.start("--", "python", str(JOBS / "label.py"), *flags)
     seen = []
     while job.poll() is None:
         seen.append(gpus(cluster))

@@ -57,7 +57,8 @@ def inputs(recipe, tmp_path, tiles, store):
 
 
 def groups_left():
-    return [group for group in list_placement_groups() if group["state"] != "REMOVED"]
+    address = ray.get_runtime_context().gcs_address  # others may be tested beside, with a Ray of their own
+    return [group for group in list_placement_groups(address=address) if group["state"] != "REMOVED"]
 
 
 def wait_for_no_groups():

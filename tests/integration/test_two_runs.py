@@ -12,7 +12,8 @@ from softlabel.status import status
 from softlabel.store import summary
 
 EPOCHS = 6
-TIMES = [pytest.param(number, marks=[pytest.mark.long] if number else []) for number in range(10)]
+TIMES = 3
+pytestmark = pytest.mark.long
 
 
 def workers(driver):
@@ -25,7 +26,7 @@ def state(driver):
     return list(driver.run_dir.glob("train-*/state.pt"))
 
 
-@pytest.mark.parametrize("number", TIMES)
+@pytest.mark.parametrize("number", range(TIMES))
 def test_each_run_knows_its_own_ray(tmp_path, number):
     recipe = tiny_recipe()
     student = recipe.train.student.model_copy(update={"args": {**recipe.train.student.args, "epochs": EPOCHS}})
