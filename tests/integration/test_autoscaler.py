@@ -7,10 +7,12 @@ import json
 import time
 
 import pytest
+from conftest import tiny_recipe
 from drivers import JOBS
 from ray._private.services import get_node_ip_address
 from ray_head import free_ports, started_head
 
+from softlabel.recipe_file import dump_recipe
 from softlabel.store import summary
 
 pytestmark = pytest.mark.long
@@ -54,8 +56,24 @@ def gpus(cluster):
     return sum(node["resources_total"].get("GPU", 0) for node in cluster.nodes())
 
 
-def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
+def watched(cluster, verb, *flags):
+    """What a job said, and the most nodes that there were while it ran; afterwards all of them go."""
     assert gpus(cluster) == 0
+    # No --working-dir: nodes of this provider share one folder for such copies, and any that goes empties it.
+    job, most = cluster.start("--", "python", str(JOBS / f"{verb}.py"), *flags), 0
+    while job.poll() is None:
+        most = max(most, gpus(cluster))
+        time.sleep(1)
+    said = job.stdout.read()
+    assert job.returncode == 0, said
+    deadline = time.monotonic() + 120
+    while gpus(cluster) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert gpus(cluster) == 0
+    return said, most
+
+
+def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
     options = {
         "label.weights": weights,
         "label.engine": "pytorch",
@@ -66,27 +84,33 @@ def test_gpu_nodes_come_for_labelling_and_go(cluster, tmp_path, weights):
         "execution.actors": [0, 3],
         "execution.wait_minutes": 5,
     }
-    flags = [
-        "--config",
-        "demo",
-        "--run-dir",
-        str(tmp_path),
-        *(f"--set={key}={value}" for key, value in options.items()),
-    ]
-    # No --working-dir: nodes of this provider share one folder for such copies, and any that goes empties it.
-    job = cluster.start("--", "python", str(JOBS / "label.py"), *flags)
-    seen = []
-    while job.poll() is None:
-        seen.append(gpus(cluster))
-        time.sleep(1)
-    said = job.stdout.read()
-    assert job.returncode == 0, said
-    assert "waiting for the autoscaler, 5 min at most: labelling needs" in said
-    assert max(seen) == 3
+    flags = [f"--set={key}={value}" for key, value in options.items()]
+    said, most = watched(cluster, "label", "--config", "demo", f"--run-dir={tmp_path}", *flags)
+    assert "waiting for the autoscaler, 5 min at most: labelling needs" in said and most == 3
     (store,) = tmp_path.glob("label-labels-*")
     counts = summary(store)
-    assert counts["requested"] == counts["labelled"] > 0 and counts["speed"]["actors"] == 3
-    deadline = time.monotonic() + 120
-    while gpus(cluster) and time.monotonic() < deadline:
-        time.sleep(1)
-    assert gpus(cluster) == 0
+    assert counts["requested"] == counts["labelled"] > 0
+    assert counts["speed"]["actors"] >= 2  # the third may come when nothing is left
+
+
+@pytest.mark.parametrize(("verb", "workers", "nodes"), [("train", 2, 2), ("search", 1, 1)])
+def test_nodes_come_for_students_and_go(cluster, tmp_path, weights, verb, workers, nodes):
+    """By their CPUs, since PyTorch would look for the GPUs."""
+    execution = {"workers": workers, "cpus_per_worker": 2, "wait_minutes": 5, "device": "cpu"}
+    settings = tiny_recipe()
+    recipe = tiny_recipe(
+        label={"weights": str(weights), "splits": ["train_2", "val_1"], "engine": "pytorch"},
+        train={**settings.train.model_dump(), "labels": "truth" if verb == "train" else "soft"},
+        search={"trials": 4, "space": {"train.threshold": {"min": 0.01, "max": 0.3}}, "stop_early": False},
+        execution={**execution, "cpus_per_actor": 1, "reader_cpus_per_actor": 0.5},
+    )
+    (tmp_path / "run.yaml").write_text(dump_recipe(recipe))
+    said, most = watched(cluster, verb, f"--config={tmp_path / 'run.yaml'}", f"--run-dir={tmp_path}")
+    assert most >= nodes, said
+    if verb == "search":
+        assert "waiting for the autoscaler" in said
+        found = json.loads((tmp_path / "search.json").read_text())
+        assert [trial["status"] for trial in found["trials"]] == ["finished"] * 4
+    else:
+        (folder,) = tmp_path.glob("train-*")
+        assert summary(folder)["world_size"] == 2
