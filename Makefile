@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
-# Two at a time, each with a Ray of its own; the files with the longest tests come first.
+# Two at a time, each with a Ray of its own, in the order of the files.
 TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
 TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/softlabel demo --run-dir runs/demo
 
 test: lint
-	$(BIN)/pytest $(TWICE)
+	$(BIN)/pytest
 
 # What `make test` leaves out: every seed of every fault, and whatever takes minutes.
 test-long: lint test-pythons
