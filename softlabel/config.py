@@ -4,6 +4,7 @@ Everything here determines a result and enters the hash of the step that reads i
 workers for labelling never redo work. (Training does depend on the world size; it is recorded with the numbers.)
 """
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -55,10 +56,18 @@ class Stac(_Section):
     query: dict[str, dict[str, Any]] = Field({}, description="per property: {eo:cloud_cover: {lt: 20}}")
     max_items: Pixels | None = Field(None, description="the first ones only")
 
+    @field_validator("datetime", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """YAML reads 2024-05-10 as a date, and 2024 as a number."""
+        return str(value) if isinstance(value, date | int) else value
+
     @model_validator(mode="after")
     def _is_one_place(self) -> "Stac":
         if self.bbox and self.intersects:
             raise ValueError("give one of tiles.stac.bbox and tiles.stac.intersects")
+        if self.bbox and self.bbox[1] > self.bbox[3]:
+            raise ValueError("tiles.stac.bbox has its south above its north: give west, south, east, north")
         if "@" in self.url or "?" in self.url:
             raise ValueError(
                 "tiles.stac.url has a @ or a ?, which come with secrets, and would be kept: leave them out"

@@ -2,11 +2,13 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from shapely.errors import ShapelyError
 from shapely.geometry import box, shape
 
 from softlabel.config import Stac
@@ -16,7 +18,10 @@ from softlabel.storage import location
 
 _TIMEOUT_S = 60
 _BUSY = (408, 429, 500, 502, 503, 504)
-_SECRETS = {"sig", "signature", "x-amz-signature", "x-goog-signature", "x-amz-security-token", "token"}
+_SECRETS = {
+    *("sig", "signature", "x-amz-signature", "x-goog-signature", "x-amz-security-token"),
+    *("token", "access_token", "api_key", "apikey", "key"),
+}
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": lambda value, wanted: value == wanted,
     "neq": lambda value, wanted: value != wanted,
@@ -71,6 +76,7 @@ def _search(settings: Stac) -> Any:
     try:
         import pystac_client
         from pystac_client.stac_api_io import StacApiIO
+        from pystac_client.warnings import DoesNotConformTo
         from urllib3 import Retry
     except ImportError:
         raise RecipeError('tiles.stac needs pystac-client: pip install "softlabel[stac]"') from None
@@ -86,7 +92,11 @@ def _search(settings: Stac) -> Any:
         return pystac_client.ItemSearch(url="", **asked)
     retry = Retry(5, backoff_factor=0.5, status_forcelist=_BUSY, allowed_methods=None)  # a search is a POST
     io = StacApiIO(timeout=_TIMEOUT_S, max_retries=retry)
-    return pystac_client.Client.open(settings.url, stac_io=io).search(**asked)
+    client = pystac_client.Client.open(settings.url, stac_io=io)
+    with warnings.catch_warnings():
+        # Without the query extension an API gives items that nobody filtered, and pystac-client warns.
+        warnings.simplefilter("error", DoesNotConformTo)
+        return client.search(**asked)
 
 
 def _found_by_api(settings: Stac) -> Iterator[Any]:
@@ -104,6 +114,8 @@ def _found_by_api(settings: Stac) -> Iterator[Any]:
 def _of_file(settings: Stac) -> Iterator[Any]:
     try:
         asked = _search(settings).get_parameters()
+        if "intersects" in asked:
+            shape(asked["intersects"]).bounds  # noqa: B018  or each item would be said to be at fault
     except RecipeError:
         raise
     except Exception as error:  # noqa: BLE001  which is what pystac-client raises of a time
@@ -112,7 +124,7 @@ def _of_file(settings: Stac) -> Iterator[Any]:
         try:
             if _passes(item, asked):
                 yield item
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, ShapelyError) as error:
             raise SceneError(f"item {item.id} of {settings.url} cannot be filtered ({error}): mend it") from None
 
 
@@ -151,8 +163,16 @@ def _is_within(item: Any, bbox: tuple[float, ...] | None, intersects: dict | Non
         return True
     if item.geometry is None:
         return False
-    asked = shape(intersects) if bbox is None else box(*bbox)
-    return bool(shape(item.geometry).intersects(asked))
+    asked = [shape(intersects)] if bbox is None else _boxes(*bbox)
+    footprint = shape(item.geometry)
+    return any(footprint.intersects(one) for one in asked)
+
+
+def _boxes(west: float, south: float, east: float, north: float) -> list[Any]:
+    """One, or where it crosses the antimeridian (west > east, RFC 7946) the two on either side."""
+    if west <= east:
+        return [box(west, south, east, north)]
+    return [box(west, south, 180, north), box(-180, south, east, north)]
 
 
 def _is_in_time(item: Any, interval: str | None) -> bool:
@@ -186,9 +206,10 @@ def _uri(settings: Stac, item: Any) -> str:
     href = asset.get_absolute_href() or absolute(asset.href, settings.url.rpartition("/")[0])
     if not has_scheme(href):
         href = os.path.abspath(href)
-    if {name.lower() for name in parse_qs(urlsplit(href).query)} & _SECRETS:
+    parts = urlsplit(href)
+    if parts.username or {name.lower() for name in parse_qs(parts.query)} & _SECRETS:
         raise SceneError(
-            f"item {item.id} of {settings.url} has a signed address, which would be kept in the table of tiles and end "
-            "to be valid: give unsigned ones, and credentials in the environment"
+            f"item {item.id} of {settings.url} has an address with a secret in it, which would be kept in the table "
+            "of tiles: give addresses without, and credentials in the environment"
         )
     return href

@@ -113,6 +113,7 @@ def test_what_ray_up_reads_is_valid(path):
     assert types[cluster["head_node_type"]]["resources"] == {"CPU": 0}
     assert {types[name]["min_workers"] for name in ("cpu_reader", "gpu_worker")} == {0}
     assert sum(types[name]["max_workers"] for name in ("cpu_reader", "gpu_worker")) <= cluster["max_workers"]
+    assert not [option for option in cluster["docker"]["run_options"] if "--net" in option]  # Ray gives it; twice fails
     kept = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "file_mounts")
     assert all(cluster[key] == load(CLUSTER)[key] for key in kept)
 
@@ -192,6 +193,9 @@ def test_nobody_but_the_cluster_reaches_the_dashboard_and_the_client_port(folder
     within, *others = policy["ingress"]
     assert within == {"from": [{"podSelector": ours}]}
     assert [[port["port"] for port in rule["ports"]] for rule in others] == [[8265], [8080]]  # the operator, Prometheus
+    # Of the operator's labels the one that both its chart and its kustomization give it, and Ray's pods have not.
+    (operator,) = others[0]["from"]
+    assert operator["podSelector"] == {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
     cluster = cluster_of(built(folder))
     templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     templates += [job["spec"]["submitterPodTemplate"] for job in [built(folder).get("RayJob")] if job]
@@ -299,6 +303,7 @@ def test_images_and_nodes_install_what_is_pinned():
     installs = [line for line in DOCKERFILE.read_text().splitlines() if "pip install" in line]
     installs += [line for line in load(CLUSTER)["setup_commands"] if "pip install" in line]
     assert len(installs) >= 2 and all("-c constraints.txt" in line for line in installs)
+    assert all(".[onnx,openvino,stac]" in line or "--no-deps" in line for line in installs)  # images are read only
     assert f"-t softlabel:{softlabel.__version__} " in DOCKERFILE.read_text()
     images = {one["image"] for folder in EVERYTHING for spec in pods(built(folder)) for one in spec["containers"]}
     assert images == {f"softlabel:{softlabel.__version__}"}

@@ -6,6 +6,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 from conftest import tiny_recipe
 from PIL import Image
 
@@ -57,6 +58,8 @@ def collection(folder, items):
         ({}, "abcde"),
         ({"bbox": [0.2, 51.2, 0.4, 51.4]}, "acde"),
         ({"bbox": [41.5, 51, 42, 52]}, ""),
+        ({"bbox": [170, 51, -170, 52]}, ""),
+        ({"bbox": [39, 51, 0.5, 52]}, "abcde"),
         ({"intersects": _LONDON}, "acde"),
         ({"datetime": "2024-05"}, "abde"),
         ({"datetime": "2024-05-10"}, "abde"),
@@ -114,7 +117,9 @@ def test_items_of_two_collections_may_share_their_ids(tmp_path):
             r"1 of 2 items .* no asset visual, the first: b, which has B04, B08",
         ),
         ([item("a"), item("a")], "an item twice"),
-        ([item("a", visual="https://x/a.tif?sig=secret")], "has a signed address"),
+        ([item("a", visual="https://x/a.tif?sig=PLANTED")], "an address with a secret"),
+        ([item("a", visual="https://me:PLANTED@x/a.tif")], "an address with a secret"),
+        ([item("a", visual="https://x/a.tif?api_key=PLANTED")], "an address with a secret"),
         ([item("a", cloud="much")], "item a of .* cannot be filtered"),
         ([{"type": "Feature"}], "cannot read STAC items"),
     ],
@@ -124,7 +129,7 @@ def test_items_that_cannot_be_used_are_one_line(tmp_path, items, says):
         list_items(
             Stac(url=collection(tmp_path, items), query={"eo:cloud_cover": {"lt": 99}} if len(items) < 2 else {})
         )
-    assert "\n" not in str(raised.value) and "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "PLANTED" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"type": "FeatureCollection"}', '{"type": "Catalog", "id": "x"}'])
@@ -138,6 +143,8 @@ def test_a_file_without_items_is_one_line(tmp_path, text):
     ("arguments", "says"),
     [
         ({"datetime": "yesterday"}, "tiles.stac: "),
+        ({"intersects": {"type": "Nope", "coordinates": []}}, "tiles.stac: "),
+        ({"intersects": {"type": "Point"}}, "tiles.stac: "),
         ({"query": {"eo:cloud_cover": {"below": 2}}}, "unknown operator below: use one of eq, neq"),
     ],
 )
@@ -150,6 +157,7 @@ def test_two_places_or_a_secret_are_refused_in_the_recipe(capsys):
     for values, says in [
         ({"url": "x", "bbox": [0, 0, 1, 1], "intersects": _LONDON}, "give one of"),
         ({"url": "https://me:secret@x"}, "come with secrets"),
+        ({"url": "x", "bbox": [0, 2, 1, 1]}, "its south above its north"),
     ]:
         with pytest.raises(ValueError, match=says):
             Stac.model_validate(values)
@@ -163,7 +171,7 @@ class _Api(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        conforms = [f"https://api.stacspec.org/v1.0.0/{name}" for name in ("core", "item-search", "item-search#query")]
+        conforms = [f"https://api.stacspec.org/v1.0.0/{name}" for name in self.server.conforms]
         links = [
             {"rel": rel, "href": f"{self.server.url}{path}", "type": "application/json", "method": method}
             for rel, path, method in (("self", "/", "GET"), ("root", "/", "GET"), ("search", "/search", "POST"))
@@ -203,6 +211,7 @@ class _Api(BaseHTTPRequestHandler):
 def api():
     with ThreadingHTTPServer(("127.0.0.1", 0), _Api) as server:
         server.url, server.asked, server.failures = f"http://127.0.0.1:{server.server_port}", [], []
+        server.conforms = ("core", "item-search", "item-search#query")
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -216,6 +225,18 @@ def test_an_api_is_asked_page_by_page_and_tried_again(api):
     assert first == again and second["token"] == 2
     assert first["collections"] == ["c"] and first["query"] == {"eo:cloud_cover": {"lt": 20}}
     assert first["datetime"] == "2024-05-01T00:00:00Z/2024-05-31T23:59:59Z"
+
+
+def test_an_api_that_cannot_filter_by_properties_is_refused(api):
+    api.conforms = ("core", "item-search")
+    with pytest.raises(SceneError, match="does not conform to QUERY"):
+        list_items(Stac(url=api.url, query={"eo:cloud_cover": {"lt": 20}}))
+    assert not api.asked and list_items(Stac(url=api.url))
+
+
+@pytest.mark.parametrize("text", ["2024-05-10", "2024", "2024-05", '"2024-05-10/.."'])
+def test_a_time_may_stand_in_a_recipe_as_it_is(text):
+    assert Stac.model_validate(yaml.safe_load(f"{{url: x, datetime: {text}}}")).datetime == text.strip('"')
 
 
 def test_no_more_is_asked_for_than_is_wanted(api):
