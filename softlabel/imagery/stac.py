@@ -102,7 +102,7 @@ def _search(settings: Stac) -> Any:
 def _found_by_api(settings: Stac) -> Iterator[Any]:
     try:
         yield from _search(settings).items()
-    except (RecipeError, SceneError):
+    except RecipeError:
         raise
     except Exception as error:  # noqa: BLE001  pystac's own, requests', and ValueErrors of either
         reason = " ".join(str(error).split())[:500]

@@ -53,7 +53,6 @@ def test_the_demo_is_there(installed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
 def test_it_labels(installed, tmp_path, weights):
     small = ["tiles.synthetic.num_scenes=12", "tiles.synthetic.scene_size_px=192", "execution.cpus_per_actor=0.5"]
     settings = [word for value in (*small, f"label.weights={weights}") for word in ("--set", value)]

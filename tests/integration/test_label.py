@@ -283,6 +283,14 @@ def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
     assert speed["km2_per_s"] > 0
 
 
+def test_a_pool_may_begin_with_no_actor(recipe, weights, tiles, tmp_path):
+    execution = recipe.execution.model_copy(update={"actors": (0, 1)})
+    (folder,) = label(
+        recipe.model_copy(update={"execution": execution}), [label_job(recipe, "none", weights, tiles, None)], tmp_path
+    )
+    assert summary(folder)["requested"] == summary(folder)["labelled"] > 0
+
+
 def test_gpus_are_used_where_the_recipe_says_nothing_of_them(recipe, weights, tmp_path, monkeypatch, capsys):
     """With GPUs that Ray only counts, and the test's Ray for the command's own."""
     monkeypatch.setattr(cli, "ray_session", lambda run_dir, verbose: nullcontext(True))

@@ -12,8 +12,7 @@ from softlabel.status import status
 from softlabel.store import summary
 
 EPOCHS = 6
-TIMES = 3
-pytestmark = pytest.mark.long
+TIMES = [pytest.param(number, marks=[pytest.mark.long] if number else []) for number in range(4)]
 
 
 def workers(driver):
@@ -26,7 +25,7 @@ def state(driver):
     return list(driver.run_dir.glob("train-*/state.pt"))
 
 
-@pytest.mark.parametrize("number", range(TIMES))
+@pytest.mark.parametrize("number", TIMES)
 def test_each_run_knows_its_own_ray(tmp_path, number):
     recipe = tiny_recipe()
     student = recipe.train.student.model_copy(update={"args": {**recipe.train.student.args, "epochs": EPOCHS}})

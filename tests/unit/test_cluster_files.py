@@ -64,14 +64,20 @@ def cluster_of(objects):
     return objects["RayJob"]["spec"]["rayClusterSpec"] if "RayJob" in objects else objects["RayCluster"]["spec"]
 
 
-def pods(objects):
-    """The specs of a head, its groups, and the pod that submits."""
+def ray_templates(objects):
+    """Those of the head and of its groups."""
     cluster = cluster_of(objects)
-    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
-    return [
-        template["spec"]
-        for template in (*templates, *(job["spec"]["submitterPodTemplate"] for job in [objects.get("RayJob")] if job))
-    ]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def templates(objects):
+    """And of the pod that submits, where there is one."""
+    submitter = [objects["RayJob"]["spec"]["submitterPodTemplate"]] if "RayJob" in objects else []
+    return ray_templates(objects) + submitter
+
+
+def pods(objects):
+    return [template["spec"] for template in templates(objects)]
 
 
 EVERYTHING = [*(K8S / "overlays" / name for name in OVERLAYS), *(K8S / "jobs" / name for name in JOBS)]
@@ -173,12 +179,8 @@ def test_every_mount_has_its_volume_and_the_token_is_the_autoscaler_s(folder):
         assert "kubernetes-api" not in mounts
         left = volumes.keys() - mounts.keys()
         assert not left or (left == {"kubernetes-api"} and "autoscalerOptions" in cluster)
-    ray = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
-    assert all(
-        {"shm": "/dev/shm"}.items()
-        <= {m["name"]: m["mountPath"] for m in spec["containers"][0]["volumeMounts"]}.items()
-        for spec in ray
-    )
+    for template in ray_templates(built(folder)):
+        assert {"name": "shm", "mountPath": "/dev/shm"} in template["spec"]["containers"][0]["volumeMounts"]
     if "autoscalerOptions" in cluster:
         names = {volume["name"] for volume in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
         assert {mount["name"] for mount in cluster["autoscalerOptions"]["volumeMounts"]} <= names
@@ -196,10 +198,7 @@ def test_nobody_but_the_cluster_reaches_the_dashboard_and_the_client_port(folder
     # Of the operator's labels the one that both its chart and its kustomization give it, and Ray's pods have not.
     (operator,) = others[0]["from"]
     assert operator["podSelector"] == {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
-    cluster = cluster_of(built(folder))
-    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
-    templates += [job["spec"]["submitterPodTemplate"] for job in [built(folder).get("RayJob")] if job]
-    assert all(template["metadata"]["labels"] == ours["matchLabels"] for template in templates)
+    assert all(template["metadata"]["labels"] == ours["matchLabels"] for template in templates(built(folder)))
 
 
 def test_overlays_differ_in_what_they_are_named_for():
