@@ -1,19 +1,22 @@
 """Object stores: paths in them, and obstore's file system with conditional writes and failures that say what to do."""
 
-import asyncio
 import glob
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from fsspec import AbstractFileSystem
 from obstore import store as stores
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
-from obstore.fsspec import BufferedFile, FsspecStore
+from obstore.fsspec import BufferedFile
 from upath.implementations.cloud import CloudPath
 from upath.registry import register_implementation
 
@@ -63,8 +66,7 @@ class BucketPath(CloudPath):
         like; and this lists each level once."""
         first, _, rest = pattern.partition("/")
         if first == "**":
-            below = (self / found.removeprefix(f"{self.path}/") for found in self.fs.find(self.path))
-            yield from (path for path in below if fnmatchcase(path.name, rest))
+            yield from (path for path in self.modified() if fnmatchcase(path.name, rest))
         elif not glob.has_magic(first):
             yield from (self / first).glob(rest) if rest else [self / first] if (self / first).exists() else []
         else:
@@ -72,6 +74,10 @@ class BucketPath(CloudPath):
                 for path in self.iterdir():
                     if fnmatchcase(path.name, first):
                         yield from path.glob(rest) if rest else [path]
+
+    def modified(self) -> dict["BucketPath", float]:
+        """Everything below it, and when it was written."""
+        return {self / name.removeprefix(f"{self.path}/"): when for name, when in self.fs.below(self.path)}
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a bucket has no folders."""
@@ -101,8 +107,32 @@ def _failures(url: str, *, writing: bool = False) -> Iterator[None]:
         ) from None
 
 
-class Bucket(FsspecStore):
-    """All buckets of a protocol, as fsspec has file systems."""
+class Bucket(AbstractFileSystem):  # type: ignore[misc]
+    """All buckets of a protocol, as fsspec has file systems, by obstore's blocking calls. obstore's own file system is
+    one of coroutines: a process that ends right after one is aborted now and then (PyO3/pyo3-async-runtimes#40)."""
+
+    def __init__(self, protocol: str) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self._construct_store = lru_cache(self._construct_store)  # type: ignore[method-assign]
+
+    def _construct_store(self, bucket: str) -> Any:  # obstore's files ask for this by its name, and for the next
+        return self._store(bucket)
+
+    def _store(self, bucket: str, **options: Any) -> Any:
+        from_url: Any = stores.from_url  # which has an overload for each provider
+        return from_url(f"{self.protocol}://{bucket}", **options)
+
+    def _split_path(self, path: str) -> tuple[str, str]:
+        bucket, _, key = str(path).removeprefix(f"{self.protocol}://").partition("/")
+        return bucket, key
+
+    @contextmanager
+    def _at(self, path: str, *, writing: bool = False) -> Iterator[tuple[Any, str]]:
+        """The bucket and the object's name in it; what fails meanwhile is a StorageError."""
+        bucket, key = self._split_path(path)
+        with _failures(self.url(path), writing=writing):
+            yield self._construct_store(bucket), key
 
     def url(self, path: str) -> str:
         """A path as the user knows it."""
@@ -110,27 +140,29 @@ class Bucket(FsspecStore):
 
     def is_object(self, path: str) -> bool:
         """Whether there is an object of that name."""
-        bucket, key = self._split_path(path)
-        with _failures(self.url(path)), suppress(FileNotFoundError):
-            self._construct_store(bucket).head(key)
+        with self._at(path) as (store, key), suppress(FileNotFoundError):
+            store.head(key)
             return True
         return False
 
+    def below(self, path: str) -> Iterator[tuple[str, float]]:
+        """Every object below it and when it was written, a thousand for each request."""
+        bucket, _ = self._split_path(path)
+        with self._at(path) as (store, key):
+            for found in store.list(f"{key}/"):
+                yield from ((f"{bucket}/{one['path']}", one["last_modified"].timestamp()) for one in found)
+
     def remove_all(self, path: str) -> None:
         """Delete every object below it."""
-        bucket, key = self._split_path(path)
-        with _failures(self.url(path)):
-            below = self._construct_store(bucket)
-            for found in below.list(f"{key}/"):
-                with ThreadPoolExecutor(16) as deleting:
-                    list(deleting.map(self.rm_file, (f"{bucket}/{one['path']}" for one in found)))
+        with ThreadPoolExecutor(16) as deleting:
+            list(deleting.map(self.rm_file, (name for name, _ in self.below(path))))
 
     def read_tagged(self, path: str) -> tuple[bytes, dict[str, str]]:
         """An object's bytes, and what tells this object from another of its name; raises FileNotFoundError."""
         with _failures(self.url(path)):
             store, key = self._quick(path)
             got = store.get(key)
-            tag = {name: value for name in ("e_tag", "version") if (value := got.meta[name]) is not None}  # type: ignore[literal-required]
+            tag = {name: value for name in ("e_tag", "version") if (value := got.meta[name]) is not None}
             return got.bytes().to_bytes(), tag
 
     def put_if(self, path: str, data: bytes, condition: Any) -> bool:
@@ -151,38 +183,72 @@ class Bucket(FsspecStore):
         bucket, key = self._split_path(path)
         names = {name: f"{_PREFIXES[str(self.protocol)]}{name.upper()}" for name in _FROM_ENVIRONMENT}
         options: Any = _QUICK | {name: os.environ[given] for name, given in names.items() if given in os.environ}
-        from_url: Any = stores.from_url  # which has an overload for each provider
-        return from_url(f"{self.protocol}://{bucket}", client_options=options, retry_config=_RETRY), key
+        return self._store(bucket, client_options=options, retry_config=_RETRY), key
 
-    async def _cat_file(self, path: str, *arguments: Any, **options: Any) -> bytes:
-        with _failures(self.url(path)):
-            return await super()._cat_file(path, *arguments, **options)
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        """An object's bytes, by one request for all of it."""
+        if start is not None or end is not None:
+            return bytes(super().cat_file(path, start, end, **options))
+        with self._at(path) as (store, key):
+            return bytes(store.get(key).bytes().to_bytes())
 
-    async def _info(self, path: str, **options: Any) -> dict[str, Any]:
-        with _failures(self.url(path)):
-            return await super()._info(path, **options)
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """An object's size and tag, or that there are some below it; raises FileNotFoundError."""
+        with self._at(path) as (store, key):
+            with suppress(FileNotFoundError):
+                if key:
+                    return {**store.head(key), "name": path, "type": "file"}
+            self.ls(path)
+            return {"name": path, "size": 0, "type": "directory"}
 
-    async def _ls(self, path: str, detail: bool = False, **options: Any) -> Any:
-        with _failures(self.url(path)):
-            return await super()._ls(path, detail, **options)  # type: ignore[call-overload]
+    def exists(self, path: str, **_: Any) -> bool:
+        """Whether there is an object of that name, or one below it."""
+        with suppress(FileNotFoundError):
+            return bool(self.info(path))
+        return False
 
-    async def _pipe_file(self, path: str, *arguments: Any, **options: Any) -> Any:
-        with _failures(self.url(path), writing=True):
-            return await super()._pipe_file(path, *arguments, **options)
+    def isfile(self, path: str) -> bool:
+        """As `is_object`."""
+        return self.is_object(path)
 
-    async def _put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
-        with _failures(self.url(rpath), writing=True):
-            return await super()._put_file(lpath, rpath, *arguments, **options)
+    def ls(self, path: str, detail: bool = True, **__: Any) -> list[Any]:
+        """What is in a folder; raises FileNotFoundError where there is nothing."""
+        bucket, _ = self._split_path(path)
+        with self._at(path) as (store, key):
+            found = store.list_with_delimiter(key)
+        files = [{**one, "name": f"{bucket}/{one['path']}", "type": "file"} for one in found["objects"]]
+        folders = [
+            {"name": f"{bucket}/{prefix}", "size": 0, "type": "directory"} for prefix in found["common_prefixes"]
+        ]
+        if not (files or folders):
+            raise FileNotFoundError(path)
+        return files + folders if detail else sorted(one["name"] for one in files + folders)
 
-    async def _rm_file(self, path: str, **options: Any) -> None:
-        with _failures(self.url(path)), suppress(FileNotFoundError):  # S3 asks nobody whether it was there
+    def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **_: Any) -> None:
+        """Write an object by one request."""
+        with self._at(path, writing=True) as (store, key):
+            store.put(key, value)
+
+    def put_file(self, lpath: str, rpath: str, *_: Any, **__: Any) -> None:
+        """Put a file of this machine there, a large one in parts."""
+        with self._at(rpath, writing=True) as (store, key):
+            store.put(key, Path(lpath))
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        """Copy an object within its bucket."""
+        with self._at(path1) as (store, key):
+            store.copy(key, self._split_path(path2)[1])
+
+    def rm_file(self, path: str) -> None:
+        """Delete an object, if it is there: S3 asks nobody whether it was."""
+        with self._at(path) as (store, key), suppress(FileNotFoundError):
             for wait_s in (*_WAITS_S, None):  # obstore tries all else again
                 try:
-                    return await super()._rm_file(path, **options)
+                    return store.delete(key)
                 except GenericError:
                     if wait_s is None:
                         raise
-                    await asyncio.sleep(wait_s)
+                    time.sleep(wait_s)
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **options: Any) -> BufferedFile:
         if mode == "rb":  # asked first: a file that is missing would leave one half made, which complains when it goes

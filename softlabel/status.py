@@ -5,7 +5,6 @@ Files of a run come and go while they are looked at: what is gone is left out.
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from softlabel.lease import holders
 from softlabel.records import REJECTED
 from softlabel.report import wording
 from softlabel.shards import shard_files
-from softlabel.storage import on_disk
+from softlabel.storage import modified, on_disk
 from softlabel.store import DONE, STORE, is_done, read_json, read_table, summary
 from softlabel.tile_table import has_tiles, shard_counts
 from softlabel.training.targets import STATE
@@ -98,10 +97,8 @@ def _labels(folder: Path) -> _Step:
 
 
 def _half_labelled(folder: Path, counts: Any) -> _Step:
-    files = shard_files(folder)
-    with ThreadPoolExecutor(32) as asking:  # a bucket takes a while to say it of each
-        times = asking.map(_when, files.values())
-        newest = sorted((when, shard) for shard, when in zip(files, times, strict=True) if when is not None)
+    files, times = shard_files(folder), modified(folder)
+    newest = sorted((times[path], shard) for shard, path in files.items() if path in times)
     there, asked = sum(int(counts[shard]) for _, shard in newest), int(counts.sum())
     rejected = sum(_rejected(files[shard]) for _, shard in newest[-_LOOKED_AT:])
     of_those = "" if len(newest) <= _LOOKED_AT else f" of the last {_LOOKED_AT} shards"

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -96,6 +97,17 @@ def remove_tree(folder: Path) -> None:
         _fs(folder).remove_all(_key(folder))
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def modified(folder: Path) -> dict[Path, float]:
+    """When each file below a folder was last written, in seconds since 1970; those that go meanwhile are left out."""
+    if is_remote(folder):
+        return cast(dict[Path, float], cast(Any, folder).modified())
+    times = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime
+    return times
 
 
 def on_disk(path: Path | str) -> Path:
