@@ -201,6 +201,14 @@ def test_nobody_but_the_cluster_reaches_the_dashboard_and_the_client_port(folder
     assert all(template["metadata"]["labels"] == ours["matchLabels"] for template in templates(built(folder)))
 
 
+@everything
+def test_the_pods_of_the_cluster_are_one_account_to_a_cloud(folder):
+    account = built(folder)["ServiceAccount"]
+    assert account["automountServiceAccountToken"] is False
+    names = {template["spec"]["serviceAccountName"] for template in ray_templates(built(folder))}
+    assert names == {account["metadata"]["name"]}
+
+
 def test_overlays_differ_in_what_they_are_named_for():
     groups = {name: cluster_of(built(K8S / "overlays" / name))["workerGroupSpecs"] for name in OVERLAYS}
     assert [group["groupName"] for group in groups["cpu"]] == ["cpu"]
