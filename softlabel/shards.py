@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,20 @@ def _old_file(folder: Path, shard: int) -> Path:
 
 def shard_files(folder: Path) -> dict[int, Path]:
     """The shards that have a file of their own."""
-    old = {int(path.stem.removeprefix("shard-")): path for path in folder.glob("shard-*.parquet")}
-    return old | {int(path.stem): path for path in folder.glob("shards/*/[0-9]*.parquet")}
+    return _old_files(folder) | _numbers(folder.glob("shards/**/[0-9]*.parquet"))
+
+
+def _old_files(folder: Path) -> dict[int, Path]:
+    return {int(path.stem.removeprefix("shard-")): path for path in folder.glob("shard-*.parquet")}
+
+
+def _numbers(paths: Iterable[Path]) -> dict[int, Path]:
+    return {int(path.stem): path for path in paths}
 
 
 def _packed(folder: Path) -> dict[int, Path]:
     """The files of packed shards, by their number."""
-    return {int(path.stem): path for path in folder.glob("table/[0-9]*.parquet")}
+    return _numbers(folder.glob("table/[0-9]*.parquet"))
 
 
 def committed(folder: Path) -> set[int]:
@@ -75,12 +83,11 @@ def read_shard(folder: Path, shard: int) -> pa.Table | None:
     for path in (shard_file(folder, shard), _old_file(folder, shard)):
         if path.is_file():
             return read_table(path)
-    number, group = divmod(shard, tile_table.FILE_SHARDS)
-    path = table_file(folder, number)
+    path = table_file(folder, shard // tile_table.FILE_SHARDS)
     if not path.is_file():
         return None
     with opened(path) as file:
-        return _row_group(file, group, None) if group < file.num_row_groups else None
+        return _one(shard, {}, file, None)
 
 
 def _row_group(file: pq.ParquetFile, group: int, columns: list[str] | None) -> pa.Table:
@@ -94,17 +101,19 @@ def _numbered(folder: Path, columns: list[str] | None) -> Iterator[tuple[int, pa
     size, alone, packed = tile_table.FILE_SHARDS, shard_files(folder), _packed(folder)
     for number in sorted({shard // size for shard in alone} | set(packed)):
         with opened(packed[number]) if number in packed else nullcontext() as file:
-            groups = file.num_row_groups if file else 0
-            for group in range(size):
-                shard = number * size + group
-                if shard in alone:
-                    table = read_table(alone[shard], columns)
-                elif file and group < groups:
-                    table = _row_group(file, group, columns)
-                else:
-                    continue
-                if len(table):
+            for shard in range(number * size, number * size + size):
+                if table := _one(shard, alone, file, columns):
                     yield shard, table
+
+
+def _one(
+    shard: int, alone: dict[int, Path], packed: pq.ParquetFile | None, columns: list[str] | None
+) -> pa.Table | None:
+    """The rows of a shard, from a file of its own or from the one that it is packed in; None where it is in neither."""
+    group = shard % tile_table.FILE_SHARDS
+    if shard in alone:
+        return read_table(alone[shard], columns)
+    return _row_group(packed, group, columns) if packed and group < packed.num_row_groups else None
 
 
 def read_shards(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -166,19 +175,21 @@ def pack(
     """
     counts: Counter[str] = Counter()
     rejected: list[pa.Table] = []
+    old = {shard: path for shard, path in _old_files(folder).items() if shard in expected}
+    alone = old | _numbers(_shards_of(folder, number).glob("[0-9]*.parquet"))
+    path = table_file(folder, number)
+    packed = path if path.is_file() else None
 
     def counted() -> Iterator[tuple[int, pa.Table]]:
-        for shard, table in _checked(folder, expected):
+        for shard, table in _checked(folder, alone, packed, expected):
             counts.update(_count(table))
             if len(bad := table.filter(pc.equal(table["status"], REJECTED))):
                 rows = tile_table.read_shard(tiles, shard, ("tile_id", "scene_uri"), splits)
                 rejected.append(_with_scenes(bad, rows))
             yield shard, table
 
-    places = (path for shard in expected for path in (shard_file(folder, shard), _old_file(folder, shard)))
-    alone = [path for path in places if path.exists()]
     if alone:
-        commit(table_file(folder, number), partial(_write_packed, _schema(folder, number, alone), number, counted()))
+        commit(path, partial(_write_packed, _schema(alone, packed), number, counted()))
     else:
         for _ in counted():
             pass
@@ -188,28 +199,31 @@ def pack(
     else:
         view.unlink(missing_ok=True)
     remove_tree(_shards_of(folder, number))
-    for path in alone:
+    for path in old.values():
         path.unlink(missing_ok=True)
     return counts
 
 
-def _checked(folder: Path, expected: dict[int, int]) -> Iterator[tuple[int, pa.Table]]:
-    for shard, count in sorted(expected.items()):
-        table = read_shard(folder, shard)
-        there = 0 if table is None else len(table)
-        if table is None or there != count:
-            problem = f"shard {shard} has {there} of {count} tiles"
-            raise StoreError(f"{folder} does not balance ({problem}): delete it and make it again")
-        yield shard, table
+def _checked(
+    folder: Path, alone: dict[int, Path], packed: Path | None, expected: dict[int, int]
+) -> Iterator[tuple[int, pa.Table]]:
+    with opened(packed) if packed else nullcontext() as file:
+        for shard, count in sorted(expected.items()):
+            table = _one(shard, alone, file, None)
+            there = 0 if table is None else len(table)
+            if table is None or there != count:
+                problem = f"shard {shard} has {there} of {count} tiles"
+                raise StoreError(f"{folder} does not balance ({problem}): delete it and make it again")
+            yield shard, table
 
 
-def _schema(folder: Path, number: int, alone: list[Path]) -> pa.Schema:
+def _schema(alone: dict[int, Path], packed: Path | None) -> pa.Schema:
     """The schema of the shards to pack; of some from before a format that added columns and some after, the latter."""
+    files = [(path, methodcaller("read_bytes")) for path in alone.values()]  # small: one request each
     schemas = []
-    for path in (*alone, table_file(folder, number)):
-        if path.exists():
-            with opened(path) as file:
-                schemas.append(file.schema_arrow)
+    for path, fetch in [*files, *([(packed, None)] if packed else [])]:
+        with opened(path, fetch) as file:
+            schemas.append(file.schema_arrow)
     return max(schemas, key=len)
 
 

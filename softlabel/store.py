@@ -10,7 +10,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ def step_dir(run_dir: Path, name: str, inputs: Any) -> Path:
     return run_dir / f"{name}-{digest({'format_version': _HASHED_VERSION, 'inputs': inputs})}"
 
 
-def commit(path: Path, write: Callable[[Path], object]) -> None:
+def commit(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it into place; for a bucket one on this machine,
     which is then put there.
 
-    A kill at any moment leaves either the old file or the whole new one; temporary names start with a dot.
+    A kill at any moment leaves either the old file or the whole new one, and so does a loss of power with ``sync``;
+    temporary names start with a dot.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="softlabel-") as scratch:
@@ -62,8 +63,9 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -117,22 +119,29 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[pq.ParquetFile]:
+def opened(path: Path, fetch: Callable[[Path], bytes] | None = None) -> Iterator[pq.ParquetFile]:
     """A Parquet file of this project, to read some row groups of.
+
+    Args:
+        path: The file.
+        fetch: How to get all of one that is in a bucket; without, each part is a request of its own.
 
     Raises:
         StoreError: It is missing or broken, then or while it is read.
     """
     try:
-        with (
-            path.open("rb") if is_remote(path) else nullcontext(path) as source,
-            pq.ParquetFile(source, page_checksum_verification=True) as file,
-        ):
+        with _source(path, fetch) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # ValueError: a column's name that is not UTF-8
         raise broken(path, error) from None
+
+
+def _source(path: Path, fetch: Callable[[Path], bytes] | None) -> AbstractContextManager[Any]:
+    if not is_remote(path):
+        return nullcontext(path)
+    return path.open("rb") if fetch is None else nullcontext(pa.BufferReader(fetch(path)))
 
 
 def is_done(folder: Path) -> bool:

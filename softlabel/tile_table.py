@@ -9,7 +9,7 @@ first. Steps before format 7 have one ``tiles.parquet``, whose footer grew with 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -105,9 +105,9 @@ def read_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterabl
     Raises:
         StoreError: Its file is missing, broken, or of no table of tiles.
     """
-    path, group = folder / _OLD_FILE, shard
-    if not path.is_file():
-        path, group = table_file(folder, shard // FILE_SHARDS), shard % FILE_SHARDS
+    path, group = table_file(folder, shard // FILE_SHARDS), shard % FILE_SHARDS
+    if _is_old(folder):
+        path, group = folder / _OLD_FILE, shard
     with _opened(path) as file:
         return _rows(file, group, list(columns), splits)
 
@@ -128,7 +128,7 @@ def iterate_tiles(
     """
     splits = None if splits is None else tuple(splits)
     wanted = np.flatnonzero(shard_counts(folder, splits))
-    old = (folder / _OLD_FILE).is_file()
+    old = _is_old(folder)
     groups: dict[int, list[int]] = defaultdict(list)
     for shard in wanted.tolist():
         groups[0 if old else shard // FILE_SHARDS].append(shard if old else shard % FILE_SHARDS)
@@ -157,10 +157,22 @@ def table_file(folder: Path, number: int) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    with opened(path) as file:
+    with opened(path, _fetched) as file:
         if not any(file.schema_arrow.equals(known) for known in (TILES, TILES_OF_FORMAT_6, TILES_OF_FORMAT_4)):
             raise _no_tiles(path)
         yield file
+
+
+@lru_cache(maxsize=1)
+def _fetched(path: Path) -> bytes:
+    """A file of a bucket, a megabyte or so: who reads one of its shards reads the next, mostly."""
+    return path.read_bytes()
+
+
+@lru_cache
+def _is_old(folder: Path) -> bool:
+    """Whether a table that is finished is of before format 7; a bucket is asked once."""
+    return (folder / _OLD_FILE).is_file()
 
 
 def _no_tiles(path: Path) -> StoreError:

@@ -1,14 +1,13 @@
 """Which tile killed its process: a note while tiles are in hand, on disk or in a bucket, where it outlives the process.
 
-A note is a file, in a folder for each shard and stage, from before its tiles are touched until after that. One that
-stays is of a process that died. Their shard is then taken tile by tile. One death may be chance (a machine
+Each shard has a file for each stage, from before its tiles are touched until after that. What it still says was in hand
+when another process comes is of one that died. The shard is then taken tile by tile. One death may be chance (a machine
 reclaimed, a worker killed from outside); a tile that was then alone in hand at several deaths is taken for the cause,
 and is left out with that reason.
 """
 
 import json
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.storage import remove_tree
+from softlabel.store import commit
 
 FOLDER = "journal"
 MAX_DEATHS = 3
@@ -26,26 +26,24 @@ class Journal:
     """The notes of one stage, ``reading`` or ``labelling``, on one shard of a store."""
 
     def __init__(self, store: Path, shard: int, stage: str) -> None:
-        self._folder = _folder(store, shard, stage)
+        self._path = store / FOLDER / f"{shard:06d}.{stage}.json"
         self._stage = stage
-        deaths = _notes(self._folder)
-        self._suspects = {tile_id for note in deaths for tile_id in note["tiles"]}
-        self._deaths = Counter(note["tiles"][0] for note in deaths if note["alone"])
+        self._deaths = _notes(self._path)
 
     @property
     def has_suspects(self) -> bool:
         """Whether a process died with tiles of this shard in hand."""
-        return bool(self._suspects)
+        return bool(self._deaths)
 
     def groups(self, tile_ids: Sequence[str]) -> list[list[int]]:
         """Indices of the tiles to take at once: all of them, or each alone once a process died on one of them."""
-        if self._suspects.isdisjoint(tile_ids):
+        if {tile_id for note in self._deaths for tile_id in note["tiles"]}.isdisjoint(tile_ids):
             return [list(range(len(tile_ids)))]
         return [[index] for index in range(len(tile_ids))]
 
     def verdict(self, tile_id: str) -> str:
         """The reason to leave a tile out, or nothing."""
-        deaths = self._deaths[tile_id]
+        deaths = Counter(note["tiles"][0] for note in self._deaths if note["alone"])[tile_id]
         if deaths < MAX_DEATHS:
             return ""
         return f"{self._stage} it killed the process {deaths} times (a crash in native code, or out of memory)"
@@ -58,19 +56,18 @@ class Journal:
             return
         # The only tile of its shard may have others beside it, of another shard, until that has suspects.
         alone = self.has_suspects and len(tile_ids) == 1
-        note = self._folder / f"{uuid.uuid4().hex}.json"
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            note.write_text(json.dumps({"tiles": list(tile_ids), "alone": alone, "at": time.time()}))
+            self._write({"tiles": list(tile_ids), "alone": alone, "at": time.time()})
             yield
         finally:
-            note.unlink(missing_ok=True)
+            if self._deaths:
+                self._write(None)
+            else:
+                self._path.unlink(missing_ok=True)
 
-
-def forget(store: Path, shard: int) -> None:
-    """A shard is committed: nothing of it is in hand any more."""
-    for stage in (READING, LABELLING):
-        remove_tree(_folder(store, shard, stage))
+    def _write(self, note: dict[str, Any] | None) -> None:
+        text = json.dumps({"deaths": self._deaths, "in_hand": note})
+        commit(self._path, lambda path: path.write_text(text), sync=False)
 
 
 def forget_all(store: Path) -> None:
@@ -80,34 +77,28 @@ def forget_all(store: Path) -> None:
 
 def deaths(store: Path) -> int:
     """How many processes have died with tiles of this store in hand: whether a crash led any further."""
-    return sum(len(_notes(folder)) for folder in _listed(store / FOLDER))
+    return sum(len(_notes(path)) for path in _paths(store))
 
 
 def in_hand(store: Path) -> list[tuple[str, str, float]]:
     """What is being worked on now: stage, first tile, seconds since."""
-    found = [
-        (note["at"], folder.name.partition(".")[2], note["tiles"][0])
-        for folder in _listed(store / FOLDER)
-        for note in _notes(folder)
-    ]
-    return [(stage, tile_id, time.time() - at) for at, stage, tile_id in sorted(found)]
+    found = [(path.name.split(".")[1], _read(path)["in_hand"]) for path in _paths(store)]
+    now, notes = time.time(), [(note["at"], stage, note["tiles"][0]) for stage, note in found if note]
+    return [(stage, tile_id, now - at) for at, stage, tile_id in sorted(notes)]
 
 
-def _folder(store: Path, shard: int, stage: str) -> Path:
-    return store / FOLDER / f"{shard:06d}.{stage}"
+def _paths(store: Path) -> list[Path]:
+    return list((store / FOLDER).glob("*.json"))  # not the folders that were here before
 
 
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # the latter: notes as they were, whose run may go on
-        return []
+def _notes(path: Path) -> list[dict[str, Any]]:
+    """The notes on a shard that are there when another process takes it."""
+    read = _read(path)
+    return [*read["deaths"], *([read["in_hand"]] if read["in_hand"] else [])]
 
 
-def _notes(folder: Path) -> list[dict[str, Any]]:
-    """The notes of a shard. (Of a machine that lost its power one may be empty.)"""
-    notes = []
-    for path in _listed(folder):
-        with suppress(FileNotFoundError, ValueError):
-            notes.append(json.loads(path.read_text()))
-    return notes
+def _read(path: Path) -> dict[str, Any]:
+    """What a file says; of a machine that lost its power it may be empty."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(path.read_text()))
+    return {"deaths": [], "in_hand": None}

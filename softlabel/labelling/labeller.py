@@ -19,7 +19,7 @@ from softlabel.detectors.families import load
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.errors import RecipeError
 from softlabel.labelling.job import LabelJob
-from softlabel.labelling.journal import LABELLING, Journal, forget
+from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.reading import images_of, tiles_of
 from softlabel.records import EMPTY, LOSS_NAMES, REJECTED, Detections, Truth, soft_labels_table
 from softlabel.shards import read_shard, shard_file
@@ -55,7 +55,7 @@ class Labeller:
             handed_over()  # for a shard without a tile that can be read
             ended = time.time()
             busy_s, self._busy_until = ended - max(began, self._busy_until), ended
-        self._commit(labels, index, shard)
+        self._commit(labels, index, shard, again=read["again"][0].as_py())
         seen = table.select(["height", "width", "km2"])  # to filter pixels would be to copy them
         seen = seen.filter(pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"])))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
@@ -125,9 +125,9 @@ class Labeller:
             labels = labels.replace_schema_metadata({LOSS_NAMES: names})
         return labels, began, _device(detector)
 
-    def _commit(self, labels: pa.Table, index: int, shard: int) -> None:
+    def _commit(self, labels: pa.Table, index: int, shard: int, *, again: bool) -> None:
         """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
-        before = read_shard(self._stores[index], shard)
+        before = read_shard(self._stores[index], shard) if again else None
         if before is not None:
             metadata = before.schema.metadata
             new = {tile_id: i for i, tile_id in enumerate(labels["tile_id"].to_pylist())}
@@ -136,7 +136,6 @@ class Labeller:
             labels = both.take([len(before) + i if i >= 0 else row for row, i in enumerate(order)])
             labels = labels.replace_schema_metadata(metadata)
         write_table(shard_file(self._stores[index], shard), labels)
-        forget(self._stores[index], shard)
 
     def _detector(self, index: int) -> Detector:
         if self._loaded is None or self._loaded[0] != index:

@@ -30,30 +30,32 @@ _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 def read_item(
     jobs: Sequence[LabelJob], stores: Sequence[Path], read: Callable[[dict], Image], item: pa.Table
 ) -> pa.Table:
-    """``read_shard`` of the (job, shard) in the one row of ``item``."""
-    index, shard = item["job"][0].as_py(), item["shard"][0].as_py()
-    return read_shard(index, jobs[index], stores[index], shard, read)
+    """``read_shard`` of the job and shard in the one row of ``item``."""
+    index, shard, again = (item[name][0].as_py() for name in ("job", "shard", "again"))
+    return read_shard(index, jobs[index], stores[index], shard, read, again=again)
 
 
-def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callable[[dict], Image]) -> pa.Table:
+def read_shard(
+    index: int, job: LabelJob, store: Path, shard: int, read: Callable[[dict], Image], *, again: bool = False
+) -> pa.Table:
     """The pixels of a shard's tiles that are still to be labelled.
 
     Args:
         index: The job's number, passed on.
         job: Which tiles are asked for.
-        store: Its folder, with the journal, and maybe the shard itself: then only what is to be retried is read.
+        store: Its folder, with the journal.
         shard: The shard.
         read: One tile row to uint8 (H, W, 3); raises SceneError, NoValidPixelError for an empty tile.
+        again: The shard is there already: only its tiles that are to be retried are read.
 
     Returns:
-        One row: job, shard, and for `tiles_of` lists with a value per tile: its id, height, width, pixels, km2, reason
-        (null where it was read), retryable and empty.
+        One row: job, shard, again, and for `tiles_of` lists with a value per tile: its id, height, width, pixels, km2,
+        reason (null where it was read), retryable and empty.
     """
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
-    labels = shards.read_shard(store, shard)
-    if labels is not None:
-        again = retryable_ids(labels)
-        rows = [row for row in rows if row["tile_id"] in again]
+    if again and (labels := shards.read_shard(store, shard)) is not None:
+        chosen = retryable_ids(labels)
+        rows = [row for row in rows if row["tile_id"] in chosen]
     journal = Journal(store, shard, READING)
     groups = journal.groups([row["tile_id"] for row in rows])
     seen = [one for group in groups for one in _read_group([rows[i] for i in group], journal, read)]
@@ -71,12 +73,12 @@ def read_shard(index: int, job: LabelJob, store: Path, shard: int, read: Callabl
         }
     )
     lists = {name: _as_list(tiles[name].chunk(0)) for name in tiles.column_names}
-    return pa.table({"job": [index], "shard": [shard], **lists})
+    return pa.table({"job": [index], "shard": [shard], "again": [again], **lists})
 
 
 def tiles_of(row: pa.Table) -> pa.Table:
     """A row per tile, of the one row that ``read_shard`` made; nothing is copied."""
-    lists = (name for name in row.column_names if name not in ("job", "shard"))
+    lists = (name for name in row.column_names if name not in ("job", "shard", "again"))
     return pa.table({name: row[name].chunk(0).flatten() for name in lists})
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.context import AutoscalingConfig
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
@@ -62,8 +64,10 @@ _CALLS_OF_CPU, _CALLS_OF_GPU = 2, 4
 # Shards that one task reads, and tasks for each reader at least: at the end some wait for the longest of them.
 _MAX_SHARDS, _TASKS_PER_READER = 16, 32
 
-Work = dict[tuple[int, int], int]
-"""(job, shard) to the number of tiles to label in it."""
+Shard = tuple[int, int]
+"""A job and one of its shards."""
+Work = dict[Shard, int]
+"""The number of tiles to label in each."""
 
 
 def finished_store(job: LabelJob, run_dir: Path) -> Path:
@@ -100,7 +104,8 @@ def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path, *, retry_reje
         opened = [i for i in opened if _is_open(folders[i], retry_rejected)]  # whoever held one may have finished it
         for i in opened:
             (folders[i] / DONE).unlink(missing_ok=True)
-        speed = _label_missing(recipe.execution, jobs, folders, _work(jobs, folders, opened, retry_rejected), leases)
+        work, again = _work(jobs, folders, opened, retry_rejected)
+        speed = _label_missing(recipe.execution, jobs, folders, work, again, leases)
         for i in opened:
             _finish(jobs[i], folders[i], speed)
     for folder in folders:
@@ -125,20 +130,29 @@ def _is_open(folder: Path, retry_rejected: bool) -> bool:
     return not is_done(folder) or (retry_rejected and bool(summary(folder).get("retryable")))
 
 
-def _work(jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool) -> Work:
+def _work(
+    jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool
+) -> tuple[Work, set[Shard]]:
+    """What is to be labelled, and those that are there and have tiles to read again."""
     work: Work = {}
+    again: Work = {}
     for i in opened:
         done = committed(folders[i])
         work |= {(i, shard): count for shard, count in jobs[i].shards() if shard not in done}
         if retry_rejected:
-            work |= {(i, shard): count for shard, count in retryable_counts(folders[i]).items()}
-    return work
+            again |= {(i, shard): count for shard, count in retryable_counts(folders[i]).items()}
+    return work | again, set(again)
 
 
 def _label_missing(
-    execution: Execution, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, leases: Sequence[Lease]
+    execution: Execution,
+    jobs: Sequence[LabelJob],
+    folders: Sequence[Path],
+    work: Work,
+    again: set[Shard],
+    leases: Sequence[Lease],
 ) -> Speed:
-    """Label until nothing is left: ``work`` is emptied on the way."""
+    """Label until nothing is left: ``work`` is emptied on the way, ``again`` grows by what has to be looked at."""
     speed = Speed()
     if not work:
         return speed
@@ -149,7 +163,7 @@ def _label_missing(
         while work:
             before = len(work)
             try:
-                for row in _results(resources, jobs, folders, work):
+                for row in _results(resources, jobs, folders, work, again):
                     for lease in leases:
                         lease.check()
                     work.pop((row["job"], row["shard"]), None)
@@ -158,7 +172,7 @@ def _label_missing(
                     bar.update(row["tiles"])
             except RayError as error:
                 _raise_unless_lost(error, folders)
-                _drop_committed(folders, work, bar)
+                _drop_committed(folders, work, again, bar)
                 deaths = _deaths(folders)  # of readers that live, too: only more than ever is a step towards a culprit
                 failures = 0 if len(work) < before or deaths > most_deaths else failures + 1
                 most_deaths = max(deaths, most_deaths)
@@ -175,21 +189,27 @@ def _deaths(folders: Sequence[Path]) -> int:
     return sum(journal.deaths(folder) for folder in folders)
 
 
-def _drop_committed(folders: Sequence[Path], work: Work, bar: tqdm) -> None:
+def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar: tqdm) -> None:
     """A shard may be committed and its process die before it could say so. (One that is retried is retried again.)"""
     done = [committed(folder) for folder in folders]
     for (i, shard), count in list(work.items()):
-        if shard in done[i] and (table := read_shard(folders[i], shard)) is not None and not retryable_ids(table):
-            bar.update(count)
-            del work[i, shard]
+        if shard in done[i] and (table := read_shard(folders[i], shard)) is not None:
+            if retryable_ids(table):
+                again.add((i, shard))
+            else:
+                bar.update(count)
+                del work[i, shard]
 
 
-def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work) -> Iterator[dict]:
+def _results(
+    resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
+) -> Iterator[dict]:
     """One Ray Data job over what is left, yielding what the actors say of each shard."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
+    context.custom_execution_callback_classes = [_Forgetting]
     context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
     # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
     growth = AutoscalingConfig()
@@ -197,7 +217,7 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
     growth.actor_pool_util_upscaling_threshold /= calls
     growth.actor_pool_util_downscaling_threshold /= calls
     context.autoscaling_config = growth
-    items = [{"job": i, "shard": shard} for i, shard in work]
+    items = [{"job": i, "shard": shard, "again": (i, shard) in again} for i, shard in work]
     labelled = (
         ray.data.from_items(items, override_num_blocks=_num_blocks(len(items), resources.readers))
         .map_batches(
@@ -227,6 +247,17 @@ def _results(resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[P
         )
     )
     yield from labelled.iter_rows()
+
+
+class _Forgetting(ExecutionCallback):
+    """Drops what Ray Data notes of each block for the statistics of a Dataset, which nobody asks for here: kilobytes a
+    shard, kept until the end."""
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Called by Ray Data at each turn of its loop."""
+        for operator in executor._topology:
+            for blocks in operator.get_stats().values():
+                blocks.clear()
 
 
 def _num_blocks(num_shards: int, readers: int) -> int:

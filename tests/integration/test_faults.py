@@ -89,7 +89,7 @@ def disturb(kind, cluster, driver, chance):
 def wait_for_work(driver, shards):
     """Until so many shards are there and another is in hand; False if the run ended before."""
     return driver.wait_until(
-        lambda: len(driver.shards) >= shards and any(driver.run_dir.glob("label-*/journal/*/*.json"))
+        lambda: len(driver.shards) >= shards and any(driver.run_dir.glob("label-*/journal/*.json"))
     )
 
 

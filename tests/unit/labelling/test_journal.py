@@ -81,18 +81,18 @@ def test_what_is_in_hand_can_be_asked(anywhere):
     assert journal.in_hand(anywhere) == []
 
 
-def test_a_commit_ends_the_notes(anywhere):
+def test_who_died_is_known_until_the_store_is_finished(anywhere):
     assert work(anywhere, "c").returncode != 0
-    journal.forget(anywhere, 7)
-    assert journal.deaths(anywhere) == 0
+    assert work(anywhere, "none").returncode == 0
+    assert journal.deaths(anywhere) == 1
+    assert not journal.in_hand(anywhere)
     journal.forget_all(anywhere)
     assert not (anywhere / journal.FOLDER).exists()
 
 
 def test_half_a_note_is_none(anywhere):
-    """As of a process that died while it wrote: before it touched a tile."""
+    """As of a machine that lost its power while it wrote: before it touched a tile."""
     with Journal(anywhere, 7, READING).in_hand(["a"]):
-        (folder,) = (anywhere / journal.FOLDER).iterdir()
-        (path,) = folder.iterdir()
+        (path,) = (anywhere / journal.FOLDER).iterdir()
         path.write_text(path.read_text()[:-1])
         assert journal.deaths(anywhere) == 0

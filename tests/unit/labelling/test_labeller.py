@@ -1,12 +1,14 @@
 """What a labelling actor does with shards, without Ray."""
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from buckets import Faults, environment, serve_s3
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
@@ -17,7 +19,8 @@ from softlabel.labelling.job import label_job
 from softlabel.labelling.journal import LABELLING, Journal
 from softlabel.labelling.labeller import Labeller
 from softlabel.labelling.reading import read_shard
-from softlabel.shards import shard_file
+from softlabel.shards import pack, shard_file
+from softlabel.storage import location
 from softlabel.store import read_table
 
 
@@ -161,3 +164,25 @@ def test_tiles_that_had_failed_join_a_shard_of_format_4_or_5(shards, missing):
     assert both["tile_id"].to_pylist() == 2 * after["tile_id"].to_pylist()
     assert all(both[name].to_pylist()[:2] == [None, None] for name in missing)
     assert [len(one) for one in both["agreement"].to_pylist()[2:]] == [len(one) for one in after["boxes"].to_pylist()]
+
+
+def test_a_shard_asks_little_of_a_bucket(weights, monkeypatch):
+    """Two looks for notes, two notes that come and go, and the shard; its tiles are in a file that is there already."""
+    made = [made_tile("scene", (128 * i, 0, 128, 128)) for i in range(8)]
+    with serve_s3() as (url, bucket), Faults(url) as counting:
+        for key, value in environment(counting.url).items():
+            monkeypatch.setenv(key, value)
+        run_dir = location(f"s3://{bucket}/run")
+        tiles, store = write_tiles(run_dir, made, shard_tiles=2), run_dir / "store"
+        job = label_job(tiny_recipe(), "teacher", weights, tiles, None)
+        labeller, asked = Labeller([job], [store], 1, None), []
+        for shard in range(4):
+            before = Counter(counting.requests)
+            labeller(read_shard(0, job, store, shard, pixels))
+            asked.append(counting.requests - before)
+        before = Counter(counting.requests)
+        counts = pack(store, tiles, None, 0, dict.fromkeys(range(4), 2))
+        packing = counting.requests - before
+    assert asked[1:] == 3 * [{"GET": 2, "PUT": 3, "POST": 2}]
+    assert counts["labelled"] == 8
+    assert packing == {"LIST": 3, "HEAD": 1, "GET": 2 * 4, "PUT": 1, "POST": 4 + 1}

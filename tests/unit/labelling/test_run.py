@@ -60,6 +60,8 @@ def test_shards_that_were_committed_by_who_died_are_no_work_any_more(tmp_path):
     folder = write_store(tmp_path, tiles, shard_tiles=2)
     shard_file(folder, 3).unlink()
     work = {(0, shard): 2 for shard in range(4)}
+    again = set()
     with tqdm(total=8, disable=True) as bar:
-        _drop_committed([folder], work, bar)
+        _drop_committed([folder], work, again, bar)
     assert work == {(0, 1): 2, (0, 3): 2}  # one to retry, one that is missing
+    assert again == {(0, 1)}
