@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
-# Two at a time, each with a Ray of its own, in the order of the files.
+# Two at a time, in the order of the files: of tests without a Ray, of which two would wait for each other's time-outs.
 TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
 TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
@@ -19,7 +19,8 @@ test: lint
 
 # What `make test` leaves out: every seed of every fault, and whatever takes minutes.
 test-long: lint test-pythons
-	$(BIN)/pytest $(TWICE) -m long
+	$(BIN)/pytest $(TWICE) -m long tests/unit tests/numerics
+	$(BIN)/pytest -m long tests/integration
 
 # The unit tests on the other Pythons that pyproject.toml allows, and on the oldest versions of what it asks for.
 test-pythons: $(READY)
