@@ -11,6 +11,7 @@ from resource import RUSAGE_SELF, getrusage
 from urllib.request import urlopen
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -28,9 +29,9 @@ from softlabel.labelling import run as labelling
 from softlabel.labelling.job import label_job
 from softlabel.labelling.run import label
 from softlabel.lease import Lease
-from softlabel.records import detections_from_row
+from softlabel.records import LABELLED, REJECTED, detections_from_row
 from softlabel.store import DONE, read_json, summary, write_json
-from softlabel.tile_table import read_tiles
+from softlabel.tile_table import SHARD_TILES, read_tiles
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -268,6 +269,23 @@ def test_what_failed_for_a_while_is_taken_up_again(weights, tiles, tmp_path, und
     assert not list((folder / "rejected").iterdir())
 
 
+def test_what_was_there_is_not_read_again_with_it(recipe, tiles, weights, tmp_path, undisturbed):
+    folder = shutil.copytree(undisturbed, label_job(recipe, "teacher", weights, tiles, None).folder(tmp_path))
+    (path,) = (folder / "table").iterdir()
+    made = pq.read_table(path)
+    rows = made.to_pylist()
+    rows[0]["saturated"] = not rows[0]["saturated"]  # as no run would have it
+    rows[1] |= {"status": REJECTED, "reason": "not there just now", "retryable": True}
+    pq.write_table(pa.Table.from_pylist(rows, made.schema), path, row_group_size=SHARD_TILES)
+    said = read_json(folder / DONE)
+    write_json(folder / DONE, said | {"labelled": said["labelled"] - 1, "rejected": 1, "retryable": 1})
+    label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], tmp_path, retry_rejected=True)
+    assert summary(folder)["labelled"] == said["labelled"] and summary(folder)["retryable"] == 0
+    after = pq.read_table(path).to_pylist()
+    assert after[1]["status"] == LABELLED
+    assert repr([after[0], *after[2:]]) == repr([rows[0], *rows[2:]])  # where NaN is NaN
+
+
 def test_every_actor_sees_its_own_gpu_alone(weights, tmp_path):
     """With GPUs that Ray only counts: what an actor may see is Ray's to say, and softlabel's not to widen."""
     recipe = tiny_recipe(
@@ -319,6 +337,19 @@ def test_an_actor_keeps_the_memory_of_a_pass_for_the_next(recipe, weights, tiles
     monkeypatch.setattr(labelling, "_Labeller", Measured)
     label(recipe, [label_job(recipe, "teacher", weights, tiles, None)], tmp_path)
     assert int((tmp_path / "faults").read_text()) < 2 * 12_288
+
+
+def test_the_driver_keeps_nothing_of_the_shards_that_are_done(many_tiles, weights, small_tiles, tmp_path, monkeypatch):
+    """Of ten shards Ray Data noted two blocks each, until the end."""
+    kept = []
+
+    class Counting(labelling._Forgetting):
+        def after_execution_succeeds(self, executor):
+            kept.extend(len(blocks) for operator in executor._topology for blocks in operator.get_stats().values())
+
+    monkeypatch.setattr(labelling, "_Forgetting", Counting)
+    label(many_tiles(), [label_job(many_tiles(), "labels", weights, small_tiles, None)], tmp_path)
+    assert len(kept) >= 2 and sum(kept) <= 2
 
 
 def test_what_was_labelled_is_counted_on_ray_s_dashboard(recipe, weights, tiles, tmp_path):
