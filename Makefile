@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
-# Two at a time, in the order of the files: of tests without a Ray, of which two would wait for each other's time-outs.
+# Two at a time, in the order of the files. Not for tests that start a Ray: two of them on two cores exceed their time limits.
 TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
 TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
