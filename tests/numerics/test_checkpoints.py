@@ -21,7 +21,7 @@ from softlabel.errors import WeightsError
 from softlabel.records import Nms
 
 IMGSZ = 192
-FLOOR, IOU, MAX_DET = 0.02, 0.6, 200
+MAX_DET = 200
 QUICK = ["yolov3-tiny", "yolov5n", "yolov8n", "yolov10n", "yolo11n", "yolo26n", "yolov8n-seg", "yolo26n-pose"]
 OTHERS = [
     *("yolov3u", "yolov5n-p6", "yolov6n", "yolov8n-p2", "yolov8n-p6", "yolov8n-ghost", "yolov8m", "yolov9t", "yolov9c"),
@@ -48,8 +48,8 @@ def talkative(name, images):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     for branch in head.cv3:
-        torch.nn.init.normal_(branch[-1].weight, std=0.1)
-        torch.nn.init.constant_(branch[-1].bias, -3.0)
+        torch.nn.init.normal_(branch[-1].weight, std=0.05)  # scores that saturate at 1 would be in no order
+        torch.nn.init.constant_(branch[-1].bias, -3.5)
     batch = np.stack([cv2.resize(image, (IMGSZ, IMGSZ)) for image in images])
     with torch.no_grad():
         yolo.model.train()(torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255)
@@ -57,19 +57,33 @@ def talkative(name, images):
     return yolo
 
 
-def expected(path, images, floor):
-    """What ultralytics' predict says of them; one-to-many heads, as class vectors need them."""
-    yolo = YOLO(path)
-    options = {"imgsz": IMGSZ, "conf": floor, "iou": IOU, "max_det": MAX_DET, "device": "cpu", "verbose": False}
-    found = [yolo.predict(image[..., ::-1], end2end=False, **options)[0].boxes for image in images]
-    return [(boxes.xyxy.numpy(), boxes.conf.numpy()) for boxes in found]
+def predict(yolo, image, nms):
+    """What ultralytics' predict says of it; one-to-many heads, as class vectors need them."""
+    options = {"imgsz": IMGSZ, "conf": nms.floor, "iou": nms.iou, "max_det": nms.max_det, "device": "cpu"}
+    result = yolo.predict(image[..., ::-1], end2end=False, verbose=False, **options)[0]
+    return result.boxes if result.obb is None else result.obb
 
 
-def assert_same(path, images, floor=FLOOR, masks=False):
-    detector = YoloDetector.from_weights(path, Nms(floor, IOU, MAX_DET), IMGSZ)
-    total = 0
-    theirs = expected(path, images, floor)
-    for image, found, (boxes, scores) in zip(images, detector.detect(images), theirs, strict=True):
+def clear_nms(yolo, image):
+    """A floor and an IoU that no score and no pair of boxes comes near: rounding, which differs from CPU to CPU (and
+    in ultralytics' NMS is 0.06 px at class 79, whose offset is 600,000 px), then decides about no box."""
+    scores = np.sort(predict(yolo, image, Nms(1e-6, 1.0, 10**6)).conf.numpy())[-150:]
+    widest = np.diff(scores[:50]).argmax()
+    floor = float(scores[widest : widest + 2].mean())
+    for iou in np.arange(0.8, 0.3, -0.01):
+        below, above = (predict(yolo, image, Nms(floor, iou + by, MAX_DET)).data for by in (-0.005, 0.005))
+        if torch.equal(below, above):
+            return Nms(floor, iou, MAX_DET)
+    raise AssertionError("at each IoU some pair is on the edge")
+
+
+def assert_same(path, images, masks=False):
+    yolo, total = YOLO(path), 0
+    for i, image in enumerate(images):
+        nms = clear_nms(yolo, image)
+        found = YoloDetector.from_weights(path, nms, IMGSZ).detect(images)[i]
+        theirs = predict(yolo, image, nms)
+        boxes, scores = theirs.xyxy.numpy(), theirs.conf.numpy()
         with_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores = boxes[with_area], scores[with_area]
         apart_px = np.abs(found.boxes[:, None] - boxes).max(-1) + np.abs(found.best[:, None] - scores)
@@ -144,7 +158,7 @@ def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, 
         model, header = load_model(path)
         assert (header.classes, header.imgsz, header.train_args["epochs"]) == (("plane", "ship"), IMGSZ, 1)
         assert model.names == {0: "plane", 1: "ship"}
-        assert_same(path, images, floor=1e-5)
+        assert_same(path, images)
     assert (folder / "epoch0.pt").stat().st_size > 2 * (folder / "best.pt").stat().st_size
 
 
@@ -154,17 +168,14 @@ def test_a_trained_model_finds_what_ultralytics_own_predict_finds(name, images, 
 def test_a_model_of_rotated_boxes_finds_what_ultralytics_own_predict_finds(name, images, tmp_path):
     path = tmp_path / "best.pt"
     yolo = talkative(name, images)
-    for branch in yolo.model.model[-1].cv3:  # scores that saturate at 1 would be in no order
-        torch.nn.init.constant_(branch[-1].bias, -3.5)
-        torch.nn.init.normal_(branch[-1].weight, std=0.05)
     for branch in yolo.model.model[-1].cv4:
         torch.nn.init.normal_(branch[-1].weight, std=1.0)
     yolo.save(path)
-    detector = YoloDetector.from_weights(path, Nms(FLOOR, 0.4, MAX_DET), IMGSZ)
-    theirs = YOLO(path)
-    for image, found in zip(images, detector.detect(images), strict=True):
-        options = {"imgsz": IMGSZ, "conf": FLOOR, "iou": 0.4, "max_det": MAX_DET, "device": "cpu", "verbose": False}
-        boxes = theirs.predict(image[..., ::-1], end2end=False, **options)[0].obb
+    yolo, angles = YOLO(path), []
+    for i, image in enumerate(images):
+        nms = clear_nms(yolo, image)
+        found = YoloDetector.from_weights(path, nms, IMGSZ).detect(images)[i]
+        boxes = predict(yolo, image, nms)
         inside = hulls_in(image, boxes.xywhr.numpy())
         assert len(found.boxes) == inside.sum() > 5
         scores, class_ids = boxes.conf.numpy()[inside], boxes.cls.numpy()[inside]
@@ -172,9 +183,11 @@ def test_a_model_of_rotated_boxes_finds_what_ultralytics_own_predict_finds(name,
         nearest = np.abs(one[:, None] - other).max((2, 3)).argmin(0)  # equal scores may change places
         np.testing.assert_allclose(one[nearest], other, atol=1e-4 * max(image.shape))
         np.testing.assert_allclose(found.best[nearest], scores, atol=1e-4)
-        assert (found.class_ids[nearest] == class_ids).all() and np.ptp(found.xywhr[:, 4]) > 0.5
+        assert (found.class_ids[nearest] == class_ids).all()
+        angles.extend(found.xywhr[:, 4])
         hulls = np.clip(rotated.hulls(found.xywhr), 0, [*image.shape[1::-1]] * 2)
         np.testing.assert_allclose(found.boxes, hulls, atol=1e-3)
+    assert np.ptp(angles) > 0.5
 
 
 def hulls_in(image, xywhr):
@@ -218,7 +231,7 @@ def test_a_yolo_world_looks_for_the_classes_it_was_last_given(name, images, tmp_
             ours, theirs = (one.eval()(pixels)[0] for one in (read, model))
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
         assert ours.shape[1] == 7 and ours[0, 4:].std() > 0.1 * ours[0, 4:].mean()
-    found = YoloDetector.from_weights(path, Nms(1e-5, IOU, MAX_DET)).detect(images)
+    found = YoloDetector.from_weights(path, Nms(1e-5, 0.6, MAX_DET)).detect(images)
     assert all(one.scores.shape == (len(one.boxes), 3) for one in found) and sum(len(one.boxes) for one in found) > 5
 
 
