@@ -10,9 +10,10 @@ what is left, as long as each gets further than the last.
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import ray
@@ -45,8 +46,8 @@ from softlabel.terminal import progress, say
 # A Ray started from here lets a reader wait for the model. Of more idle processes than CPUs, as on a laptop, Ray
 # ends those that wait for a second, and the next shard pays seconds for another. (On a cluster see docs/cluster.md.)
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-# The only way to tell Ray Data how often to restart an actor; its replacement is still to come.
-warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+# The only way to tell Ray Data how often to restart an actor, and its name; their replacement is still to come.
+warnings.filterwarnings("ignore", message="`ray_remote_args")
 _RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
 # Of an actor on a CPU, whose every pass asks for some 100 MB of activations: glibc gives them back and fetches them
 # anew, page by page. Kept, and in huge pages, they are there: PyTorch labels 4 % more tiles.
@@ -158,12 +159,12 @@ def _label_missing(
         return speed
     resources = wait_for(partial(_resources, execution), _there(execution).bundles, execution.wait_minutes)
     say(f"labelling {sum(work.values())} tiles in {len(work)} shards")
-    failures, most_deaths = 0, _deaths(folders)
+    failures, most_deaths, actors = 0, _deaths(folders), f"labeller-{uuid4().hex}-"
     with progress(total=sum(work.values()), unit="tile", desc="labelling") as bar:
         while work:
             before = len(work)
             try:
-                for row in _results(resources, jobs, folders, work, again):
+                for row in _results(resources, actors, jobs, folders, work, again):
                     for lease in leases:
                         lease.check()
                     work.pop((row["job"], row["shard"]), None)
@@ -172,6 +173,7 @@ def _label_missing(
                     bar.update(row["tiles"])
             except RayError as error:
                 _raise_unless_lost(error, folders)
+                _end_actors(actors)
                 _drop_committed(folders, work, again, bar)
                 deaths = _deaths(folders)  # of readers that live, too: only more than ever is a step towards a culprit
                 failures = 0 if len(work) < before or deaths > most_deaths else failures + 1
@@ -183,6 +185,15 @@ def _label_missing(
                 raise StoreError(_stalled(execution, folders, error)) from None
     say(f"labelling: {speed.line()}")
     return speed
+
+
+def _end_actors(prefix: str) -> None:
+    """Kill the actors so named. A run of Ray Data that failed ends none, it lets go of them; where its error is still
+    referred to, as by a cycle, they keep their CPUs and GPUs from the next run and from the packing."""
+    for name in ray.util.list_named_actors():
+        if name.startswith(prefix):
+            with suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(name))
 
 
 def _deaths(folders: Sequence[Path]) -> int:
@@ -202,9 +213,9 @@ def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar:
 
 
 def _results(
-    resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
+    resources: Resources, actors: str, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
 ) -> Iterator[dict]:
-    """One Ray Data job over what is left, yielding what the actors say of each shard."""
+    """One Ray Data job over what is left, yielding what the actors, whose names begin so, say of each shard."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
@@ -240,6 +251,7 @@ def _results(
             ),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.execution.gpus_per_actor or None,
+            ray_remote_args_fn=lambda: {"name": f"{actors}{uuid4().hex}"},
             max_restarts=_RAY_RETRIES,
             max_task_retries=_RAY_RETRIES,
             runtime_env={"env_vars": {"GLIBC_TUNABLES": KEEP_MEMORY}},

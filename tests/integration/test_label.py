@@ -22,7 +22,7 @@ from drivers import Driver, assert_same, by_tile
 from made_stores import unpack
 
 from softlabel import cli
-from softlabel.errors import RecipeError, StoreError
+from softlabel.errors import RecipeError, StorageError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
 from softlabel.labelling import run as labelling
@@ -350,6 +350,20 @@ def test_the_driver_keeps_nothing_of_the_shards_that_are_done(many_tiles, weight
     monkeypatch.setattr(labelling, "_Forgetting", Counting)
     label(many_tiles(), [label_job(many_tiles(), "labels", weights, small_tiles, None)], tmp_path)
     assert len(kept) >= 2 and sum(kept) <= 2
+
+
+def test_actors_of_a_run_that_failed_make_room_for_those_of_the_next(weights, tiles, tmp_path, monkeypatch):
+    class FailsOnce(labelling._Labeller):
+        def __call__(self, read):
+            if not (tmp_path / "failed").exists():
+                (tmp_path / "failed").touch()
+                raise StorageError("not there just now")
+            return super().__call__(read)
+
+    monkeypatch.setattr(labelling, "_Labeller", FailsOnce)
+    recipe = tiny_recipe(execution={"gpus_per_actor": 2, "stall_minutes": 0.5}, label={"precision": "float32"})
+    (folder,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], tmp_path)
+    assert (tmp_path / "failed").exists() and summary(folder)["requested"] == summary(folder)["labelled"] > 0
 
 
 def test_what_was_labelled_is_counted_on_ray_s_dashboard(recipe, weights, tiles, tmp_path):
