@@ -188,8 +188,11 @@ def _label_missing(
 
 
 def _end_actors(prefix: str) -> None:
-    """Kill the actors so named. A run of Ray Data that failed ends none, it lets go of them; where its error is still
-    referred to, as by a cycle, they keep their CPUs and GPUs from the next run and from the packing."""
+    """Kill the actors whose names begin with ``prefix``.
+
+    When a run of Ray Data fails, Ray Data only drops its references to them. As long as anything refers to its error,
+    and so to them, they keep CPUs and GPUs that the next run and the packing wait for.
+    """
     for name in ray.util.list_named_actors():
         if name.startswith(prefix):
             with suppress(ValueError):  # it has just ended
@@ -215,7 +218,7 @@ def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar:
 def _results(
     resources: Resources, actors: str, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
 ) -> Iterator[dict]:
-    """One Ray Data job over what is left, yielding what the actors, whose names begin so, say of each shard."""
+    """One Ray Data job over what is left, yielding what its actors say of each shard; ``actors`` begins their names."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
