@@ -32,15 +32,15 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, required=True)
     arguments = parser.parse_args()
     sys.path.append(str(_HERE / "tests"))
-    from buckets import Faults, environment, serve_s3
+    from buckets import Faults, environment, serve
 
     print(json.dumps(machine()), flush=True)
     asked: list[Counter[str]] = []
-    with serve_s3() as (url, bucket), Faults(url) as counting:
+    with serve("s3") as (url, bucket), Faults(url) as counting:
         for shards in _SHARDS:
             recipe = _recipe(arguments.work_dir.resolve(), shards, arguments.weights.resolve())
             before = Counter(counting.requests)
-            _label(recipe, f"s3://{bucket}/{shards}", environment(counting.url))
+            _label(recipe, f"s3://{bucket}/{shards}", environment("s3", counting.url))
             asked.append(Counter(counting.requests) - before)
             print(json.dumps({"shards": shards, **asked[-1]}), flush=True)
     few, many = _SHARDS

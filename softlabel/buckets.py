@@ -197,7 +197,8 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
         with self._at(path) as (store, key):
             with suppress(FileNotFoundError):
                 if key:
-                    return {**store.head(key), "name": path, "type": "file"}
+                    head = store.head(key)
+                    return {**head, "mtime": head["last_modified"].timestamp(), "name": path, "type": "file"}
             self.ls(path)
             return {"name": path, "size": 0, "type": "directory"}
 

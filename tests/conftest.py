@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from buckets import environment, serve_s3
+from buckets import PROTOCOLS, environment, serve
 from drivers import by_tile
 
 from softlabel.config import Recipe, Synthetic
@@ -26,25 +26,42 @@ def shared() -> Path:
     return Path(folder)
 
 
+def _bucket(protocol):
+    """An empty bucket; this process and those that it starts from now on are led to it."""
+    with serve(protocol) as (url, bucket), pytest.MonkeyPatch.context() as patch:
+        for key, value in environment(protocol, url).items():
+            patch.setenv(key, value)
+        yield location(f"{protocol}://{bucket}")
+
+
 @pytest.fixture(scope="session")
 def s3():
-    """An empty bucket; this process and those that it starts from now on are led to it."""
-    with serve_s3() as (url, bucket), pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(url).items():
-            patch.setenv(key, value)
-        yield location(f"s3://{bucket}")
+    """A bucket of S3's."""
+    yield from _bucket("s3")
 
 
-@pytest.fixture
-def in_bucket(s3):
-    """A folder of the bucket, a test's own."""
-    return s3 / uuid.uuid4().hex
+@pytest.fixture(scope="session")
+def gs():
+    """One of Google's, or what answers like it."""
+    yield from _bucket("gs")
 
 
-@pytest.fixture(params=["disk", "bucket"])
+@pytest.fixture(scope="session")
+def az():
+    """A container of Azure's."""
+    yield from _bucket("az")
+
+
+@pytest.fixture(params=PROTOCOLS)
+def in_bucket(request):
+    """A folder of a bucket, a test's own."""
+    return request.getfixturevalue(request.param) / uuid.uuid4().hex
+
+
+@pytest.fixture(params=["disk", *PROTOCOLS])
 def anywhere(request, tmp_path):
-    """A folder on a disk, and one in a bucket."""
-    return tmp_path if request.param == "disk" else request.getfixturevalue("in_bucket")
+    """A folder on a disk, and one in each kind of bucket."""
+    return tmp_path if request.param == "disk" else request.getfixturevalue(request.param) / uuid.uuid4().hex
 
 
 @pytest.fixture(autouse=True)

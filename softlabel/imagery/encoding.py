@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-import pyarrow.fs
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.enums import ColorInterp, MaskFlags
 
 from softlabel.imagery.georeference import georeference
-from softlabel.imagery.listing import has_scheme
+from softlabel.imagery.listing import file_system, has_scheme
 from softlabel.imagery.pixels import ORIENTATIONS, Encoding
 
 _ORIENTATION_TAG = 274
@@ -80,7 +79,7 @@ def _stored_orientation(uri: str, driver: str) -> Any:
 def _open_bytes(uri: str) -> BinaryIO:
     if not has_scheme(uri):
         return open(uri, "rb")
-    system, path = pyarrow.fs.FileSystem.from_uri(uri)
+    system, path = file_system(uri)
     return io.BufferedReader(system.open_input_file(path), _REQUEST_BYTES)
 
 

@@ -21,11 +21,11 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from softlabel.errors import NoValidPixelError, SceneError
+from softlabel.errors import NoValidPixelError, SceneError, StorageError
 from softlabel.imagery import blocks
 from softlabel.imagery.encoding import choose_bands, encoding, has_mask, is_8_bit, orientation
 from softlabel.imagery.georeference import georeference
-from softlabel.imagery.listing import has_scheme
+from softlabel.imagery.listing import file_system, has_scheme
 from softlabel.imagery.pixels import ORIENTATIONS, UPRIGHT, apply_palette, to_rgb8, valid_pixels, valid_values
 
 PERCENTILES = (2, 98)
@@ -46,12 +46,29 @@ _GDAL = {
 
 
 def _gdal() -> dict[str, Any]:
-    """What GDAL is told; where an S3 of its own is in the environment, too, as all else here understands it."""
+    """What GDAL is told; also, in its own names, what the environment has for all else here."""
+    return {**_GDAL, **_gdal_s3(), **_gdal_azure()}
+
+
+def _gdal_s3() -> dict[str, str]:
     if not (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        return _GDAL
+        return {}
     scheme, _, host = endpoint.rstrip("/").rpartition("://")
     https = "NO" if scheme == "http" else "YES"
-    return {**_GDAL, "AWS_S3_ENDPOINT": host, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
+    return {"AWS_S3_ENDPOINT": host, "AWS_HTTPS": https, "AWS_VIRTUAL_HOSTING": "FALSE"}
+
+
+def _gdal_azure() -> dict[str, str]:
+    """https://gdal.org/en/stable/user/virtual_file_systems.html#vsiaz-microsoft-azure-blob-files"""
+    names = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ENDPOINT")
+    account, key, endpoint = (os.environ.get(name) for name in names)
+    if not (account and key):
+        return {}
+    if not endpoint:
+        return {"AZURE_STORAGE_ACCOUNT": account, "AZURE_STORAGE_ACCESS_KEY": key}
+    parts = {"DefaultEndpointsProtocol": endpoint.partition(":")[0], "AccountName": account, "AccountKey": key}
+    told = "".join(f"{name}={value};" for name, value in (parts | {"BlobEndpoint": endpoint}).items())
+    return {"AZURE_STORAGE_CONNECTION_STRING": told}
 
 
 # Plain photographs have no georeference, and are welcome.
@@ -95,7 +112,7 @@ def scene_stamp(uri: str) -> str | None:
         if not has_scheme(uri):
             found = os.stat(uri)
             return f"{found.st_size} bytes of {found.st_mtime_ns} ns"
-        system, path = pyarrow.fs.FileSystem.from_uri(uri)
+        system, path = file_system(uri)
         info = system.get_file_info(path)
         if info.type != pyarrow.fs.FileType.File:
             raise OSError("no such file")
@@ -266,7 +283,7 @@ def _scene_errors(uri: str) -> Iterator[None]:
     """Whatever rasterio raises about a scene, as one SceneError line."""
     try:
         yield
-    except (RasterioError, CPLE_BaseError, OSError, ValueError, MemoryError) as error:
+    except (RasterioError, CPLE_BaseError, OSError, ValueError, MemoryError, StorageError) as error:
         # rasterio says "see previous exception"; that one has GDAL's own words.
         reason = " ".join(str(error.__cause__ or error).split())
         remote = has_scheme(uri) and not uri.startswith("file://")

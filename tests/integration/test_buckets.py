@@ -1,4 +1,4 @@
-"""Runs whose folder is in a bucket: an S3 that fails now and then, drivers that are killed, two of them on one store.
+"""Runs whose folder is in a bucket: a server that fails now and then, drivers that are killed, two on one store.
 
 What a run on a disk finds is found, each tile once.
 """
@@ -6,13 +6,15 @@ What a run on a disk finds is found, each tile once.
 import json
 import random
 import uuid
+from contextlib import ExitStack
 
 import pytest
-from buckets import SECRET, Faults, environment, serve_s3
-from conftest import tiny_recipe
+from buckets import AZURITE, NO_AZURITE, SECRETS, Faults, environment, serve
+from conftest import CLASSES, tiny_recipe
 from drivers import JOBS, Driver, assert_same, by_tile
 
 from softlabel.imagery.run import tile
+from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.lease import LEASE
 from softlabel.session import LOG
 from softlabel.status import status
@@ -22,23 +24,30 @@ from softlabel.store import DONE, summary
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 # Of all requests some fail: of some hundred ten or so, and in the long tests thrice as many.
+OFTEN = [*(("s3", seed) for seed in range(3, 20)), *((other, seed) for other in ("gs", "az") for seed in range(3))]
 SEEDS = [
-    pytest.param(seed, 0.03 if seed >= 3 else 0.01, marks=[pytest.mark.long] if seed >= 3 else []) for seed in range(20)
+    *(("s3", seed, 0.01) for seed in range(3)),
+    *(pytest.param(protocol, seed, 0.03, marks=pytest.mark.long) for protocol, seed in OFTEN),
 ]
 
 
 @pytest.fixture(scope="module")
-def faults():
-    """On the way to a bucket that this process, and all that it starts from here on, is led to."""
-    with serve_s3() as (url, bucket), Faults(url) as found, pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(found.url).items():
-            patch.setenv(key, value)
-        found.bucket = bucket
+def buckets():
+    """Of each protocol a bucket, and the faults on the way to it. This process, and all that it starts from here on, is
+    led there."""
+    with ExitStack() as held:
+        patch, found = held.enter_context(pytest.MonkeyPatch.context()), {}
+        for protocol in ("s3", "gs", "az") if AZURITE else ("s3", "gs"):
+            url, bucket = held.enter_context(serve(protocol))
+            faults = held.enter_context(Faults(url))
+            for key, value in environment(protocol, faults.url).items():
+                patch.setenv(key, value)
+            found[protocol] = location(f"{protocol}://{bucket}"), faults
         yield found
 
 
 @pytest.fixture(scope="module")
-def cluster(faults):
+def cluster(buckets):
     """A node that outlives its drivers, and knows the way."""
     from ray.cluster_utils import Cluster
 
@@ -48,8 +57,16 @@ def cluster(faults):
 
 
 @pytest.fixture
-def run_dir(faults):
-    return location(f"s3://{faults.bucket}/{uuid.uuid4().hex}/run")
+def protocol():
+    """Where a test is of no other."""
+    return "s3"
+
+
+@pytest.fixture
+def run_dir(buckets, protocol):
+    if protocol not in buckets:
+        pytest.skip(NO_AZURITE)
+    return buckets[protocol][0] / uuid.uuid4().hex / "run"
 
 
 def check(run_dir, undisturbed):
@@ -61,12 +78,12 @@ def check(run_dir, undisturbed):
     assert {path.name for path in folder.iterdir()} == {"table", "store.json", "recipe.yaml", DONE}
 
 
-@pytest.mark.parametrize(("seed", "share"), SEEDS)
+@pytest.mark.parametrize(("protocol", "seed", "share"), SEEDS)
 def test_a_bucket_that_fails_and_a_driver_that_is_killed_change_nothing(
-    seed, share, faults, cluster, many_tiles, run_dir, undisturbed
+    protocol, seed, share, buckets, cluster, many_tiles, run_dir, undisturbed
 ):
     chance, recipe, env = random.Random(seed), many_tiles(), {"RAY_ADDRESS": cluster.address}
-    with faults.of(seed, share) as struck:
+    with buckets[protocol][1].of(seed, share) as struck:
         tile(recipe, run_dir)
         driver, moment = Driver(recipe, run_dir, env=env), chance.randint(0, 9)
         if driver.wait_until(lambda: len(driver.shards) >= moment and any(run_dir.glob(f"label-*/{LEASE}"))):
@@ -90,11 +107,16 @@ def test_of_two_drivers_one_labels_and_one_is_refused(cluster, many_tiles, run_d
 
 
 @pytest.mark.long
-def test_an_experiment_lives_in_a_bucket_and_no_file_of_it_has_a_secret(run_dir):
-    """With a Ray of its own."""
+@pytest.mark.parametrize("protocol", ["s3", "gs", "az"])
+def test_an_experiment_lives_in_a_bucket_and_no_file_of_it_has_a_secret(protocol, run_dir, tmp_path):
+    """With a Ray of its own; and where GDAL could not read the scenes, with those on a disk."""
     settings = tiny_recipe()
     train = {**settings.train.model_dump(), "thresholds": [1e-6, 1e-5]}  # its teachers are sure of nothing
-    recipe = tiny_recipe(train=train, label={"floor": 1e-7}, execution={"cpus_per_worker": 2})
+    made = write_scenes(tmp_path / "made", settings.tiles.synthetic, 0)
+    truth = {"format": "xview", "path": str(made[1]), "mapping": {TYPE_IDS[name]: name for name in CLASSES}}
+    on_disk = {"scenes": str(made[0]), "truth": truth, "size_px": settings.tiles.size_px}
+    tiles = on_disk if protocol == "gs" else settings.tiles.model_dump()
+    recipe = tiny_recipe(tiles=tiles, train=train, label={"floor": 1e-7}, execution={"cpus_per_worker": 2})
     driver = Driver(recipe, run_dir, job=JOBS / "experiment.py")
     assert driver.wait(900) == 0, driver.said
     found = json.loads((run_dir / "results.json").read_text())
@@ -102,5 +124,6 @@ def test_an_experiment_lives_in_a_bucket_and_no_file_of_it_has_a_secret(run_dir)
     names = {path.name for path in run_dir.iterdir()}
     assert {"report.html", "results.json", LOG} <= names and "ray" not in names
     files = [path for path in run_dir.glob("**/*") if path.is_file()]
-    assert len(files) > 30 and not [path for path in files if SECRET.encode() in path.read_bytes()]
-    assert SECRET not in driver.said
+    secret = SECRETS[protocol]
+    assert len(files) > 30 and not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in driver.said

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from buckets import SECRET, Faults, environment
+from buckets import PROTOCOLS, SECRETS, Faults, environment, serve
 from fsspec.asyn import AsyncFileSystem
 
 from softlabel.errors import SessionError, StorageError, StoreError
@@ -155,10 +155,12 @@ def test_a_bucket_is_asked_without_coroutines(in_bucket):
     assert not isinstance(in_bucket.fs, AsyncFileSystem)
 
 
-def test_a_bucket_that_fails_now_and_then_loses_nothing_and_writes_nothing_twice(s3, monkeypatch):
-    with Faults(os.environ["AWS_ENDPOINT_URL"]) as faults, faults.of(0, share=0.2) as struck:
-        command = [sys.executable, "-c", WRITE, f"{s3}faults"]
-        done = subprocess.run(command, env={**os.environ, **environment(faults.url)}, capture_output=True, text=True)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_bucket_that_fails_now_and_then_loses_nothing_and_writes_nothing_twice(protocol):
+    with serve(protocol) as (url, bucket), Faults(url) as faults, faults.of(0, share=0.2) as struck:
+        command = [sys.executable, "-c", WRITE, f"{protocol}://{bucket}/faults"]
+        led = {**os.environ, **environment(protocol, faults.url)}
+        done = subprocess.run(command, env=led, capture_output=True, text=True)
     assert done.stdout == "12 written\n", done.stderr
     assert set(struck) == set(Faults.KINDS)
 
@@ -182,16 +184,14 @@ print("12 written")
 """
 
 
-def test_a_bucket_that_is_not_there_is_said_without_a_secret(s3):
-    path = location("s3://no-such-bucket/x")
-    with pytest.raises(
-        StorageError, match=r"s3://no-such-bucket/x cannot be used \(NoSuchBucket: .* check the"
-    ) as error:
-        write_json(path, {})
-    assert SECRET not in str(error.value)
-    for write in (path.write_text, lambda text: create(path, text.encode())):
-        with pytest.raises(StorageError, match="NoSuchBucket"):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_bucket_that_is_not_there_is_said_without_a_secret(protocol, request):
+    request.getfixturevalue(protocol)
+    path, why = location(f"{protocol}://no-such-bucket/x"), {"az": "ContainerNotFound"}.get(protocol, "NoSuchBucket")
+    for write in (partial(write_json, path), path.write_text, lambda text: create(path, text.encode())):
+        with pytest.raises(StorageError, match=rf"{path} cannot be used \({why}: .* check the") as error:
             write("x")
+        assert "PLANTED" not in str(error.value) and SECRETS[protocol] not in str(error.value)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def refusing():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in environment(f"http://127.0.0.1:{server.server_port}").items():
+        for key, value in environment("s3", f"http://127.0.0.1:{server.server_port}").items():
             patch.setenv(key, value)
         yield Handler
     server.shutdown()

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 from affine import Affine
+from buckets import PROTOCOLS
 from PIL import Image, ImageOps
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
@@ -57,6 +59,28 @@ def test_lists_a_folder_a_glob_a_file_and_a_uri(tmp_path):
     assert [scene_id for scene_id, _ in list_scenes(f"file://{tmp_path}")] == everything
     assert list_scenes(f"file://{tmp_path}/deep/*.png") == [("c.png", f"file://{tmp_path}/deep/c.png")]
     assert list_scenes("s3://bucket/x/a.tif") == [("a.tif", "s3://bucket/x/a.tif")]
+
+
+@pytest.mark.parametrize("protocol", ["s3", PROTOCOLS[-1]])
+def test_scenes_in_a_bucket_are_those_of_a_folder(tmp_path, request, protocol):
+    bucket = request.getfixturevalue(protocol) / tmp_path.name
+    placed = {"transform": from_origin(500000, 4500000, 0.3, 0.3), "crs": "EPSG:32618"}
+    write(tmp_path / "a.tif", formula(90, 70), tiled=True, blockxsize=16, blockysize=16, **placed)
+    write(tmp_path / "deep" / "b.png", formula(60, 50))
+    (tmp_path / "index.csv").write_text("uri\na.tif\ndeep/b.png\n")
+    for path in ("a.tif", "deep/b.png", "index.csv"):
+        (bucket / path).write_bytes((tmp_path / path).read_bytes())
+    here, there = list_scenes(str(tmp_path)), list_scenes(str(bucket))
+    assert [scene_id for scene_id, _ in there] == [scene_id for scene_id, _ in here] == ["a.tif", "deep/b.png"]
+    assert there == list_scenes(f"{bucket}/index.csv") == list_scenes(f"{bucket}/*")
+    for (_, path), (_, uri) in zip(here, there, strict=True):
+        infos = [describe_scene(scene, (1, 2, 3), None) for scene in (path, uri)]
+        assert replace(infos[0], stamp=infos[1].stamp) == infos[1] and infos[1].stamp
+        pixels = [TileReader().read(row(scene, (10, 12, 30, 30))) for scene in (path, uri)]
+        np.testing.assert_array_equal(*pixels)
+    with pytest.raises(SceneError, match="no such file") as caught:
+        describe_scene(f"{bucket}/gone.tif", (1, 2, 3), None)
+    assert caught.value.retryable
 
 
 def test_lists_a_table(tmp_path):

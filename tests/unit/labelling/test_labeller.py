@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from buckets import Faults, environment, serve_s3
+from buckets import Faults, environment, serve
 from conftest import tiny_recipe
 from made_stores import made_tile, write_tiles
 
@@ -169,8 +169,8 @@ def test_tiles_that_had_failed_join_a_shard_of_format_4_or_5(shards, missing):
 def test_a_shard_asks_little_of_a_bucket(weights, monkeypatch):
     """Two looks for notes, two notes that come and go, and the shard; its tiles are in a file that is there already."""
     made = [made_tile("scene", (128 * i, 0, 128, 128)) for i in range(8)]
-    with serve_s3() as (url, bucket), Faults(url) as counting:
-        for key, value in environment(counting.url).items():
+    with serve("s3") as (url, bucket), Faults(url) as counting:
+        for key, value in environment("s3", counting.url).items():
             monkeypatch.setenv(key, value)
         run_dir = location(f"s3://{bucket}/run")
         tiles, store = write_tiles(run_dir, made, shard_tiles=2), run_dir / "store"
