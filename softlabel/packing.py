@@ -10,8 +10,10 @@ from ray.exceptions import RayError, RayTaskError
 from softlabel.errors import DISK_FULL, StoreError
 from softlabel.shards import pack, to_pack
 from softlabel.storage import remove_tree
+from softlabel.terminal import say
 
 _AHEAD = 4  # tasks handed to Ray for each CPU: more would only wait in its memory
+_LONG_S = 60.0  # a task takes seconds
 
 
 def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Counter[str]:
@@ -28,9 +30,11 @@ def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Count
     for number, expected in to_pack(tiles, splits):
         waiting.append(task.remote(folder, tiles, splits, number, expected))
         if len(waiting) >= most:
-            done, waiting = ray.wait(waiting)
+            done, waiting = _wait(waiting)
             total.update(_told(done))
-    total.update(_told(waiting))
+    while waiting:
+        done, waiting = _wait(waiting)
+        total.update(_told(done))
     remove_tree(folder / "shards")
     return total
 
@@ -47,6 +51,16 @@ def _pack(
         if error.errno not in DISK_FULL:
             raise
         return f"no space left on the disk of {folder}: free some and run the same again"
+
+
+def _wait(tasks: list["ray.ObjectRef"]) -> tuple[list["ray.ObjectRef"], list["ray.ObjectRef"]]:
+    """As ray.wait, and it is said where that takes long: another job may have every CPU."""
+    while True:
+        done, waiting = ray.wait(tasks, timeout=_LONG_S)
+        if done:
+            return done, waiting
+        free = ray.available_resources().get("CPU", 0)
+        say(f"packing: nothing was packed for {_LONG_S:g} s; {free:g} CPU free, and each task needs one")
 
 
 def _told(done: list["ray.ObjectRef"]) -> Counter[str]:

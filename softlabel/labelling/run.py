@@ -172,8 +172,8 @@ def _label_missing(
                     bar.set_postfix_str(speed.line(), refresh=False)
                     bar.update(row["tiles"])
             except RayError as error:
-                _raise_unless_lost(error, folders)
                 _end_actors(actors)
+                _raise_unless_lost(error, folders)
                 _drop_committed(folders, work, again, bar)
                 deaths = _deaths(folders)  # of readers that live, too: only more than ever is a step towards a culprit
                 failures = 0 if len(work) < before or deaths > most_deaths else failures + 1
@@ -182,7 +182,9 @@ def _label_missing(
                     raise StoreError(f"labelling got no further in {failures} runs: {_one_line(error)}") from error
                 say(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
             except ExecutionTimeoutError as error:
-                raise StoreError(_stalled(execution, folders, error)) from None
+                stalled = _stalled(execution, folders, error)
+                _end_actors(actors)
+                raise StoreError(stalled) from None
     say(f"labelling: {speed.line()}")
     return speed
 

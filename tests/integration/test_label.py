@@ -21,7 +21,7 @@ from conftest import tiny_recipe
 from drivers import Driver, assert_same, by_tile
 from made_stores import unpack
 
-from softlabel import cli
+from softlabel import cli, packing
 from softlabel.errors import RecipeError, StorageError, StoreError
 from softlabel.evaluation.run import evaluate_store, numbers
 from softlabel.imagery.run import tile
@@ -352,18 +352,43 @@ def test_the_driver_keeps_nothing_of_the_shards_that_are_done(many_tiles, weight
     assert len(kept) >= 2 and sum(kept) <= 2
 
 
-def test_actors_of_a_run_that_failed_make_room_for_those_of_the_next(weights, tiles, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [(StorageError("not there just now"), nullcontext()), (ValueError("odd"), pytest.raises(ValueError))],
+)
+def test_actors_of_a_run_that_failed_make_room_for_those_of_the_next(
+    weights, tiles, tmp_path, monkeypatch, error, ends
+):
     class FailsOnce(labelling._Labeller):
         def __call__(self, read):
             if not (tmp_path / "failed").exists():
                 (tmp_path / "failed").touch()
-                raise StorageError("not there just now")
+                raise error
             return super().__call__(read)
 
     monkeypatch.setattr(labelling, "_Labeller", FailsOnce)
     recipe = tiny_recipe(execution={"gpus_per_actor": 2, "stall_minutes": 0.5}, label={"precision": "float32"})
-    (folder,) = label(recipe, [label_job(recipe, "labels", weights, tiles, None)], tmp_path)
+    jobs = [label_job(recipe, "labels", weights, tiles, None)]
+    with ends:  # it holds the error, and so the actors
+        label(recipe, jobs, tmp_path)
+    (folder,) = label(recipe, jobs, tmp_path)
     assert (tmp_path / "failed").exists() and summary(folder)["requested"] == summary(folder)["labelled"] > 0
+
+
+def test_packing_says_that_it_waits_for_a_cpu(monkeypatch):
+    said = []
+
+    def say(text):
+        said.append(text)
+        ray.kill(busy)
+
+    busy = ray.remote(num_cpus=3)(threading.Event).remote()
+    ray.get(busy.is_set.remote())
+    monkeypatch.setattr(packing, "_LONG_S", 0.5)
+    monkeypatch.setattr(packing, "say", say)
+    done, waiting = packing._wait([ray.remote(num_cpus=1)(lambda: 1).remote()])
+    assert ray.get(done) == [1] and not waiting
+    assert said == ["packing: nothing was packed for 0.5 s; 0 CPU free, and each task needs one"]
 
 
 def test_what_was_labelled_is_counted_on_ray_s_dashboard(recipe, weights, tiles, tmp_path):
