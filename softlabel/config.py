@@ -287,7 +287,7 @@ class Soft(_Section):
         if self.temperature != 1 and self.class_targets == "hard":
             raise ValueError("temperature is of class vectors: set class_targets to vector")
         if self.soft_teacher and not self.supplement:
-            raise ValueError("soft_teacher keeps to the truth of some tiles: set supplement too")
+            raise ValueError("soft_teacher needs the truth of some tiles: set supplement too")
         return self
 
 
@@ -475,7 +475,7 @@ class Recipe(_Section):
     @classmethod
     def _is_no_path(cls, name: str) -> str:
         if "/" in name or name in ("", ".", ".."):
-            raise ValueError("it names a folder below runs/, and may hold no slash")
+            raise ValueError("it names a folder below runs/, so it must not contain a slash, or be empty, . or ..")
         return name
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """The command line's verbs and their flags: the same ones for every verb that takes a recipe."""
 
 import argparse
+import math
 import re
 
 import softlabel
@@ -47,15 +48,15 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("--vocabulary", type=location, required=True, metavar="FILE", help=purpose)
             verb.add_argument("--threshold", type=_share, default=0.1, help="boxes scoring above it (default: 0.1)")
         if name == "search":
-            purpose = "time for the search, such as 8h or 1h30m, without teacher and labels (default: no limit)"
+            purpose = "time limit for the search, such as 8h or 1h30m, not counting teacher and labels (default: none)"
             verb.add_argument("--budget", type=_seconds, metavar="TIME", help=purpose)
             verb.add_argument("--resume", action="store_true", help="go on with a search that is there")
-    purpose = "say what a weights file is, and what can be done with it, running nothing of it"
+    purpose = "say what a weights file is, and what can be done with it, without running any code in it"
     verb = verbs.add_parser("describe", help=purpose, description=purpose)
-    verb.add_argument("weights", metavar="WEIGHTS", help="a .pt or .safetensors, or a model of transformers")
+    verb.add_argument("weights", metavar="WEIGHTS", help="a .pt, .safetensors or .onnx, or a model of transformers")
     purpose = "say how far a run is, while it runs and afterwards, on any machine that sees its folder"
     verb = verbs.add_parser("status", help=purpose, description=purpose)
-    verb.add_argument("run_dir", type=location, metavar="RUN-DIR", help="what --run-dir of the run was")
+    verb.add_argument("run_dir", type=location, metavar="RUN-DIR", help="the run's folder, as given to --run-dir")
     _add_import_weights(verbs)
     _add_show(verbs)
     _add_export(verbs)
@@ -75,13 +76,14 @@ def _add_retry_rejected(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_import_weights(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    purpose = "turn a checkpoint of ultralytics or YOLOv5 (.pt) into safetensors, running nothing of it"
+    purpose = "turn a checkpoint of ultralytics or YOLOv5 (.pt) into safetensors, without running any code in it"
     verb = verbs.add_parser("import-weights", help=purpose, description=purpose)
-    verb.add_argument("checkpoint", type=location, metavar="WEIGHTS", help="a .pt file; with --model tensors alone too")
+    purpose = "a .pt file; with --model also a bare state_dict, as .pt or .safetensors"
+    verb.add_argument("checkpoint", type=location, metavar="WEIGHTS", help=purpose)
     verb.add_argument("--output", type=location, help="where to (default: beside it, as .safetensors)")
-    verb.add_argument("--model", metavar="YAML", help="of tensors alone: which model they belong to, as yolo11n.yaml")
-    verb.add_argument("--classes", metavar="NAME,NAME", help="of tensors alone: what the model finds, in its order")
-    purpose = "of tensors alone: longer side of the images it was trained on, in pixels (default: 640)"
+    verb.add_argument("--model", metavar="YAML", help="for a bare state_dict: its model, such as yolo11n.yaml")
+    verb.add_argument("--classes", metavar="NAME,NAME", help="for a bare state_dict: the model's classes, in its order")
+    purpose = "for a bare state_dict: longer side of the training images, in pixels (default: 640)"
     verb.add_argument("--imgsz", type=int, default=640, help=purpose)
 
 
@@ -105,7 +107,8 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
     verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
-    verb.add_argument("--iou", type=_share, default=0.5, help="boxes of a class above it are one (default: 0.5)")
+    purpose = "boxes of the same class whose IoU is above it are one object (default: 0.5)"
+    verb.add_argument("--iou", type=_share, default=0.5, help=purpose)
     _add_verbose(verb)
 
 
@@ -117,7 +120,8 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
     verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
-    verb.add_argument("--iou", type=_share, default=0.55, help="boxes of a class above it are one (default: 0.55)")
+    purpose = "boxes of the same class whose IoU is above it are one object (default: 0.55)"
+    verb.add_argument("--iou", type=_share, default=0.55, help=purpose)
     _add_verbose(verb)
 
 
@@ -126,7 +130,7 @@ def _add_subtype(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     verb = verbs.add_parser("subtype", help=purpose, description=purpose)
     verb.add_argument("store", type=location, metavar="STORE", help=_STORE)
     verb.add_argument("--class", dest="split_class", required=True, metavar="NAME", help="the class to split")
-    purpose = "colour of its pixels, an image classifier's classes, or prompts that a CLIP or SigLIP compares it with"
+    purpose = "a box's pixel colour, an image classifier's classes, or prompts that a CLIP or SigLIP compares it with"
     verb.add_argument("--by", choices=("colour", "classifier", "prompts"), default="colour", help=purpose)
     purpose = "of classifier and prompts: a folder of transformers with .safetensors, or a name on the hub"
     verb.add_argument("--model", metavar="MODEL", help=purpose)
@@ -145,7 +149,10 @@ def _seconds(text: str) -> float:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return value

@@ -47,8 +47,8 @@ def check_writable(folder: Path) -> None:
     """
     if is_remote(folder):
         if not has_conditions(folder):
-            problem = "its server does not keep to If-None-Match, by which two runs at once are told apart"
-            raise SessionError(f"cannot write to {folder} ({problem}): give another, or a newer server")
+            problem = "its server ignores If-None-Match, which keeps two runs from writing there at once"
+            raise SessionError(f"cannot write to {folder} ({problem}): give another folder, or use a newer server")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def location(text: Path | str) -> Path:
     if scheme[1] not in _BUCKETS:
         raise SessionError(f"{text.partition('?')[0]} is no place for files: give a path, or s3://, gs:// or az://")
     if not re.fullmatch(r"\w+://[^/@?*#[\]]+(/[^@?*#[\]]*)?", text):  # @ and ? come with secrets, the others are globs
-        raise SessionError(f"{scheme[1]}: give {scheme[1]}://BUCKET/FOLDER, and nothing else in it, such as @ ? # * [")
+        raise SessionError(f"{scheme[1]}: give {scheme[1]}://BUCKET/FOLDER, without characters such as @ ? # * [")
     from softlabel.buckets import BucketPath  # takes a fifth of a second
 
     return cast(Path, BucketPath(text.rstrip("/"), protocol=scheme[1]))

@@ -15,7 +15,7 @@ def import_weights(arguments: argparse.Namespace) -> None:
 
     source, model, classes = arguments.checkpoint, arguments.model, arguments.classes
     if (model is None) != (classes is None):
-        raise RecipeError("--model and --classes belong together: give both, for tensors alone")
+        raise RecipeError("--model and --classes belong together: give both for a bare state_dict, else neither")
     target = arguments.output or source.with_suffix(".safetensors")
     if source.is_file():  # else that is what is wrong, and no folder is made
         check_writable(target.parent)

@@ -70,7 +70,7 @@ def left_out(found: ClassMap, asked: Mapping[str, str | None]) -> list[str]:
     without = [name for name, columns in zip(found.classes, found.columns, strict=True) if not columns]
     lines = []
     if silent:
-        lines.append(f"label.classes: left out, since no class of the recipe is named for them: {listed(silent)}")
+        lines.append(f"label.classes: left out, since no class of the recipe has the same name: {listed(silent)}")
     if without:
         lines.append(f"label.classes: the teacher has nothing for {listed(without)}: no box will be of them")
     return lines

@@ -76,7 +76,9 @@ def crop_classifier(model: str) -> CropModel:
     folder = any_folder(model)
     made_as = read_json(folder / "config.json").get("architectures") or []
     if not any(str(name).endswith(_HEAD) for name in made_as):
-        raise WeightsError(f"{model} is {', '.join(made_as) or model_type(folder)}: give a model {_HEAD} of images")
+        raise WeightsError(
+            f"{model} is {', '.join(made_as) or model_type(folder)}: give an image classifier (*{_HEAD})"
+        )
     names = class_names(folder)
     return CropModel(lasting_name(model, folder), content_digest(folder), model_type(folder), names)
 

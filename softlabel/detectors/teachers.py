@@ -82,7 +82,7 @@ def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str |
     settings, folder = recipe.label, local_folder(model)
     family = model_type(folder)
     if FAMILIES[family].open_vocabulary:
-        raise RecipeError(f"label.weights: {model} finds what it is told: give it as label.open_vocabulary.model")
+        raise RecipeError(f"label.weights: {model} is an open-vocabulary model: give it as label.open_vocabulary.model")
     if settings.imgsz is not None:
         raise RecipeError(f"label.imgsz: {model} sees every tile at the size of its own configuration: remove it")
     mapped = class_map(model, class_names(folder), recipe.classes, classes)
@@ -111,7 +111,9 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     if settings.classes:
         raise RecipeError("label.classes is for label.weights: an open-vocabulary teacher has the recipe's classes")
     if settings.imgsz is not None:
-        raise RecipeError("label.imgsz: an OWL-ViT sees every tile at the size of its own configuration: remove it")
+        raise RecipeError(
+            "label.imgsz: an open-vocabulary model sees every tile at the size of its own configuration: remove it"
+        )
     folder, queries = local_folder(found.model), _queries(recipe.classes, found)
     family = model_type(folder)
     if not FAMILIES[family].open_vocabulary:
@@ -158,7 +160,7 @@ def _named_teacher(recipe: Recipe) -> Teacher:
     settings = recipe.label
     if (settings.weights is None) == (settings.open_vocabulary is None):
         raise RecipeError(
-            "label.weights is not set, nor label.open_vocabulary (or both are): --set label.weights=PATH, or give one"
+            "label.weights is not set, nor label.open_vocabulary (or both are): give just one: --set label.weights=PATH"
         )
     if settings.weights is None:
         return open_vocabulary_teacher(recipe)

@@ -93,7 +93,9 @@ def import_tensors(source: Path, target: Path, model: str, classes: Sequence[str
     _check_absent(target)
     found = read_state_dict(source) if is_checkpoint(source) else _read_tensors(source)
     if found is None:
-        raise WeightsError(f"{source} does not hold tensors alone: give it without --model if it holds a whole model")
+        raise WeightsError(
+            f"{source} is not a bare state_dict: give it without --model and --classes if it holds a whole model"
+        )
     tensors = _named_alike(found)
     header = Header(build_model(model, len(classes)).yaml, tuple(classes), imgsz, default_train_args(model))
     _check_fits(header, tensors, source)
@@ -239,7 +241,9 @@ def _check_fits(header: Header, tensors: dict[str, torch.Tensor], path: Path | s
     try:
         own = _shapes(header)
     except Exception as error:  # noqa: BLE001 (a damaged yaml asks layers for anything)
-        raise WeightsError(f"{path} names what is no layer of a model ({_one_line(error)}): it is refused") from None
+        raise WeightsError(
+            f"{path} describes a model that cannot be built ({_one_line(error)}): it is refused"
+        ) from None
     for key, shape in own.items():
         found = list(tensors[key].shape) if key in tensors else "missing"
         if found != shape:

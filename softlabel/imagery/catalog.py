@@ -70,8 +70,8 @@ def load_scenes(
         drawn = truth.scenes[names[scene_id]] if truth and scene_id in names else default
         if not isinstance(info, SceneError) and drawn and _is_drawn_on_its_side(drawn, info):
             info = SceneError(
-                f"scene {uri} is {info.width}x{info.height} px as EXIF orientation {info.orientation} turns it, its "
-                "truth was drawn on it as it is stored: save it upright, without that tag"
+                f"scene {uri} is {info.width}x{info.height} px after EXIF orientation {info.orientation}, but its "
+                "truth was drawn on the pixels as stored: save it upright, without that tag"
             )
         if isinstance(info, SceneError):
             rejected.append(_rejected_scene(uri, info, drawn))
@@ -127,8 +127,8 @@ def _match(truth: TruthSet, listed: list[tuple[str, str]], rejected: list[dict])
     if truth.scenes and not found:
         name = next(iter(truth.scenes))
         raise TruthError(
-            f"the truth is about none of the scenes: it names {name}, a scene is {listed[0][0]}"
-            f"{_difference(name, scene_ids)}: set tiles.scenes to the folder that those names count from"
+            f"the truth matches none of the scenes: it names {name}, while a scene is named {listed[0][0]}"
+            f"{_difference(name, scene_ids)}: set tiles.scenes to the folder that the truth's names are relative to"
         )
     return {scene_id: name for name, scene_id in found.items()}
 

@@ -347,12 +347,12 @@ def _stalled(execution: Execution, folders: Sequence[Path], error: ExecutionTime
     stages = "; ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
     hands = [found for folder in folders for found in journal.in_hand(folder)]
     busy = [f"{stage} {tile_id} for {seconds:.0f} s" for stage, tile_id, seconds in hands]
-    in_hand = ", ".join(busy[:5]) or "nothing, so the stages wait for a place to run"
+    in_hand = ", ".join(busy[:5]) or "nothing, so the stages are waiting for free resources"
     free = ray.available_resources()
     return (
-        f"no shard of tiles was finished for {execution.stall_minutes:g} minutes ({stages}). In hand: {in_hand}. Free: "
-        f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. The same command goes on from here; where tiles are "
-        "that slow, raise execution.stall_minutes"
+        f"no shard of tiles was finished for {execution.stall_minutes:g} minutes ({stages}). In progress: {in_hand}. "
+        f"Free: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU. The same command goes on from here; if tiles "
+        "really take that long, raise execution.stall_minutes"
     )
 
 

@@ -26,7 +26,7 @@ class ChosenLabels:
         if self.store.tiles.name != tiles.name:
             raise RecipeError(
                 f"train.store: {self.store.folder} is of {self.store.tiles.name}, the recipe's tiles are {tiles.name}: "
-                "give the classes and tiles that it was made with, or labels of these"
+                "give the classes and tiles that it was made with, or labels of the recipe's tiles"
             )
         return self.store.folder
 

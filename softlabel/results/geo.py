@@ -24,7 +24,7 @@ from softlabel.results.names import safe_name
 from softlabel.store import commit
 
 _WGS84 = "EPSG:4326"
-_REMEDY = "geoparquet keeps the coordinates as the scene has them"
+_REMEDY = "use --format geoparquet, which keeps the scene's own coordinates"
 SUFFIX = {"geoparquet": "parquet", "geojson": "geojson"}
 
 
@@ -62,7 +62,7 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
         SceneError: The scene's CRS is not known, or its transform has a value that is no number.
     """
     if found.transform is not None and not np.isfinite(found.transform).all():
-        raise SceneError("its transform has values that are no numbers")
+        raise SceneError("its transform has values that are not finite")
     size = len(found.boxes)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.scores.ravel(), pa.float32()), len(classes))
     columns = {

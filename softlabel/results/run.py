@@ -144,7 +144,7 @@ def _check_unread(job: SubtypeJob, counts: dict) -> None:
     unread = counts[REJECTED] - before[REJECTED]
     if not unread:
         return
-    remedy = f"see {job.output / 'rejected'}, and bring their scenes back and run the same with --retry-rejected"
+    remedy = f"see {job.output / 'rejected'}, restore their scenes, and run the same command with --retry-rejected"
     problem = f"{unread} of {before[LABELLED]} labelled tiles could not be read and were rejected: {remedy}"
     if unread > _MAX_UNREAD * before[LABELLED]:
         raise StoreError(problem)

@@ -113,7 +113,7 @@ def subtype_job(folder: Path, split_class: str, attribute: Attribute) -> Subtype
     if len(job.finer) < 2:
         raise StoreError(f"{split_class} would become {listed(job.finer)} alone: give at least two to tell apart")
     if twice := sorted({name for name in job.classes if job.classes.count(name) > 1}):
-        raise StoreError(f"{split_class} would become {listed(twice)} twice, or beside one of that name: rename them")
+        raise StoreError(f"splitting {split_class} would make two classes of one name, {listed(twice)}: rename them")
     return job
 
 

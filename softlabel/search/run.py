@@ -315,7 +315,7 @@ class _Search:
                 "give it a larger --budget with --resume, or correct what failed"
             )
         if has_failed(trials):
-            say(f"ended by failures in a row, the last: {trials[-1].reason}: correct that, and go on with --resume")
+            say(f"stopped by consecutive failures, the last: {trials[-1].reason}: fix that and continue with --resume")
         clock = read_json(self._clock)
         trained = sum(sum(row["seconds"] for row in trial.history) for trial in trials)
         results = {

@@ -130,7 +130,9 @@ def check_soft(recipe: Recipe, thresholds: Iterable[Threshold], num_classes: int
                 "train.soft.smoothing has no use: with one class there is no other to share with: remove it"
             )
         if soft.class_targets == "vector" and is_anchor_based(model):
-            raise RecipeError(f"train.soft.class_targets has no use: of one class {model} has no class loss: remove it")
+            raise RecipeError(
+                f"train.soft.class_targets has no use: with one class {model} has no class loss: remove it"
+            )
     if soft.ignore_above is None:
         return
     for threshold in thresholds:
@@ -153,9 +155,9 @@ def _problem(name: str, args: dict[str, Any], model: str) -> str | None:
     if name in WITHOUT_EFFECT:
         return f"has no effect ({WITHOUT_EFFECT[name]})"
     if name in _NOT_WITH_ANCHORS and is_anchor_based(model):
-        return f"is of no loss that {model} has (they are box, obj and cls)"
+        return f"is for a loss that {model} lacks (it has box, obj and cls)"
     if name == "angle" and not finds_rotated(model):
-        return f"is of no loss that {model} has: it finds upright boxes"
+        return f"is for a loss that {model} lacks: it finds upright boxes"
     optimizer = str(args.get("optimizer", "auto")).lower()
     if name in _FIXED_BY_AUTO and optimizer == "auto":
         return "has no effect under optimizer: auto, which chooses it (or name an optimizer)"

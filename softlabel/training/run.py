@@ -92,7 +92,7 @@ def _check(job: TrainJob) -> None:
     if partly and job.soft_labels is None and not job.soft.ignore_truth:
         say(
             f"{job.name}: {partly} of {len(targets)} tiles were labelled for some classes only, and it learns that the "
-            "others are not there: set train.soft.ignore_truth to true to leave that open"
+            "others are absent: set train.soft.ignore_truth to true to treat them as unknown"
         )
 
 

@@ -136,7 +136,7 @@ class TrainJob:
         if finds_rotated(self.model) and all(target.xywhr is None for target in targets):
             raise TrainingError(
                 f"{self.name}: {self.model} learns rotated boxes, and those of {self.soft_labels or self.tiles} are "
-                "upright: train a model as yolo11n.yaml, or give truth in DOTA's form or labels of an -obb model"
+                "upright: train a model such as yolo11n.yaml, or give truth in DOTA format or labels of an -obb model"
             )
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
 
@@ -236,7 +236,7 @@ def _check_agreement(store: Path, tiles: Path, split: str) -> None:
         if row["tile_id"] in asked and row["boxes"] and row.get("agreement") is not None:
             return
     raise TrainingError(
-        f"train.soft.localisation_power has nothing to go by, no box of {store} has an agreement: delete that folder "
+        f"train.soft.localisation_power cannot be used, since no box of {store} has an agreement: delete that folder "
         "and label again if an older softlabel made it, else remove the key (fused or augmented labels and those of "
         "teachers without NMS have none)"
     )

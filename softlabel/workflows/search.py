@@ -131,8 +131,8 @@ def teacher_job(recipe: Recipe, run_dir: Path, tiles: Path, suffix: str = "") ->
     other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
     if other not in summary(tiles)["splits"]:
         raise RecipeError(
-            "nobody can teach: set label.weights or label.open_vocabulary, or label train_1 or train_2 "
-            f"(train.split is {recipe.train.split})"
+            "no teacher, and no other training set to train one on: set label.weights or label.open_vocabulary, or set "
+            f"train.split to train_1 or train_2 (it is {recipe.train.split})"
         )
     val_split = validation_split(tiles, str(other), "truth")
     name = f"teacher_{str(other)[-1]}{suffix}"

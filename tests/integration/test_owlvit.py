@@ -86,7 +86,7 @@ def test_other_words_are_another_teacher(model, tiles, tmp_path):
         ({"prompts": {**PROMPTS, "car": []}, "examples": {"car": ["no.png"]}}, {}, r"cannot read no\.png as an image"),
         ({"examples": {"car": ["no.png"]}}, {}, r"give car prompts, or examples \(one of the two\)"),
         ({}, {"weights": "yolo.safetensors"}, r"label\.weights is not set, nor label\.open_vocabulary \(or both are\)"),
-        ({}, {"imgsz": 320}, "an OWL-ViT sees every tile at the size of its own configuration"),
+        ({}, {"imgsz": 320}, "an open-vocabulary model sees every tile at the size of its own configuration"),
         ({}, {"engine": "openvino"}, "openvino does not run this model \\(owlvit\\): set it to pytorch or auto"),
     ],
 )

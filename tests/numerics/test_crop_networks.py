@@ -108,7 +108,7 @@ def test_a_prompt_that_is_too_long_and_a_broken_model_are_one_line(prompted, cro
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(WeightsError, match=r"cannot be loaded .*: is it whole"):
         prompted_crops(str(tmp_path), WORDS).shares(crops[:1])
-    with pytest.raises(WeightsError, match="give a model ForImageClassification"):
+    with pytest.raises(WeightsError, match=r"give an image classifier \(\*ForImageClassification\)"):
         crop_classifier(str(folder))
 
 

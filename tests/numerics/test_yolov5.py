@@ -126,5 +126,5 @@ def test_a_weights_file_cannot_have_its_yaml_evaluated(model, tmp_path):
     }.items():
         path = tmp_path / f"{key}.safetensors"
         save_weights(path, model, Header({**model.yaml, key: value}, CLASSES, 96, {}))
-        with pytest.raises(WeightsError, match="names what is no layer"):
+        with pytest.raises(WeightsError, match="describes a model that cannot be built"):
             load_model(path)

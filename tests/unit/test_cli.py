@@ -51,7 +51,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, words, message)
         ("s3://no-such-bucket/run", "s3://no-such-bucket/run"),
         (
             "s3:/archive/run",
-            "s3: give s3://BUCKET/FOLDER, and nothing else in it",
+            "s3: give s3://BUCKET/FOLDER, without characters such as",
         ),
         ("nothing://archive/run", "nothing://archive/run is no place for files"),
         ("http://127.0.0.1:9/run", "http://127.0.0.1:9/run is no place for files"),
@@ -73,6 +73,13 @@ def test_a_place_that_cannot_be_used_is_named_in_one_line(capsys, tmp_path, monk
     code, out, error = run(capsys, *words, where)
     assert (code, out) == (2, "") and list(tmp_path.iterdir()) == []
     assert message in error and error.count("\n") == 1 and len(error) < 800
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "-1", "2"])
+def test_a_threshold_is_a_number_from_0_to_1(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "store", f"--threshold={text}"])
+    assert f"--threshold: {text} is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly():

@@ -381,7 +381,7 @@ def test_training_starts_from_tensors_alone(tmp_path, yolo, kind):
     torch.testing.assert_close(student.state_dict()["model.0.conv.weight"], yolo.state_dict()["model.0.conv.weight"])
     whole = save(tmp_path / "whole.pt", {"model": yolo})
     assert load_matching(build_model("yolo11n.yaml", 5), whole) == (fitting, total)
-    with pytest.raises(WeightsError, match="does not hold tensors alone: give it without --model"):
+    with pytest.raises(WeightsError, match="is not a bare state_dict: give it without --model"):
         import_tensors(whole, tmp_path / "x.safetensors", "yolo11n.yaml", ["a", "b"], 640)
 
 

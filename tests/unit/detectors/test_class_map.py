@@ -27,7 +27,7 @@ def test_what_nobody_spoke_of_is_named_in_one_line():
     asked = {"boat": "ship"}
     found = class_map("best.pt", [*COCO, *map(str, range(20))], ("ship",), asked)
     assert left_out(found, asked) == [
-        "label.classes: left out, since no class of the recipe is named for them: "
+        "label.classes: left out, since no class of the recipe has the same name: "
         "person, car, truck, 0, 1, 2, 3, 4, 5, 6, ... (23)"
     ]
 

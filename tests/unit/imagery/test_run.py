@@ -181,7 +181,7 @@ def test_an_image_whose_truth_lies_on_its_side_is_refused(world):
     world.images[-1] |= {"width": 48, "height": 64}
     rows, rejected, summary = world.tile()
     assert {row["scene_id"] for row in rows} == {"a.tif"} and summary["scenes_rejected"] == 1
-    assert "64x48 px as EXIF orientation 6 turns it" in rejected[0]["reason"]
+    assert "64x48 px after EXIF orientation 6" in rejected[0]["reason"]
     world.images[-1] |= {"width": 64, "height": 48}  # drawn on what is seen
     rows, rejected, _ = world.tile()
     assert {row["scene_id"] for row in rows} == {"a.tif", "turned.jpg"} and not rejected

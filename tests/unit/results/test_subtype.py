@@ -213,7 +213,7 @@ def test_a_finer_store_can_be_split_again_and_fused(tmp_path):
     [
         ("bus", ("a", "b"), r"label-w1 has no class bus: split one of car, plane, ship$"),
         ("car", ("red",), "car would become car-red alone: give at least two"),
-        ("car", ("x", "x"), "car would become car-x twice"),
+        ("car", ("x", "x"), "splitting car would make two classes of one name, car-x: rename"),
     ],
 )
 def test_what_cannot_be_split_is_refused(tmp_path, split_class, names, problem):
@@ -246,7 +246,7 @@ def test_mistakes_are_one_line_before_a_ray_is_started(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "which compares no images with words" in said(capsys, *by_prompts, "--prompts", words)
     by_classifier = (store, "--class", "car", "--by", "classifier", "--model", tmp_path)
-    assert "is BertModel: give a model ForImageClassification" in said(capsys, *by_classifier)
+    assert "is BertModel: give an image classifier (*ForImageClassification)" in said(capsys, *by_classifier)
     (store / DONE).unlink()
     assert "is not finished" in said(capsys, store, "--class", "car")
     assert "is no store of soft labels" in said(capsys, tmp_path / "gone", "--class", "car")

@@ -153,9 +153,9 @@ def test_tiles_are_kept_where_the_recipe_says():
         ({"lr0": 0.5}, "yolov5n.yaml", "lr0 has no effect under optimizer: auto"),
         ({"momentum": 0.5, "optimizer": "Auto"}, "yolov5n.yaml", "momentum has no effect under optimizer: auto"),
         ({"warmup_momentum": 0.5, "optimizer": "AdamW"}, "yolov5n.yaml", "warmup_momentum has no effect with AdamW"),
-        ({"angle": 0.5}, "yolo11n.yaml", r"args: angle is of no loss that yolo11n\.yaml has: it finds upright boxes"),
-        ({"dfl": 1.0}, "yolov5n-anchor.yaml", r"args: dfl is of no loss that yolov5n-anchor\.yaml has"),
-        ({"cls_pw": 0.5}, "yolov5n-anchor.yaml", r"args: cls_pw is of no loss that yolov5n-anchor\.yaml has"),
+        ({"angle": 0.5}, "yolo11n.yaml", r"args: angle is for a loss that yolo11n\.yaml lacks: it finds upright boxes"),
+        ({"dfl": 1.0}, "yolov5n-anchor.yaml", r"args: dfl is for a loss that yolov5n-anchor\.yaml lacks"),
+        ({"cls_pw": 0.5}, "yolov5n-anchor.yaml", r"args: cls_pw is for a loss that yolov5n-anchor\.yaml lacks"),
         ({"rect": True, "plots": True}, "yolov5n.yaml", r"rect has no effect .*; plots is not for .*: remove them"),
     ],
 )

@@ -360,7 +360,7 @@ def recipe(classes=tuple(CLASSES), model="yolov5n.yaml", **soft):
         (
             lambda: recipe(["car"], "yolov5n-anchor.yaml", class_targets="vector"),
             [0.5],
-            r"class_targets has no use: of one class yolov5n-anchor\.yaml has no class loss",
+            r"class_targets has no use: with one class yolov5n-anchor\.yaml has no class loss",
         ),
     ],
 )
@@ -377,7 +377,7 @@ def test_what_has_no_use_is_refused(made, thresholds, problem):
         ({"ignore_above": {"car": 0.1}}, "ignore_above names car: give each of `classes` one"),
         ({"smoothing": 1}, "less than 1"),
         ({"weigh": 1}, "Extra inputs"),
-        ({"soft_teacher": {}}, "soft_teacher keeps to the truth of some tiles: set supplement too"),
+        ({"soft_teacher": {}}, "soft_teacher needs the truth of some tiles: set supplement too"),
         ({"supplement": {"share": 1}}, "less than 1"),
         ({"rounds": 0}, "greater than or equal to 1"),
     ],
