@@ -176,8 +176,8 @@ def _num_groups(execution: Execution) -> int:
     if workers < execution.workers:
         needed = f"{execution.workers} workers of {execution.cpus_per_worker:g} CPU, {execution.gpus_per_worker:g} GPU"
         raise RecipeError(
-            f"a student needs {needed}, and {workers} fit: lower execution.workers, cpus_per_worker or gpus_per_worker, or "
-            "raise execution.wait_minutes where an autoscaler brings more"
+            f"a student needs {needed}, and {workers} fit: lower execution.workers, cpus_per_worker or "
+            "gpus_per_worker, or raise execution.wait_minutes where an autoscaler brings more"
         )
     return workers // execution.workers
 
