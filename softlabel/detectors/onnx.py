@@ -18,7 +18,7 @@ class OnnxDetector(Detector):
     """An exported YOLO over tiles of any shape.
 
     Args:
-        session: Of onnxruntime.
+        session: An onnxruntime session.
         header: As read_onnx_header gives it.
         nms: What is kept of a forward pass.
         options: As for Detector; the engine is pytorch, which here only moves tensors.
@@ -34,9 +34,11 @@ class OnnxDetector(Detector):
         super().__init__(network, num_classes, nms, torch.device("cpu"), rotated=rotated, **options)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """Letterboxing, to a square where the graph takes no other size."""
-        letterbox = Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
-        return letterbox if self._fixed_hw is None else letterbox.padded_to(self._fixed_hw)
+        """Letterboxing, padded to the graph's own input size where that is fixed."""
+        if self._fixed_hw is None:
+            return Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
+        fitting = min(fixed * max(tile_hw) // side for fixed, side in zip(self._fixed_hw, tile_hw, strict=True))
+        return Letterbox.of(tile_hw, fitting, self._stride).padded_to(self._fixed_hw)
 
 
 def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> OnnxDetector:
@@ -64,7 +66,7 @@ class _OnnxNetwork(Network):
 
     def _run(self, pixels: torch.Tensor) -> torch.Tensor:
         size = len(pixels)
-        if self._batch and size < self._batch:  # a graph of a fixed batch takes no fewer
+        if self._batch and size < self._batch:  # a graph with a fixed batch size takes no fewer
             pixels = torch.cat((pixels, pixels.new_zeros(self._batch - size, *pixels.shape[1:])))
         return torch.from_numpy(self._session.run(None, {self._name: pixels.numpy()})[0])[:size]
 
@@ -72,4 +74,4 @@ class _OnnxNetwork(Network):
         return self  # threads may share a session
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """It has the precision that it was exported with."""
+        """Nothing to do: the graph keeps the precision that it was exported with."""

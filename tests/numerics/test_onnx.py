@@ -82,12 +82,13 @@ def test_a_graph_finds_what_its_checkpoint_finds(tmp_path, images, name, options
             np.testing.assert_allclose(ours.xywhr, theirs.xywhr, atol=2e-2)
 
 
-def test_tiles_of_any_shape_are_letterboxed_as_ultralytics_predicts(tmp_path, images):
-    _, graph = exported(tmp_path)
+@pytest.mark.parametrize("imgsz", [IMGSZ, (64, 96)], ids=["square", "rectangular"])
+def test_tiles_of_any_shape_are_letterboxed_as_ultralytics_predicts(tmp_path, images, imgsz):
+    _, graph = exported(tmp_path, imgsz=imgsz)
     found = families.load(teacher_of(graph), threads=None, batch_size=3).detect(images)
     model = YOLO(graph, task="detect")
     for image, ours in zip(images, found, strict=True):
-        options = {"imgsz": IMGSZ, "conf": 0.05, "iou": 0.5, "max_det": 100, "device": "cpu", "verbose": False}
+        options = {"imgsz": imgsz, "conf": 0.05, "iou": 0.5, "max_det": 100, "device": "cpu", "verbose": False}
         boxes = model.predict(image[..., ::-1], **options)[0].boxes
         inside = (boxes.xyxy[:, 2:] > boxes.xyxy[:, :2]).all(1).numpy()
         np.testing.assert_allclose(ours.best, boxes.conf.numpy()[inside], atol=1e-4)
