@@ -8,13 +8,14 @@ import tempfile
 __version__ = "0.1.0"
 
 # A batch job must never pip-install or download behind its user's back, and ultralytics' settings file must not be
-# shared between processes that write it at once. ultralytics reads these once, at import, and every process of a run
-# (driver, Ray workers) imports this package first. A worker inherits its parent's folder name, hence the prefix test.
+# shared between processes that write it at once. ultralytics reads these variables once, at import, and every process
+# of a run (driver, Ray workers) imports this package first. A worker inherits its parent's folder name, hence the test
+# of the prefix.
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("YOLO_OFFLINE", "true")
-os.environ.setdefault("YOLO_VERBOSE", "false")  # softlabel has progress lines of its own
+os.environ.setdefault("YOLO_VERBOSE", "false")  # softlabel prints its own progress
 os.environ["ULTRALYTICS_SAFE_LOAD"] = (
-    "true"  # a weights file's own yaml may name layers only, and nothing of it is evaluated
+    "true"  # the yaml inside a weights file may only name layers, and nothing in it is evaluated
 )
 _prefix = os.path.join(tempfile.gettempdir(), "softlabel-ultralytics-")
 if os.environ.get("YOLO_CONFIG_DIR", _prefix).startswith(_prefix):

@@ -1,4 +1,4 @@
-"""A cluster that grows on demand: ask its autoscaler for what a run needs at least, and wait until that is there."""
+"""Clusters that grow on demand: ask the autoscaler for the least that a run needs, and wait until it is there."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ _LOOK_S = 2.0
 
 
 def wait_for(find: Callable[[], T], bundles: Sequence[dict[str, float]], minutes: float) -> T:
-    """What ``find`` finds, as soon as it finds it. Until then the autoscaler is asked for ``bundles``.
+    """Return what ``find`` returns, as soon as it succeeds; until then, ask the autoscaler for ``bundles``.
 
     Args:
         find: Raises RecipeError as long as the cluster is too small.
-        bundles: What has to be there, each of them on one node: ``{"CPU": 1, "GPU": 1}``.
-        minutes: To wait; 0 is not to wait. A cluster without an autoscaler stays as it is.
+        bundles: The resources needed, each bundle on one node: ``{"CPU": 1, "GPU": 1}``.
+        minutes: How long to wait; 0: do not wait. A cluster without an autoscaler stays as it is.
 
     Raises:
         RecipeError: The cluster is still too small after that.
@@ -36,11 +36,11 @@ def wait_for(find: Callable[[], T], bundles: Sequence[dict[str, float]], minutes
                 if not said:
                     say(f"waiting for the autoscaler, {minutes:g} min at most: {str(error).split(': ')[0]}")
                     said = True
-            # Again and again: the cluster knows the last request alone, and Ray Data makes some of its own.
+            # Repeated, because the cluster keeps only the last request, and Ray Data makes some of its own.
             request_resources(bundles=[_without_zeros(bundle) for bundle in bundles])
             time.sleep(_LOOK_S)
     finally:
-        if minutes:  # or nodes would stay for nobody; also what a run has left here that was killed while it waited
+        if minutes:  # else nodes would stay for nobody; also clears the request of a run killed while it waited
             request_resources(bundles=[])
 
 

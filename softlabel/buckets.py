@@ -1,4 +1,4 @@
-"""Object stores: paths in them, and obstore's file system with conditional writes and failures that say what to do."""
+"""Object stores: paths in them, and an obstore file system with conditional writes and errors that say what to do."""
 
 import glob
 import os
@@ -22,18 +22,18 @@ from upath.registry import register_implementation
 
 from softlabel.errors import StorageError
 
-# A lease's reads and writes must not come late: who makes them tries again. Such options replace those that obstore
-# has from the environment.
+# A lease's reads and writes must fail rather than come late: the caller retries them. Options given here replace those
+# that obstore takes from the environment.
 _QUICK = {"timeout": "5s", "connect_timeout": "5s"}
 _RETRY: dict[str, Any] = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
 _WAITS_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-"""Before a deletion is tried again."""
+"""How long to wait before each retry of a deletion."""
 _PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _FROM_ENVIRONMENT = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
 
 
 class BucketPath(CloudPath):
-    """Of ``s3://``, ``gs://`` and ``az://``; small files are read and written by one request."""
+    """A path in ``s3://``, ``gs://`` or ``az://``; a small file is read or written in one request."""
 
     __slots__ = ()
 
@@ -62,8 +62,8 @@ class BucketPath(CloudPath):
             yield self / str(name).rpartition("/")[2]
 
     def glob(self, pattern: str, **options: Any) -> Iterator["BucketPath"]:
-        """As pathlib has it, ``**`` for whatever is below. A folder may come and go meanwhile, which fsspec's does not
-        like; and this lists each level once."""
+        """As in pathlib, with ``**`` for everything below. Unlike fsspec's, it tolerates folders that come and go
+        meanwhile, and lists each level once."""
         first, _, rest = pattern.partition("/")
         if first == "**":
             yield from (path for path in self.modified() if fnmatchcase(path.name, rest))
@@ -76,11 +76,11 @@ class BucketPath(CloudPath):
                         yield from path.glob(rest) if rest else [path]
 
     def modified(self) -> dict["BucketPath", float]:
-        """Everything below it, and when it was written."""
+        """Everything below this path, and when each object was written."""
         return {self / name.removeprefix(f"{self.path}/"): when for name, when in self.fs.below(self.path)}
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a bucket has no folders."""
+        """Do nothing: a bucket has no folders."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         self.fs.rm_file(self.path)
@@ -92,14 +92,14 @@ for _protocol in ("s3", "gs", "az"):
 
 @contextmanager
 def _failures(url: str, *, writing: bool = False) -> Iterator[None]:
-    """What fails in it as a StorageError; where nothing is written a missing object stays a FileNotFoundError."""
+    """Turn failures in the block into StorageErrors; unless ``writing``, a missing object stays a FileNotFoundError."""
     try:
         yield
     except (BaseError, OSError) as error:
         if isinstance(error, FileNotFoundError) and not writing:
             raise
         text = " ".join(str(error).split())
-        if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text):  # in XML, as S3 has it
+        if answer := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text):  # in XML, as S3 answers
             text = f"{answer[1]}: {answer[2]}"
         raise StorageError(
             f"{url} cannot be used ({text[:300]}): check the bucket's name, the credentials in the environment and the "
@@ -108,15 +108,15 @@ def _failures(url: str, *, writing: bool = False) -> Iterator[None]:
 
 
 class Bucket(AbstractFileSystem):  # type: ignore[misc]
-    """All buckets of a protocol, as fsspec has file systems, by obstore's blocking calls. obstore's own file system is
-    one of coroutines: a process that ends right after one is aborted now and then (PyO3/pyo3-async-runtimes#40)."""
+    """All buckets of a protocol as one fsspec file system, through obstore's blocking calls. obstore's own file system
+    uses coroutines: a process that ends right after one is now and then aborted (PyO3/pyo3-async-runtimes#40)."""
 
     def __init__(self, protocol: str) -> None:
         super().__init__()
         self.protocol = protocol
         self._construct_store = lru_cache(self._construct_store)  # type: ignore[method-assign]
 
-    def _construct_store(self, bucket: str) -> Any:  # obstore's files ask for this by its name, and for the next
+    def _construct_store(self, bucket: str) -> Any:  # obstore's files call this and _split_path by name
         return self._store(bucket)
 
     def _store(self, bucket: str, **options: Any) -> Any:
@@ -129,7 +129,7 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
 
     @contextmanager
     def _at(self, path: str, *, writing: bool = False) -> Iterator[tuple[Any, str]]:
-        """The bucket and the object's name in it; what fails meanwhile is a StorageError."""
+        """The bucket's store and the object's key in it, for a block whose failures are treated as `_failures` does."""
         bucket, key = self._split_path(path)
         with _failures(self.url(path), writing=writing):
             yield self._construct_store(bucket), key
@@ -146,19 +146,19 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
         return False
 
     def below(self, path: str) -> Iterator[tuple[str, float]]:
-        """Every object below it and when it was written, a thousand for each request."""
+        """Every object below a path and when it was written, a thousand per request."""
         bucket, _ = self._split_path(path)
         with self._at(path) as (store, key):
             for found in store.list(f"{key}/"):
                 yield from ((f"{bucket}/{one['path']}", one["last_modified"].timestamp()) for one in found)
 
     def remove_all(self, path: str) -> None:
-        """Delete every object below it."""
+        """Delete every object below a path."""
         with ThreadPoolExecutor(16) as deleting:
             list(deleting.map(self.rm_file, (name for name, _ in self.below(path))))
 
     def read_tagged(self, path: str) -> tuple[bytes, dict[str, str]]:
-        """An object's bytes, and what tells this object from another of its name; raises FileNotFoundError."""
+        """An object's bytes, and the tag that tells it from another of the same name; raises FileNotFoundError."""
         with _failures(self.url(path)):
             store, key = self._quick(path)
             got = store.get(key)
@@ -166,7 +166,7 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
             return got.bytes().to_bytes(), tag
 
     def put_if(self, path: str, data: bytes, condition: Any) -> bool:
-        """Whether there was no such object (``create``), or it was the one of that tag, and now it has these bytes."""
+        """Write an object if there is none yet (``create``) or it still has the given tag; return whether it did."""
         with _failures(self.url(path), writing=True):
             store, key = self._quick(path)
             try:
@@ -186,14 +186,14 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
         return self._store(bucket, client_options=options, retry_config=_RETRY), key
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        """An object's bytes, by one request for all of it."""
+        """An object's bytes; a whole object in one request."""
         if start is not None or end is not None:
             return bytes(super().cat_file(path, start, end, **options))
         with self._at(path) as (store, key):
             return bytes(store.get(key).bytes().to_bytes())
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """An object's size and tag, or that there are some below it; raises FileNotFoundError."""
+        """An object's size and tag, or a directory entry where there are objects below; raises FileNotFoundError."""
         with self._at(path) as (store, key):
             with suppress(FileNotFoundError):
                 if key:
@@ -226,12 +226,12 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
         return files + folders if detail else sorted(one["name"] for one in files + folders)
 
     def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **_: Any) -> None:
-        """Write an object by one request."""
+        """Write an object in one request."""
         with self._at(path, writing=True) as (store, key):
             store.put(key, value)
 
     def put_file(self, lpath: str, rpath: str, *_: Any, **__: Any) -> None:
-        """Put a file of this machine there, a large one in parts."""
+        """Upload a local file, a large one in parts."""
         with self._at(rpath, writing=True) as (store, key):
             store.put(key, Path(lpath))
 
@@ -241,9 +241,9 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
             store.copy(key, self._split_path(path2)[1])
 
     def rm_file(self, path: str) -> None:
-        """Delete an object, if it is there: S3 asks nobody whether it was."""
+        """Delete an object, if it is there: S3 does not tell whether it was."""
         with self._at(path) as (store, key), suppress(FileNotFoundError):
-            for wait_s in (*_WAITS_S, None):  # obstore tries all else again
+            for wait_s in (*_WAITS_S, None):  # obstore itself retries everything else
                 try:
                     return store.delete(key)
                 except GenericError:
@@ -252,7 +252,7 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
                     time.sleep(wait_s)
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **options: Any) -> BufferedFile:
-        if mode == "rb":  # asked first: a file that is missing would leave one half made, which complains when it goes
+        if mode == "rb":  # asked first: a missing file would leave a half-made object, which complains when deleted
             options["size"] = self.info(path)["size"]
         return _File(self, path, mode, **options)  # type: ignore[call-overload, no-any-return]
 
@@ -264,7 +264,7 @@ class _File(BufferedFile):
 
     def write(self, data: bytes) -> int:
         with _failures(self.fs.url(self.path), writing=True):
-            return super().write(bytes(data))  # of Arrow it is a buffer of another kind
+            return super().write(bytes(data))  # Arrow passes another kind of buffer
 
     def flush(self, force: bool = False) -> None:
         with _failures(self.fs.url(self.path), writing=True):

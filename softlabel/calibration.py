@@ -1,6 +1,6 @@
-"""What a teacher's scores are worth: per class a rising mapping from score to the share of such boxes that are right.
+"""Calibration of a teacher: per class, a monotonic mapping from score to the share of boxes with it that are right.
 
-Stored labels keep their raw scores; a mapping is a filter when a training set is made.
+Stored labels keep their raw scores; a mapping is applied when a training set is made.
 """
 
 import json
@@ -20,14 +20,14 @@ _EDGE = 1e-7  # a score of 0 or 1 has no logit
 
 @dataclass(frozen=True)
 class Mapping:
-    """Of one class: a temperature, sigmoid(logit(score) / temperature), or knots to interpolate between."""
+    """The mapping of one class: a temperature, sigmoid(logit(score) / temperature), or knots to interpolate between."""
 
     temperature: float | None = None
     scores: tuple[float, ...] = ()
     chances: tuple[float, ...] = ()
 
     def __call__(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Any shape, values in [0, 1]."""
+        """Map scores of any shape; values are in [0, 1]."""
         if self.temperature is None:
             return np.interp(scores, self.scores, self.chances).astype(np.float32)
         clipped = np.clip(scores.astype(np.float64), _EDGE, 1 - _EDGE)
@@ -37,14 +37,14 @@ class Mapping:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Class by class a mapping, and the mapped score above which its boxes have the best F1."""
+    """For each class a mapping, and the mapped score above which its boxes have the best F1."""
 
     classes: tuple[str, ...]
     mappings: tuple[Mapping, ...]
     thresholds: tuple[float, ...]
 
     def apply(self, found: Detections) -> Detections:
-        """Mapped class vectors, best first; the best class of a box may become another."""
+        """Detections with mapped class vectors, best first; the best class of a box may change."""
         if not len(found.scores):
             return found
         columns = [mapping(found.scores[:, k]) for k, mapping in enumerate(self.mappings)]
@@ -58,7 +58,7 @@ class Calibration:
 
 
 def calibration_of(recipe: Recipe) -> Calibration | None:
-    """What ``train.calibration`` names, if it names anything.
+    """The calibration that ``train.calibration`` names, if any.
 
     Raises:
         StoreError: As ``read_calibration``.
@@ -68,10 +68,10 @@ def calibration_of(recipe: Recipe) -> Calibration | None:
 
 
 def read_calibration(path: Path, classes: tuple[str, ...]) -> Calibration:
-    """A calibration file that fits some classes.
+    """Read a calibration file, which must be for ``classes``.
 
     Raises:
-        StoreError: It is not there, is none, or is for other classes.
+        StoreError: It is missing, is no calibration, or is for other classes.
     """
     try:
         data = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The command line: what each verb does with its recipe. Others are in softlabel.without_recipe, flags in .flags."""
+"""The command line: what each verb does with its recipe. Verbs without one are in .without_recipe, flags in .flags."""
 
 import argparse
 import os
@@ -20,8 +20,8 @@ from softlabel.terminal import say
 if TYPE_CHECKING:
     from softlabel.results.chosen import ChosenLabels
 
-# Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a slip of the pen in a
-# recipe is answered at once.
+# Importing torch, Ray and ultralytics takes 10 s: each verb imports what it needs, so that a typo in a recipe is
+# reported at once.
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _run_recipe(arguments)
         sys.stdout.flush()
-    except SoftlabelError as error:  # of a task of Ray's it has a traceback for a message, and the error for a cause
+    except SoftlabelError as error:  # from a Ray task, its message is a traceback, and its cause the error
         print(f"softlabel {arguments.verb}: {' '.join(str(getattr(error, 'cause', error)).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter meets it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter meets it again at exit
         return 141
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -87,7 +87,7 @@ def _tile(recipe: Recipe, run_dir: Path) -> None:
 
 @contextmanager
 def _session(recipe: Recipe, run_dir: Path, verb: str, *, verbose: bool) -> Iterator[Recipe]:
-    """A Ray for a verb, and the recipe on what is there, which is said."""
+    """Run Ray for a verb; yields the recipe fitted to the resources there, after printing what it will use."""
     from softlabel.devices import lines, with_gpus
 
     with ray_session(run_dir, verbose=verbose) as joined:
@@ -105,7 +105,7 @@ def _label(recipe: Recipe, run_dir: Path, *, verbose: bool, retry_rejected: bool
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import label
 
-    class_map = recipe_teacher(possible(recipe)[0]).class_map  # a mistake is said before scenes are read
+    class_map = recipe_teacher(possible(recipe)[0]).class_map  # a mistake is reported before scenes are read
     tiles = _tiles(recipe, run_dir)
     if class_map is not None:
         for line in left_out(class_map, recipe.label.classes):
@@ -120,7 +120,7 @@ def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
     from softlabel.training.run import train
     from softlabel.workflows.self_training import in_one_launch, self_train
 
-    chosen = _checked_labels(recipe)  # a mistake in them is said before scenes are read
+    chosen = _checked_labels(recipe)  # a mistake in them is reported before scenes are read
     tiles = _tiles(recipe, run_dir)
     if chosen:
         store: Path | None = chosen.of(tiles)
@@ -135,7 +135,7 @@ def _train(recipe: Recipe, run_dir: Path, *, verbose: bool) -> None:
 
 
 def _checked_labels(recipe: Recipe) -> "ChosenLabels | None":
-    """What ``train.store`` names, if it names something, and whether a student of the recipe's can be made of it."""
+    """Check that the recipe's student can be trained; return the labels that ``train.store`` names, if any."""
     from softlabel.results.chosen import chosen_labels
     from softlabel.training.arguments import check_models, check_soft
     from softlabel.training.job import check_finer, check_truth
@@ -242,7 +242,7 @@ def _soft(recipe: Recipe) -> bool:
 
 
 def _store(recipe: Recipe, run_dir: Path, tiles: Path) -> Path:
-    """The store that ``softlabel label`` filled, on whatever it ran."""
+    """The store that ``softlabel label`` filled, whichever device it ran on."""
     from softlabel.devices import possible
     from softlabel.labelling.job import recipe_label_job
     from softlabel.labelling.run import finished_store
@@ -272,7 +272,7 @@ def _print_plan(verb: str, recipe: Recipe, run_dir: Path) -> None:
 
 
 def _check_training(verb: str, recipe: Recipe) -> None:
-    """Refuse what would be refused only once the run has begun, and say what is to be compared."""
+    """Refuse now what a run would refuse only once it has begun, and say what is to be compared."""
     from softlabel.training.arguments import check_soft
     from softlabel.training.ways import in_words
 
@@ -280,7 +280,7 @@ def _check_training(verb: str, recipe: Recipe) -> None:
         case "experiment" | "demo":
             check_soft(recipe, recipe.train.thresholds)
         case "train" if not recipe.train.store or location(recipe.train.store).is_dir():
-            _checked_labels(recipe)  # else they are on the cluster alone, maybe
+            _checked_labels(recipe)  # else they may exist only on the cluster
         case "search":
             from softlabel.search.run import check_space
 

@@ -1,7 +1,7 @@
-"""Greedy clusters of boxes that show one object, upright or rotated, however many there are.
+"""Greedy clusters of boxes that show the same object, upright or rotated, for any number of boxes.
 
-Boxes are xyxy, x right, y down, in pixels, float64; rotated ones xywhr (softlabel.rotated) beside their hulls. Shape
-suffixes: N counts boxes, P pairs of boxes.
+Boxes are xyxy, x right, y down, in pixels, float64; rotated ones are xywhr (softlabel.rotated), with their hulls as
+xyxy. Shape suffixes: N counts boxes, P pairs of boxes.
 """
 
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ class Shapes:
     xywhr: Boxes | None
 
     def at(self, index: NDArray) -> "Shapes":
-        """Some of them, by a mask or in another order."""
+        """A selection or reordering of them, by mask or index."""
         return Shapes(self.boxes[index], None if self.xywhr is None else self.xywhr[index])
 
     def polygons(self) -> NDArray[np.object_]:
-        """Of shapely, (N,)."""
+        """Shapely polygons (N,)."""
         return shapely.box(*self.boxes.T) if self.xywhr is None else rotated.polygons(self.xywhr)
 
     def areas(self) -> NDArray[np.float64]:
-        """(N,) in square pixels."""
+        """Areas (N,) in square pixels."""
         upright = self.boxes if self.xywhr is None else rotated.unturned(self.xywhr)
         return box_math.area(upright).astype(np.float64)
 
     def shared(self, a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Areas (P,) that pairs have in common."""
+        """Intersection areas (P,) of pairs."""
         if self.xywhr is not None:
             return rotated.overlaps(self.xywhr[a_P], self.xywhr[b_P])
         a_P4, b_P4 = self.boxes[a_P], self.boxes[b_P]
@@ -54,19 +54,19 @@ def cluster(
     iou: float,
     xywhr_N5: Boxes | None = None,
 ) -> NDArray[np.int64]:
-    """Greedy clusters, class by class: the first box that is in none starts one, and takes in what it matches.
+    """Greedy clusters, class by class: the first box in none starts one, and takes in the free ones that it matches.
 
-    Without cut boxes the boxes that start clusters are those that greedy NMS keeps.
+    Without cut boxes, the boxes that start clusters are those that greedy NMS keeps.
 
     Args:
         boxes_N4: In rank order.
         class_ids_N: Boxes of different classes never match.
-        edge_N: A cut box matches also where more than ``iou`` of its own area is inside the better one.
-        iou: Boxes above it match.
+        edge_N: Which boxes are cut: these match also where more than ``iou`` of their own area is in the better box.
+        iou: Boxes with an IoU above it match.
         xywhr_N5: The boxes themselves where they are rotated.
 
     Returns:
-        (N,) for each box the one that started its cluster.
+        (N,) for each box, the index of the one that started its cluster.
     """
     return cluster_shapes(Shapes(boxes_N4, xywhr_N5), class_ids_N, edge_N, iou)
 
@@ -85,8 +85,8 @@ def cluster_shapes(
 def _cluster_class(shapes: Shapes, edge_N: NDArray[np.bool_], iou: float) -> NDArray[np.int64]:
     """`cluster` for boxes of one class.
 
-    Boxes ask for their neighbours some at a time, and only those that no better one took; when half of the boxes are
-    settled, the tree is built anew of the others. So a heap of boxes is settled by its first few.
+    Boxes query the tree for their neighbours in batches, and only boxes that no better one has taken; once half of the
+    tree's boxes are settled, it is rebuilt from the others. So a heap of boxes is settled by its first few.
     """
     polygons_N, areas_N = shapes.polygons(), shapes.areas()
     seeds_N = np.full(len(polygons_N), -1)
@@ -105,7 +105,7 @@ def _cluster_class(shapes: Shapes, edge_N: NDArray[np.bool_], iou: float) -> NDA
 
 
 def _next_at_once(at_once: int, pairs: int) -> int:
-    """How many boxes ask next: twice as many, or fewer where that would give too many pairs to hold."""
+    """How many boxes the next batch has: twice as many, or fewer where that would give too many pairs to hold."""
     return max(1, min(2 * at_once, at_once * _MAX_PAIRS // max(pairs, 1)))
 
 
@@ -117,7 +117,7 @@ def _matches(
     worse_P: NDArray[np.int64],
     iou: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs of which the second ranks behind the first and matches it."""
+    """The pairs whose second box ranks behind the first and matches it."""
     behind_P = worse_P > better_P
     better_P, worse_P = better_P[behind_P], worse_P[behind_P]
     shared_P = shapes.shared(better_P, worse_P)
@@ -142,5 +142,5 @@ def _take(
 
 
 def ratio(part_P: box_math.Floats, whole_P: box_math.Floats) -> NDArray[np.float64]:
-    """Their quotient, 0 where there is no whole."""
+    """The quotients (P,), 0 where the whole is 0."""
     return np.divide(part_P, whole_P, out=np.zeros(len(part_P)), where=whole_P > 0)

@@ -1,7 +1,8 @@
 """What a recipe may say: frozen models that forbid unknown keys. recipe_file.py reads and writes them.
 
 Everything here determines a result and enters the hash of the step that reads it, except ``execution``: more GPUs or
-workers for labelling never redo work. (Training does depend on the world size; it is recorded with the numbers.)
+workers for labelling never cause work to be redone. (Training does depend on the world size; it is recorded with the
+numbers.)
 """
 
 from datetime import date
@@ -13,7 +14,7 @@ from softlabel.records import Nms
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Threshold = Fraction | dict[str, Fraction]
-"""One for all classes, or one for each by its name."""
+"""One for all classes, or one per class, by name."""
 Pixels = Annotated[int, Field(gt=0)]
 
 
@@ -30,7 +31,7 @@ class Synthetic(_Section):
 
 
 class TruthSource(_Section):
-    """Where the boxes that people drew are, and which of their classes mean which of ours."""
+    """Where the boxes that people drew are, and which of their classes map to which of ours."""
 
     format: Literal["xview", "coco", "yolo", "dota"]
     path: str = Field(description="GeoJSON, COCO JSON, data.yaml, or a folder of DOTA txt files")
@@ -43,7 +44,7 @@ class TruthSource(_Section):
 
 
 class Stac(_Section):
-    """Scenes by their STAC items; the filters are pystac-client's, of an API and of a file alike."""
+    """Scenes given as STAC items; the filters are pystac-client's, for an API and for a file alike."""
 
     url: str = Field(description="an API (https://...), or a file with an item collection")
     asset: str = Field("visual", description="of each item, what is a scene")
@@ -76,7 +77,7 @@ class Stac(_Section):
 
 
 class Split(_Section):
-    """Shares of tiles per split, dealt out by group; `validation` is carved from each training set."""
+    """Shares of tiles per split, assigned by group; `validation` is carved from each training set."""
 
     train_1: Fraction = 0.4
     train_2: Fraction = 0.4
@@ -92,7 +93,7 @@ class Split(_Section):
 
 
 class Tiles(_Section):
-    """Scenes and truth to tiles."""
+    """How scenes and truth become tiles."""
 
     scenes: str | None = Field(None, description="a folder of images, a glob, a table, or one image")
     stac: Stac | None = Field(None, description="a STAC catalogue's items instead")
@@ -128,8 +129,8 @@ def is_anchor_based(model: str | dict) -> bool:
 
 
 def default_iou(model: str | dict) -> float:
-    """Of a YOLO's NMS, by its name or yaml: what ultralytics predicts with, and for a model with anchors what YOLOv5's
-    detect.py does: several anchors and cells answer for one object there, and more doubles must go."""
+    """Default NMS IoU of a YOLO, by its name or yaml: that of ultralytics' predict; for a model with anchors that of
+    YOLOv5's detect.py, where several anchors and cells respond to one object and more duplicates must go."""
     return 0.45 if is_anchor_based(model) else 0.7
 
 
@@ -156,7 +157,7 @@ class OpenVocabulary(_Section):
 
 
 class Label(_Section):
-    """A teacher over tiles. One low floor; thresholds are filters on what is kept."""
+    """A teacher over tiles. There is one low floor; thresholds later filter what it kept."""
 
     weights: str | None = Field(
         None,
@@ -194,7 +195,7 @@ class Label(_Section):
         return data
 
     def nms(self, default_iou: float) -> Nms:
-        """What is kept of a model's boxes."""
+        """Which of a model's boxes are kept."""
         return Nms(self.floor, default_iou if self.iou is None else self.iou, self.max_det)
 
 
@@ -218,7 +219,7 @@ class Supplement(_Section):
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of its boxes in the loss, where others weigh 1")
 
     def of(self, split: str) -> str:
-        """The split whose truth a student has that learns from the soft labels of ``split``."""
+        """The split whose truth a student learns beside the soft labels of ``split``."""
         return self.split or {"train_1": "train_2", "train_2": "train_1"}.get(split, "train_1")
 
 
@@ -230,10 +231,10 @@ class SoftTeacher(_Section):
 
 
 class Soft(_Section):
-    """What a student's loss makes of labels that are unsure. As it stands here it makes nothing of it: the loss is
+    """How a student's loss treats unsure labels. With the defaults it treats them like any other: the loss is
     ultralytics' own (YOLOv5's for models with anchors), on boxes above the threshold.
 
-    softlabel.training.soft says what each means for a training set, softlabel.detectors.soft_loss for a loss.
+    softlabel.training.soft says what each setting means for a training set, softlabel.detectors.soft_loss for a loss.
     """
 
     class_targets: Literal["hard", "vector"] = Field(
@@ -274,11 +275,11 @@ class Soft(_Section):
     )
 
     def of_truth(self) -> "Soft":
-        """What of it is about truth alone: for models that are trained on truth beside the students."""
+        """The part that is about truth alone: for models that are trained on truth alongside the students."""
         return Soft(ignore_truth=self.ignore_truth)
 
     def of_labels(self) -> "Soft":
-        """What of it is about one student of soft labels, and of truth if there is some beside them."""
+        """The part that is about one student of soft labels, and about truth only if it learns some beside them."""
         changed = {"rounds": 1, **({} if self.supplement else {"ignore_truth": False})}
         return self.model_copy(update=changed)
 
@@ -292,7 +293,7 @@ class Soft(_Section):
 
 
 HARD = Soft()
-"""The loss as it is, on boxes above the threshold."""
+"""The unchanged loss, on boxes above the threshold."""
 
 
 class Train(_Section):
@@ -318,7 +319,7 @@ class Train(_Section):
 
 
 class Calibrate(_Section):
-    """What the teacher's scores are worth, for `softlabel calibrate`."""
+    """How the teacher's scores are calibrated, for `softlabel calibrate`."""
 
     split: str = Field("val_1", description="labelled tiles whose truth it is fitted to")
     method: Literal["isotonic", "temperature"] = Field("isotonic", description="what is fitted, per class")
@@ -420,8 +421,8 @@ class Compare(_Section):
 
 
 class Execution(_Section):
-    """Where and how wide it runs. Not hashed. What is not said of GPUs is settled by those that are there: see
-    ``softlabel.devices``."""
+    """Where a run computes, and on how much. Not hashed. What is left open about GPUs is filled in from those that are
+    there: see ``softlabel.devices``."""
 
     device: Literal["auto", "cpu"] = Field("auto", description="cpu: no GPU is used, even where there is one")
     actors: Annotated[int, Field(gt=0)] | tuple[int, int] = Field(1, description="labelling actors, or (min, max)")

@@ -1,4 +1,4 @@
-"""What a run computes on: the GPUs that it takes where its recipe leaves them open, and how that is said."""
+"""What a run computes on: the GPUs that it takes where its recipe leaves that open, and the lines that say so."""
 
 import math
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from softlabel.detectors.engine_choice import CPU_BATCH, resolve
 from softlabel.labelling.resources import Resources
 
 _TILES_PER_WORKER = 8
-"""Of a batch, at least: with fewer, batch normalisation learns from too little."""
+"""A worker gets at least so many of a batch: with fewer, batch normalisation learns from too little."""
 _ULTRALYTICS_BATCH = 16
 
 
 def with_gpus(recipe: Recipe, gpus: float, *, side_by_side: bool = False) -> Recipe:
-    """The recipe on so many GPUs, as far as ``execution`` leaves that open: an actor on each, or as many actors as it
-    says on shares of them, and a training worker on each, as long as a worker has 8 tiles of the batch.
+    """The recipe fitted to so many GPUs, as far as ``execution`` leaves that open: an actor on each, or as many actors
+    as it says, sharing them; and a training worker on each, as long as every worker has 8 tiles of the batch.
 
     Args:
-        recipe: What runs. ``execution.device: cpu`` keeps it off GPUs, engine openvino its labelling.
+        recipe: What runs. ``execution.device: cpu`` keeps all of it off GPUs, engine openvino just its labelling.
         gpus: How many there are.
-        side_by_side: Whether students are trained beside each other, with a GPU each, instead of one on all.
+        side_by_side: Whether several students are trained at once, with a GPU each, instead of one on all GPUs.
     """
     execution, said = recipe.execution, recipe.execution.model_fields_set
     if gpus < 1 or execution.device == "cpu":
@@ -46,8 +46,8 @@ def _workers(train: Train, most: int) -> int:
 
 
 def possible(recipe: Recipe) -> list[Recipe]:
-    """The recipe as its labelling may have run, where what it ran on is not known: on GPUs, if it leaves that open, and
-    on CPUs alone, if engine and precision can do without."""
+    """The recipes that labelling may have run with, where the device is not known: one for GPUs, if the recipe leaves
+    that open, and one for CPUs alone, if engine and precision can do without a GPU."""
     needs_cuda = recipe.label.engine == "tensorrt" or recipe.label.precision == "float16"
     with_one = with_gpus(recipe, 1)
     differ = with_one.execution.gpus_per_actor != recipe.execution.gpus_per_actor
@@ -55,7 +55,7 @@ def possible(recipe: Recipe) -> list[Recipe]:
 
 
 def lines(recipe: Recipe, node_cpus: tuple[float, ...], *, labels: bool, trains: bool) -> Iterator[str]:
-    """What labelling and training will use.
+    """Lines that say what labelling and training will use.
 
     Raises:
         RecipeError: The engine cannot run here.
@@ -83,7 +83,7 @@ def _labelling(recipe: Recipe, node_cpus: tuple[float, ...]) -> str:
 
 
 def _engine(label: Label) -> str:
-    """What was asked for, or where nothing was and the teacher is no YOLO, what runs it."""
+    """The engine asked for; if that is auto and the teacher is no YOLO, the one that runs it."""
     is_yolo = label.open_vocabulary is None and (
         label.weights is None or label.weights.endswith((".pt", ".safetensors"))
     )

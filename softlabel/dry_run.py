@@ -1,4 +1,4 @@
-"""What a run would work on, told without reading a pixel, writing a file or starting Ray (``--dry-run``)."""
+"""What a run would work on, found out without reading a pixel, writing a file or starting Ray (``--dry-run``)."""
 
 import os
 import random
@@ -24,8 +24,8 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
 
     Args:
         recipe: What would run.
-        trains: Whether models would be trained, and their arguments and ``train.store`` must do if that is here.
-        labels: Whether ``label.weights`` would label, and must be a teacher if it is here.
+        trains: Whether models would be trained; then their arguments and, if it is here, ``train.store`` are checked.
+        labels: Whether ``label.weights`` would label; then it must be a teacher, if it is here.
 
     Raises:
         SceneError: There are no scenes, or none of the sample can be read.
@@ -58,14 +58,14 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
     per_scene = [len(windows(width, height, settings.size_px, settings.overlap_px)) for width, height in sizes]
     tiles = round(count * sum(per_scene) / len(per_scene))
     yield f"tiles: about {tiles} of {settings.size_px} px, background not yet thinned out"
-    # A soft label is 4 + K numbers; at a low floor a tile keeps some 50 of them, and zstd halves what is left.
+    # A soft label is 4 + K numbers; at a low floor a tile keeps some 50 labels, and zstd halves their size.
     megabytes = tiles * 50 * 4 * (4 + len(recipe.classes)) / 2 / 1e6
     yield f"soft labels: some {max(megabytes, 0.1):.1f} MB per teacher over all tiles"
     yield from lines(recipe, (float(os.cpu_count() or 1),), labels=True, trains=True)
 
 
 def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list[SceneError]]:
-    """Width and height of each scene, and why others have none."""
+    """Width and height of each scene that can be read, and the errors of the others."""
     sizes, problems = [], []
     for uri in uris:
         try:

@@ -1,15 +1,15 @@
-"""What can go wrong by a user's doing. The CLI prints these as one line and exits with 2; all else is a bug."""
+"""Errors that a user can do something about. The CLI prints them as one line and exits with 2; all else is a bug."""
 
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Of an OSError: no space left, or none left for this user."""
+"""Codes of an OSError: no space left, or none left for this user."""
 NO_LABELS = "nothing to train on"
-"""How a TrainingError begins where a training set has no box: a search tells it from other failures."""
+"""How a TrainingError begins where a training set has no box, so that a search can tell it from other failures."""
 
 
 class SoftlabelError(Exception):
-    """A user's mistake: the message says what, where and what to do, in one line."""
+    """A user's mistake: the message says what is wrong, where, and what to do, in one line."""
 
 
 class RecipeError(SoftlabelError):
@@ -33,11 +33,11 @@ class NoValidPixelError(SceneError):
 
 
 class StoreError(SoftlabelError):
-    """A store is missing, was made by something else, or does not balance."""
+    """A store is missing, was made by something else, or its counts do not add up."""
 
 
 class StorageError(StoreError):
-    """A bucket cannot be reached, or refuses."""
+    """A bucket cannot be reached, or refuses a request."""
 
 
 class WeightsError(SoftlabelError):

@@ -20,12 +20,12 @@ _RECIPE_VERBS = {
     "demo": "the experiment on made-up scenes, minutes on a laptop",
 }
 WITHOUT_RAY = ("tile", "evaluate", "calibrate")
-"""Verbs with a recipe that start none."""
+"""Verbs with a recipe that do not start Ray."""
 _STORE = "a label-*, fused-* or subtypes-* folder of a run"
 
 
 def parser() -> argparse.ArgumentParser:
-    """All of them."""
+    """The parser of all verbs and flags."""
     top = argparse.ArgumentParser(prog="softlabel", description=softlabel.__doc__)
     top.add_argument("--version", action="version", version=softlabel.__version__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -1,6 +1,6 @@
-"""Weighted box fusion of what several have found in one tile, with a say for each.
+"""Weighted box fusion of what several teachers found in one tile, with a weight for each.
 
-Shape suffixes: N counts the boxes of all finders, M fused ones, K classes.
+Shape suffixes: N counts the boxes of all teachers, M fused ones, K classes.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from softlabel.records import Detections
 def fuse_tile(detections: Sequence[Detections], weights: Sequence[float], threshold: float, iou: float) -> Detections:
     """Weighted box fusion (Solovyev et al., arXiv:1910.13302) of what several teachers found in one tile.
 
-    The boxes of all teachers above ``threshold``, best first by weight times best score, are clustered class by class
-    (of the best class) around the best ones (softlabel.clusters). A fused box is the mean of its cluster's,
-    weighted by weight times best score. Its class vector is the mean of its finders' vectors weighted by their
-    weights, times the finders' share of all weights: what only some have found scores less, and may fall below the
-    threshold. Two boxes of one teacher in a cluster share that teacher's say. The order of teachers does not matter.
+    The boxes of all teachers above ``threshold``, ranked by weight times best score, are clustered around the best ones
+    (softlabel.clusters), separately for each best class. A fused box is the mean of its cluster's boxes, weighted by
+    weight times best score. Its class vector is the mean of the vectors of the teachers that found it, weighted by
+    their weights, times their share of all weights: what only some teachers found scores less, and may fall below the
+    threshold. Two boxes of one teacher in a cluster share that teacher's weight. The order of teachers does not matter.
 
     Args:
-        detections: Per teacher what it found; all of the same classes.
-        weights: Per teacher, above 0.
-        threshold: Boxes of a best score above it take part, strictly.
-        iou: Boxes of a class above it are one object.
+        detections: What each teacher found; all with the same classes.
+        weights: One per teacher, above 0.
+        threshold: Boxes whose best score is strictly above it take part.
+        iou: Boxes of one class with an IoU above it are one object.
 
     Returns:
-        Best score first; saturated if any teacher was; without objectness, which not every teacher has, and agreement,
-        which is of one teacher's candidates. Rotated if any teacher's are: upright ones then have the angle 0.
+        Best score first; saturated if any teacher was; without objectness, which not every teacher has, and without
+        agreement, which is about one teacher's candidates. Rotated if any teacher's boxes are: upright ones then by 0.
     """
     above = [found.above(threshold) for found in detections]
     finders = [(found, float(weight)) for found, weight in zip(above, weights, strict=True) if len(found.boxes)]
@@ -72,7 +72,7 @@ def _fuse(
 
 
 def _rotated(found: Sequence[Detections]) -> NDArray[np.float64] | None:
-    """The boxes of all, None where none is rotated."""
+    """All boxes as rotated ones, None where none is rotated."""
     if all(one.xywhr is None for one in found):
         return None
     parts = [rotated.drawn(one.boxes, one.xywhr) for one in found]
@@ -80,14 +80,14 @@ def _rotated(found: Sequence[Detections]) -> NDArray[np.float64] | None:
 
 
 def _boxes_of_same_teacher(clusters_N: NDArray[np.int64], teachers_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each box (N,) how many its teacher has in its cluster."""
+    """For each box, (N,), how many boxes its teacher has in its cluster."""
     pairs = clusters_N * (teachers_N.max() + 1) + teachers_N
     _, positions, counts = np.unique(pairs, return_inverse=True, return_counts=True)
     return counts[positions]
 
 
 def _totals(clusters_N: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums per cluster (M, ...), in rank order, so that the order of teachers changes no last bit."""
+    """Sums per cluster (M, ...), in rank order, so that the order of teachers does not change even the last bit."""
     order_N = np.argsort(clusters_N, kind="stable")
     starts_M = np.flatnonzero(np.diff(clusters_N[order_N], prepend=-1))
     return np.add.reduceat(values[order_N], starts_M)

@@ -1,9 +1,9 @@
 """One driver per store: a lease with a heartbeat, in a file, since a folder is all that two drivers share.
 
-The holder counts up a number in the file every few seconds. Who finds a lease watches it: a number that moves belongs
-to a living driver, and the newcomer is refused; one that stands still for longer belongs to a dead one, and is taken
-over. Nothing compares the clocks of two machines. In a bucket every write is on condition that the lease is still the
-one that was read.
+The holder counts up a number in the file every few seconds. A driver that finds a lease watches it: if the number
+changes, its holder is alive, and the newcomer is refused; if it stands still for long enough, its holder is dead, and
+the lease is taken over. The clocks of two machines are never compared. In a bucket, every write is on condition that
+the lease is still the one that was read.
 """
 
 import fcntl
@@ -34,7 +34,7 @@ _KEYS = ("id", "host", "pid", "space", "beat")
 def holders(
     folders: Iterable[Path], *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S
 ) -> dict[Path, tuple[str, bool]]:
-    """Who holds those of the folders that are held, and whether its heart beats: of a dead one that takes a while."""
+    """Who holds each folder that is held, and whether it still beats; to be sure that it does not takes a while."""
     first = {folder: lease for folder in folders if (lease := _read(folder / LEASE))}
     now = dict[Path, dict | None](first)
     deadline = time.monotonic() + dead_after_s
@@ -70,30 +70,30 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        with suppress(OSError, StorageError):  # a share that is gone: the next run finds a dead one's lease
+        with suppress(OSError, StorageError):  # a network share that is gone: the next run finds a dead lease
             if self._is_ours(_read(self._path)):
                 self._path.unlink(missing_ok=True)
 
     @property
     def is_held(self) -> bool:
-        """Whether no other driver has taken the lease over, as after a long pause of this machine."""
+        """Whether no other driver has taken the lease over, as may happen after a long pause of this machine."""
         return self._lost is None
 
     def check(self) -> None:
-        """Raise StoreError once another driver has."""
+        """Raise StoreError once another driver has taken it over."""
         if not self.is_held:
             raise StoreError(f"{self._path.parent} was taken over by {self._lost}: this run stops")
 
     def _create(self) -> bool:
-        """Whether there was no lease, and now there is ours."""
+        """Create the lease if there is none; return whether it was created."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return bool(_patiently(lambda: create(self._path, self._text(0).encode())))
 
     def _inherit(self) -> bool:
-        """Wait until the lease that is there is gone, or its holder is known to be dead; whether it is ours now. Refuse
-        when it beats."""
+        """Wait until the existing lease is gone, or its holder is known to be dead; return whether it is ours now.
+        Refuse if it beats."""
         first = _patiently(lambda: _read(self._path))
-        if self._is_ours(first):  # written, and the answer to that was lost
+        if self._is_ours(first):  # it was written, but the answer was lost
             return True
         if first is not None and self._died_here(first):
             return self._take_over(first)
@@ -107,7 +107,7 @@ class Lease:
                 raise StoreError(
                     f"{self._path.parent} is being written by {_who(now)}: wait for it or stop it, then run this again"
                 )
-            # An answer that was long on its way says no more than a quick one: the holder may have waited as well.
+            # A slow answer counts for no more than a quick one: the holder may have been held up as well.
             still_s, looked = still_s + min(time.monotonic() - looked, self._beat_s), time.monotonic()
             if still_s > self._dead_after_s:
                 return self._take_over(first)
@@ -117,7 +117,7 @@ class Lease:
         return lease is not None and lease["id"] == self._owner["id"]
 
     def _died_here(self, lease: dict) -> bool:
-        """Whether the holder was a process of this machine that is no more."""
+        """Whether the holder was a process of this machine that no longer exists."""
         if (lease["host"], lease["space"]) != (self._owner["host"], self._owner["space"]):
             return False
         try:
@@ -129,7 +129,7 @@ class Lease:
         return False
 
     def _take_over(self, dead: dict) -> bool:
-        """Replace the dead lease, if it is still that one, and say whether it was; or only remove it."""
+        """In a bucket, replace the dead lease if it is still the same, and say whether it was; on a disk, remove it."""
         if not is_remote(self._path):
             self._remove(dead)
             return False
@@ -137,10 +137,10 @@ class Lease:
         return found == dead and bool(_patiently(lambda: replace(self._path, self._text(0).encode(), tag)))
 
     def _remove(self, dead: dict) -> None:
-        """Remove the dead lease, if it is still that one: newcomers take turns from looking to removing."""
+        """Remove the dead lease if it is still the same; newcomers take turns at checking and removing."""
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            with suppress(OSError):  # a file system without locks: the turn is a blink, and a holder notices a thief
+            with suppress(OSError):  # a file system without locks: a turn is very short, and a holder notices a thief
                 fcntl.flock(folder, fcntl.LOCK_EX)
             if _read(self._path) == dead:
                 self._path.unlink()
@@ -163,14 +163,14 @@ class Lease:
                 else:
                     replace(self._path, self._text(beat).encode(), tag)
             except Exception:  # noqa: BLE001  whatever it is, a thread that ends would leave two holders
-                continue  # a full disk ends the run where rows are written, in its own words; a share may come back
+                continue  # a full disk ends the run where rows are written, with its own message; a share may come back
 
     def _text(self, beat: int) -> str:
         return json.dumps({**self._owner, "beat": beat})
 
 
 def _pid_space() -> str | None:
-    """What process numbers count in: machines and containers may share a host name. None where that is not told."""
+    """The namespace of process ids, since machines and containers may share a host name; None where it is not known."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -178,7 +178,7 @@ def _pid_space() -> str | None:
 
 
 def _patiently(ask: Callable[[], _T]) -> _T:
-    """What a bucket answers, which may be away for a moment."""
+    """What ``ask`` returns, tried again where a bucket is away for a moment."""
     for wait_s in _WAITS_S:
         with suppress(StorageError):
             return ask()
@@ -199,7 +199,7 @@ def _tagged(path: Path) -> tuple[dict | None, Any]:
 
 
 def _parse(text: bytes) -> dict:
-    """A lease. What is none, as one whose holder died before it wrote anything, is one that stands still."""
+    """Parse a lease. An invalid one, as when its holder died before writing anything, counts as standing still."""
     try:
         found = json.loads(text)
         return {key: found.get(key) for key in _KEYS}

@@ -1,4 +1,4 @@
-"""A store whose shards are all there, packed and counted by tasks of Ray, a few thousand tiles each."""
+"""Pack and count a store whose shards are all there, in Ray tasks of up to 10,240 tiles each."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,15 +12,15 @@ from softlabel.shards import pack, to_pack
 from softlabel.storage import remove_tree
 from softlabel.terminal import say
 
-_AHEAD = 4  # tasks handed to Ray for each CPU: more would only wait in its memory
+_AHEAD = 4  # tasks submitted to Ray per CPU: more would only wait in its memory
 _LONG_S = 60.0  # a task takes seconds
 
 
 def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Counter[str]:
-    """Pack every shard of a store (softlabel.shards.pack), and the sum of what was counted.
+    """Pack every shard of a store (softlabel.shards.pack), and return the sum of the counts.
 
     Raises:
-        StoreError: A shard is broken, or has not all of its tiles; there is no space left, or Ray lost too much.
+        StoreError: A shard is broken or lacks some of its tiles, there is no space left, or Ray lost too much.
     """
     splits = None if splits is None else tuple(splits)
     task = ray.remote(num_cpus=1, max_retries=5)(_pack)
@@ -42,7 +42,7 @@ def pack_store(folder: Path, tiles: Path, splits: Iterable[str] | None) -> Count
 def _pack(
     folder: Path, tiles: Path, splits: tuple[str, ...] | None, number: int, expected: dict[int, int]
 ) -> Counter[str] | str:
-    """What was counted; a user's mistake as a word, which Ray would bury."""
+    """The counts, or a user's mistake as text, since Ray would bury an exception."""
     try:
         return pack(folder, tiles, splits, number, expected)
     except StoreError as error:
@@ -54,7 +54,7 @@ def _pack(
 
 
 def _wait(tasks: list["ray.ObjectRef"]) -> tuple[list["ray.ObjectRef"], list["ray.ObjectRef"]]:
-    """As ray.wait, and it is said where that takes long: another job may have every CPU."""
+    """Like ray.wait, but say so when it takes long: another job may hold every CPU."""
     while True:
         done, waiting = ray.wait(tasks, timeout=_LONG_S)
         if done:
@@ -67,7 +67,7 @@ def _told(done: list["ray.ObjectRef"]) -> Counter[str]:
     total: Counter[str] = Counter()
     try:
         found = ray.get(done)
-    except RayTaskError:  # a defect, which its traceback tells
+    except RayTaskError:  # a bug, which its traceback tells
         raise
     except RayError as error:
         raise StoreError(f"labels could not be packed ({str(error).splitlines()[0]}): run the same again") from error

@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def find_recipe(path: Path | str) -> Path:
-    """The file of that path, else the recipe of that name which comes with the package: ``demo`` or ``demo.yaml``.
+    """The file at that path, else the recipe of that name that comes with the package: ``demo`` or ``demo.yaml``.
 
     Raises:
         RecipeError: There is neither.
@@ -32,7 +32,7 @@ def find_recipe(path: Path | str) -> Path:
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe; relative paths in it count from the current folder.
+    """Read a recipe; relative paths in it are relative to the current folder.
 
     Args:
         path: The YAML file, or the name of a recipe that comes with the package.
@@ -60,7 +60,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A recipe with other values for some keys; ``train.threshold.CLASS`` splits one threshold by class.
+    """A recipe with other values for some keys; ``train.threshold.CLASS`` turns one threshold into one per class.
 
     Raises:
         RecipeError: A key is unknown or a value does not fit.

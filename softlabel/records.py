@@ -13,7 +13,7 @@ BOX = pa.list_(pa.float32(), 4)
 """xyxy in pixels of the tile, max edges exclusive."""
 
 XYWHR = pa.list_(pa.float32(), 5)
-"""A rotated box as softlabel.rotated has it, in pixels of the tile; it may leave the tile. Its angle is in
+"""A rotated box as in softlabel.rotated, in pixels of the tile; it may extend beyond the tile. Its angle is in
 [0, pi / 2)."""
 
 TRUTH_BOX = pa.struct(
@@ -28,8 +28,8 @@ TRUTH_BOX = pa.struct(
 """One truth box, clipped to its tile. ``visible`` is the share of the whole box's area that lies in the tile, in
 (0, 1]; ``ignore`` is set below the recipe's ``min_visible``, for COCO crowds and for boxes whose class cannot be used:
 such a box is left out of training and neither rewards nor punishes a detection in evaluation. ``class_id`` is
-UNKNOWN_CLASS where it is not one of ours: the box is ignored as every class. ``xywhr`` is the box itself, unclipped,
-where it was drawn rotated, and ``box`` its hull; null where it was drawn upright."""
+UNKNOWN_CLASS where it is not one of ours: the box is ignored for every class. ``xywhr`` is the box itself, unclipped,
+where it was drawn rotated, and ``box`` is then its hull; null where it was drawn upright."""
 
 TILES = pa.schema(
     [
@@ -49,15 +49,15 @@ TILES = pa.schema(
     ]
 )
 """One tile: numbers, not pixels. ``scene_stamp`` is the size and time of the scene's file when it was tiled, null where
-they are not known; ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three
-1-based bands read as red, green, blue; ``stretch`` the (low, high) raw values mapped to 0..255, null for 8 bit;
-``truth`` null where nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the
-scene's affine (a, b, c, d, e, f), null without a CRS. (A list that may be null has no fixed size: PyArrow before 26
-could not read it.)"""
+they are not known; ``window`` is (column, row, width, height) in scene pixels; ``bands`` the three 1-based bands read
+as red, green, blue; ``stretch`` the (low, high) raw values mapped to 0..255, null for 8 bit; ``truth`` null where
+nobody drew boxes; ``labelled_classes`` null where every class was drawn; ``transform`` is the scene's affine
+(a, b, c, d, e, f), null without a CRS. (A list that may be null is not of fixed size: PyArrow before 26 could not read
+that.)"""
 
 
 def _tiles_before(truth_box: list[pa.Field]) -> pa.Schema:
-    """Before format 7, when lists that may be null had a fixed size."""
+    """The schema before format 7, when lists that may be null had a fixed size."""
     then = {
         "stretch": pa.list_(pa.float32(), 2),
         "truth": pa.list_(pa.struct(truth_box)),
@@ -75,10 +75,10 @@ PAD_VALUE = 114
 UNKNOWN_CLASS = -1
 """In truth: a box that somebody drew, of a class that cannot be used."""
 LABELLED, EMPTY, REJECTED = "labelled", "empty", "rejected"
-"""What became of a tile. ``empty`` has no valid pixel: it is no error, and no example of background either."""
+"""What became of a tile. An ``empty`` one has no valid pixel: no error, but no example of background either."""
 LOSS_NAMES = b"softlabel.losses"
 """Schema metadata of a store with losses: for each term the loss it is part of, comma-separated, in the order of the
-column; terms of one name add up."""
+column; terms with the same name add up."""
 
 
 def soft_labels_schema(num_classes: int) -> pa.Schema:
@@ -86,10 +86,10 @@ def soft_labels_schema(num_classes: int) -> pa.Schema:
 
     ``scores`` holds the whole class vector of each box, float32 in [0, 1], independent per class (rows need not sum
     to 1), objectness already multiplied in; ``objectness`` is null where the model has none. ``xywhr`` is null where
-    boxes are upright; else ``boxes`` are the hulls of these, clipped to the tile. ``agreement`` is as of Detections,
-    NaN or null where nothing is known. ``saturated`` says that max_det cut the list. ``losses`` (optional, for
-    evaluation) holds per loss term the sum over the tile, and then per term the normaliser that a mean over many tiles
-    divides by.
+    boxes are upright; else ``boxes`` are their hulls, clipped to the tile. ``agreement`` is that of Detections, NaN or
+    null where nothing is known. ``saturated`` says that max_det cut the list. ``losses`` (optional, for evaluation)
+    holds the sum over the tile of each loss term, then for each term the normaliser by which a mean over many tiles
+    divides.
     """
     return pa.schema(
         [
@@ -119,12 +119,12 @@ class Nms:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, best score descending.
+    """What a detector found in one tile: boxes (N, 4) and class vectors (N, K), float32, by descending best score.
 
-    ``objectness`` (N,) is part of the scores already; None where the model has none. ``xywhr`` (N, 5) are
+    ``objectness`` (N,) is already part of the scores; None where the model has none. ``xywhr`` (N, 5) are
     rotated boxes, of which ``boxes`` are the upright hulls; None where boxes are upright. ``agreement`` (N,) in
-    [0, 1] is how well the candidates that NMS threw away agreed with a box (softlabel.detectors.agreement): NaN where
-    it had none, None where there is no NMS, boxes are fused, or a store is of format 5 or before.
+    [0, 1] is how well the candidates that NMS discarded agreed with a box (softlabel.detectors.agreement): NaN where
+    there were none; None where there is no NMS, boxes are fused, or the store is of format 5 or earlier.
     """
 
     boxes: NDArray[np.float32]
@@ -135,13 +135,13 @@ class Detections:
     agreement: NDArray[np.float32] | None = None
 
     def at(self, index: NDArray[np.bool_] | NDArray[np.int64] | slice) -> "Detections":
-        """Some of them, by a mask or in another order."""
+        """A selection or reordering of them, by mask or index."""
         others = (None if one is None else one[index] for one in (self.objectness, self.xywhr, self.agreement))
         return Detections(self.boxes[index], self.scores[index], self.saturated, *others)
 
     @property
     def best(self) -> NDArray[np.float32]:
-        """(N,) score of the best class, what every threshold compares with."""
+        """(N,) score of the best class, which every threshold is compared with."""
         return self.scores.max(axis=1) if len(self.scores) else np.zeros(0, np.float32)
 
     @property
@@ -150,15 +150,15 @@ class Detections:
         return self.scores.argmax(axis=1) if len(self.scores) else np.zeros(0, np.int64)
 
     def above(self, threshold: float | NDArray[np.float32]) -> "Detections":
-        """Those whose best score is strictly above ``threshold``: the same as labelling at it, box for box.
+        """Those whose best score is strictly above ``threshold``: the same as labelling at that threshold, box for box.
 
-        Their agreement is not: candidates below the threshold have a say in it too. One threshold for all, or (K,) one
-        per class; the best class's counts.
+        Their agreement is not the same: candidates below the threshold also count in it. One threshold for all, or (K,)
+        one per class, of which that of the best class applies.
         """
         return self.at(self.is_above(threshold))
 
     def is_above(self, threshold: float | NDArray[np.float32]) -> NDArray[np.bool_]:
-        """(N,) which those are."""
+        """(N,) which ones `above` keeps."""
         limits = np.asarray(threshold, np.float32)
         return self.best > (limits[self.class_ids] if limits.ndim else limits)
 
@@ -167,8 +167,8 @@ class Detections:
 class Truth:
     """The truth of one tile: boxes (N, 4) float32, class_ids (N,) int32, ignore (N,) bool.
 
-    ``xywhr`` (N, 5) float32 are the boxes as they were drawn, those that were drawn upright with angle 0, and ``boxes``
-    their hulls, clipped to the tile; None where none was drawn rotated.
+    ``xywhr`` (N, 5) float32 are the boxes as they were drawn, upright ones clipped to the tile and with angle 0, and
+    ``boxes`` are their hulls, clipped to the tile; None where none was drawn rotated.
     """
 
     boxes: NDArray[np.float32]
@@ -185,11 +185,11 @@ class Truth:
             boxes,
             np.array([row["class_id"] for row in rows], np.int32),
             np.array([row["ignore"] for row in rows], bool),
-            _drawn(boxes, [row.get("xywhr") for row in rows]),  # tiles of format 4 or before have none
+            _drawn(boxes, [row.get("xywhr") for row in rows]),  # tiles of format 4 or earlier have none
         )
 
     def at(self, index: NDArray[np.bool_] | NDArray[np.int64]) -> "Truth":
-        """Some of it, by a mask or in another order."""
+        """A selection or reordering of it, by mask or index."""
         xywhr = None if self.xywhr is None else self.xywhr[index]
         return Truth(self.boxes[index], self.class_ids[index], self.ignore[index], xywhr)
 
@@ -212,10 +212,10 @@ def soft_labels_table(
     retryable: Sequence[bool],
     empty: Collection[str] = (),
 ) -> pa.Table:
-    """Rows of ``soft_labels_schema``, one per tile; a tile with a reason is a rejected one, ``empty`` are ids of tiles
+    """Rows of ``soft_labels_schema``, one per tile; a tile with a reason is rejected, ``empty`` are ids of tiles
     without a valid pixel.
 
-    Built from whole arrays: a list per box costs more than finding the box where there are many classes.
+    Built from whole arrays: where there are many classes, a list per box costs more than finding the box.
     """
     schema = soft_labels_schema(num_classes)
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(one.boxes for one in found)])
@@ -252,8 +252,8 @@ def detections_from_row(row: dict) -> Detections:
     boxes = np.array(row["boxes"], np.float32).reshape(-1, 4)
     scores = np.array(row["scores"], np.float32) if len(boxes) else np.zeros((0, 0), np.float32)
     objectness = None if row["objectness"] is None else np.array(row["objectness"], np.float32)
-    rotated = row.get("xywhr")  # a store of format 4 or before has none
+    rotated = row.get("xywhr")  # a store of format 4 or earlier has none
     xywhr = None if rotated is None else np.array(rotated, np.float32).reshape(-1, 5)
-    agreed = row.get("agreement")  # a store of format 5 or before has none
+    agreed = row.get("agreement")  # a store of format 5 or earlier has none
     agreement = None if agreed is None else np.array(agreed, np.float32)
     return Detections(boxes, scores, row["saturated"], objectness, xywhr, agreement)

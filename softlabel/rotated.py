@@ -1,4 +1,4 @@
-"""Rotated box arithmetic. Boxes are ``xywhr`` (N, 5), as ultralytics has them: centre, width and height in pixels, and
+"""Rotated box arithmetic. Boxes are ``xywhr`` (N, 5), as in ultralytics: centre, width and height in pixels, and
 the angle in radians by which the width is turned from the x axis towards the y axis (y down: clockwise on screen).
 
 Shape suffixes: N and M count boxes.
@@ -15,14 +15,14 @@ Floats = NDArray[Any]
 
 
 def regularized(xywhr_N5: Floats) -> Floats:
-    """The same rectangles with angles in [0, pi / 2): a quarter turn lets width and height change places."""
+    """The same rectangles with angles in [0, pi / 2): a quarter turn swaps width and height."""
     x, y, w, h, r = xywhr_N5.T
     swap = r % np.pi >= np.pi / 2
     return np.stack([x, y, np.where(swap, h, w), np.where(swap, w, h), r % (np.pi / 2)], axis=1)
 
 
 def corners(xywhr_N5: Floats) -> Floats:
-    """(N, 4, 2) in the order of a walk around the rectangle: counterclockwise where y goes up, as on a map."""
+    """Corners (N, 4, 2) in order around the rectangle: counterclockwise on screen, and on a map with north up."""
     cos, sin = np.cos(xywhr_N5[:, 4]), np.sin(xywhr_N5[:, 4])
     across_N2 = np.stack([cos, sin], axis=1) * xywhr_N5[:, 2:3] / 2
     down_N2 = np.stack([-sin, cos], axis=1) * xywhr_N5[:, 3:4] / 2
@@ -32,20 +32,20 @@ def corners(xywhr_N5: Floats) -> Floats:
 
 
 def hulls(xywhr_N5: Floats) -> Floats:
-    """The upright boxes (N, 4), xyxy, around them."""
+    """The upright bounding boxes (N, 4), xyxy, of rotated boxes."""
     corners_N42 = corners(xywhr_N5)
     return np.concatenate([corners_N42.min(axis=1), corners_N42.max(axis=1)], axis=1)
 
 
 def upright(boxes_N4: Floats) -> Floats:
-    """Upright boxes, xyxy, as rotated ones of angle 0."""
+    """Upright boxes, xyxy, as rotated ones with angle 0."""
     sizes_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
     centres_N2 = (boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2
     return np.concatenate([centres_N2, sizes_N2, np.zeros((len(boxes_N4), 1), boxes_N4.dtype)], axis=1)
 
 
 def drawn(boxes_N4: Floats, xywhr_N5: Floats | None) -> Floats:
-    """Boxes that are rotated or not as rotated ones: ``xywhr_N5`` where there is such, else the upright ones."""
+    """Boxes of either kind as rotated ones: ``xywhr_N5`` if there is one, else the upright boxes with angle 0."""
     return upright(boxes_N4) if xywhr_N5 is None else xywhr_N5
 
 
@@ -56,7 +56,7 @@ def unturned(xywhr_N5: Floats) -> Floats:
 
 
 def around(points_N2: Floats) -> Floats:
-    """The rectangle of least area, (5,), around some points."""
+    """The minimum-area rectangle, (5,), around some points."""
     (x, y), (w, h), degrees = cv2.minAreaRect(points_N2.astype(np.float32))
     return regularized(np.array([[x, y, w, h, np.deg2rad(degrees)]]))[0]
 
@@ -67,7 +67,7 @@ def polygons(xywhr_N5: Floats) -> NDArray[np.object_]:
 
 
 def aligned(xywhr_N5: Floats, angles_N: Floats) -> Floats:
-    """The same rectangles, turned by quarters until their angles are next to others, so that means make sense."""
+    """The same rectangles, turned by quarters to the angles nearest to ``angles_N``, so that means make sense."""
     x, y, w, h, r = xywhr_N5.T
     quarters = np.round((angles_N - r) / (np.pi / 2))
     swap = quarters % 2 == 1

@@ -1,4 +1,4 @@
-"""The Ray that a command runs on: the cluster that it was submitted to, or one of its own; and its log."""
+"""The Ray that a command runs on: the cluster that it was submitted to, or a Ray of its own; and its log."""
 
 import os
 import shutil
@@ -21,12 +21,12 @@ LOG = "softlabel.log"
 
 
 class Terminated(BaseException):
-    """SIGTERM, as `ray job stop` and a preempted machine send it: leave by way of every `finally`."""
+    """SIGTERM, as `ray job stop` and a preempted machine send it: leave through every `finally`."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What there is to compute on: the CPUs of each node, and GPUs in all."""
+    """What there is to compute on: the CPUs of each node, and the total number of GPUs."""
 
     node_cpus: tuple[float, ...]
     gpus: int
@@ -39,11 +39,11 @@ def name_log(run_dir: Path, verbose: bool) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that nothing can be written to before hours of work are lost to it.
+    """Refuse a folder that cannot be written to, before hours of work are lost to it.
 
     Raises:
-        SessionError: It cannot be written to.
-        StorageError: Nor can the bucket.
+        SessionError: It cannot be written to, or its bucket ignores the conditions of writes.
+        StorageError: Its bucket cannot be written to.
     """
     if is_remote(folder):
         if not has_conditions(folder):
@@ -63,8 +63,8 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[bool]:
-    """Ray, from here to the end; what it says goes to a log in the run folder, or to the terminal if ``verbose``.
-    Whether it is a cluster that was there.
+    """Run Ray for the block; what it prints goes to a log in the run folder, or to the terminal if ``verbose``. Yields
+    whether a cluster was joined.
 
     Raises:
         SessionError: Ray does not start, there is no such cluster, or the log cannot be written.
@@ -79,13 +79,13 @@ def ray_session(run_dir: Path, *, verbose: bool) -> Iterator[bool]:
 
 @contextmanager
 def _log_at(path: Path) -> Iterator[None]:
-    """`log_to`; of a bucket, which no line can be added to, the log is on this machine, and is put there at the end."""
+    """`log_to`; for a bucket, where no line can be appended, the log is on this machine and is uploaded at the end."""
     if not is_remote(path):
         with log_to(path):
             yield
         return
     log = Path(tempfile.mkdtemp(prefix="softlabel-")) / LOG
-    if path.exists():  # of the run that this one goes on with
+    if path.exists():  # of the run that this one resumes
         log.write_bytes(path.read_bytes())
     try:
         with log_to(log):
@@ -94,12 +94,12 @@ def _log_at(path: Path) -> Iterator[None]:
         try:
             upload(log, path)
             shutil.rmtree(log.parent)
-        except StorageError:  # whatever else went wrong is what is to be told
+        except StorageError:  # whatever else went wrong is what the user should be told
             say(f"the log stays on this machine, in {log}: {path} cannot be written")
 
 
 def cluster(*, joined: bool) -> Cluster:
-    """What Ray counts; of the GPUs of this machine, where it was not ``joined``, those that PyTorch can use."""
+    """The resources that Ray counts; unless a cluster was ``joined``, only those GPUs that PyTorch can use."""
     import ray
 
     nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
@@ -116,11 +116,11 @@ def cluster(*, joined: bool) -> Cluster:
 
 @contextmanager
 def _ray() -> Iterator[bool]:
-    """The cluster this runs in when it was submitted as a job, else a Ray of its own on this machine; whether it is a
-    cluster.
+    """Join the cluster that this was submitted to as a job, else start a Ray of our own on this machine; yields whether
+    a cluster was joined.
 
     A bare ray.init() would attach to whatever Ray happens to run here. RAY_ADDRESS with http:// is where jobs are
-    submitted to, not a cluster to join.
+    submitted, not a cluster to join.
     """
     import ray
 
@@ -141,18 +141,18 @@ def _ray() -> Iterator[bool]:
         signal.signal(signal.SIGTERM, before)
 
 
-# Ray's State API looks for any Ray on the machine where the environment of a process names none, and with a second one
-# there it fails: Ray Train does not free the resources of a worker group that was lost. So every process is told.
+# Where a process's environment names no Ray, Ray's State API looks for any on the machine, and fails if there is a
+# second one: Ray Train then does not free the resources of a worker group that was lost. So every process is told.
 
 
 def _join(address: str) -> dict[str, Any]:
-    """How to join a cluster, for ray.init: its processes live already, ours are told by their runtime environment."""
+    """Arguments of ray.init to join a cluster, whose processes run already: runtime environments tell ours."""
     told = {} if address == "auto" else {"runtime_env": {"env_vars": {"RAY_ADDRESS": address}}}
     return {"address": address, **told}
 
 
 def _start() -> dict[str, Any]:
-    """How to start a Ray of our own, for ray.init: where it will listen is settled first, and inherited by all."""
+    """Arguments of ray.init to start a Ray of our own: where it will listen is settled first, and inherited by all."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -165,7 +165,7 @@ def _start() -> dict[str, Any]:
 
 @contextmanager
 def _terminated_in_c() -> Iterator[None]:
-    """What Ray's C code makes of an exception that a signal handler raises in it is that exception again."""
+    """Raise again the exception that a signal handler raised in Ray's C code, which makes it a SystemError."""
     try:
         yield
     except SystemError as error:
@@ -195,7 +195,7 @@ def _said_in_one_line(joined: str | None) -> Iterator[None]:
 
 @contextmanager
 def _workers_heard() -> Iterator[None]:
-    """Says the lines of workers that are meant for the user; Ray forwards all of them."""
+    """Print those lines of workers that are meant for the user; Ray forwards all of them."""
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as forwarded
 
     forwarded.add_handler(LOG, _pass_on)

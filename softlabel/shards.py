@@ -1,10 +1,11 @@
-"""The shards of a store: a file each while it is made, packed into a few large ones when it is done.
+"""The shards of a store: a file each while it is being made, packed into a few large ones when it is done.
 
-While a store is made, a shard (a row group of the tiles, softlabel.tile_table) is ``shards/000012/001930.parquet``,
-committed by rename, 160 in a folder. What is done is packed: ``table/000012.parquet`` has the same 160 as row groups,
-of no row where a shard has no tile that was asked for, and any reader of Parquet takes the folder for one table. Of a
-packed store a shard that was made again has a file of its own, which goes before, until it is packed too. Stores
-before format 7 have ``shard-001930.parquet``, all in one folder, and stay so.
+While a store is being made, a shard (a row group of the tiles, softlabel.tile_table) is
+``shards/000012/001930.parquet``, committed by rename, 160 to a folder. A finished store is packed:
+``table/000012.parquet`` has the same 160 as row groups, with no rows where a shard has no tile that was asked for, and
+any Parquet reader takes the folder for one table. If a shard of a packed store is made again, it has a file of its own,
+which takes precedence until it is packed too. Stores before format 7 have ``shard-001930.parquet``, all in one folder,
+and stay so until more is labelled in them.
 """
 
 from collections import Counter
@@ -38,7 +39,7 @@ _REJECTED_SCHEMA = pa.schema(
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """Where a shard is committed, of a store that is being made."""
+    """Where a shard of a store that is being made is committed."""
     return _shards_of(folder, shard // tile_table.FILE_SHARDS) / f"{shard:06d}.parquet"
 
 
@@ -69,7 +70,7 @@ def _packed(folder: Path) -> dict[int, Path]:
 
 
 def committed(folder: Path) -> set[int]:
-    """The shards that are there; of packed ones those without a tile, too."""
+    """The shards that are there, packed ones without a tile included."""
     size = tile_table.FILE_SHARDS
     return set(shard_files(folder)).union(*(range(number * size, number * size + size) for number in _packed(folder)))
 
@@ -97,7 +98,7 @@ def _row_group(file: pq.ParquetFile, group: int, columns: list[str] | None) -> p
 
 
 def _numbered(folder: Path, columns: list[str] | None) -> Iterator[tuple[int, pa.Table]]:
-    """Each shard that is there and has a tile, in order; a file of packed ones is opened once."""
+    """Each shard that is there and has a tile, in order; each file of packed shards is opened once."""
     size, alone, packed = tile_table.FILE_SHARDS, shard_files(folder), _packed(folder)
     for number in sorted({shard // size for shard in alone} | set(packed)):
         with opened(packed[number]) if number in packed else nullcontext() as file:
@@ -133,13 +134,13 @@ def read_soft_labels(folder: Path) -> Iterator[dict]:
 
 
 def retryable_ids(labels: pa.Table) -> set[str]:
-    """The rejected tiles of a shard that may be read another time."""
+    """The rejected tiles of a shard that may be readable another time."""
     again = labels.filter(pc.and_(pc.equal(labels["status"], REJECTED), labels["retryable"]))
     return set(again["tile_id"].to_pylist())
 
 
 def retryable_counts(folder: Path) -> dict[int, int]:
-    """How many tiles may be read another time, by shard, where there are any."""
+    """How many tiles may be readable another time, for each shard that has any."""
     counts = (
         (shard, len(retryable_ids(table))) for shard, table in _numbered(folder, ["tile_id", "status", "retryable"])
     )
@@ -147,8 +148,8 @@ def retryable_counts(folder: Path) -> dict[int, int]:
 
 
 def to_pack(tiles: Path, splits: Iterable[str] | None) -> Iterator[tuple[int, dict[int, int]]]:
-    """For each file that a store over those splits has once it is packed: its number, and how many tiles each of its
-    shards has, where it has any."""
+    """For each file that a store over those splits has once it is packed: its number, and the number of tiles of each
+    of its shards that has any."""
     counts, size = tile_table.shard_counts(tiles, splits), tile_table.FILE_SHARDS
     for number in np.unique(np.flatnonzero(counts) // size).tolist():
         of_file = range(number * size, min(number * size + size, len(counts)))
@@ -158,20 +159,21 @@ def to_pack(tiles: Path, splits: Iterable[str] | None) -> Iterator[tuple[int, di
 def pack(
     folder: Path, tiles: Path, splits: Iterable[str] | None, number: int, expected: dict[int, int]
 ) -> Counter[str]:
-    """Put the shards of one file of tiles into one file, and those of its tiles that were rejected into another, for
-    people (``rejected/``); shards in files of their own go. Done again, it gives the same.
+    """Put the shards of one file of tiles into one file, and list its rejected tiles in another, for people
+    (``rejected/``); the shards' own files are removed. Repeating it gives the same result.
 
     Args:
         folder: The store.
         tiles: The folder of its tiles.
-        splits: Those that it was asked for.
-        number: Of the file, and ``expected``: as `to_pack` gives them.
+        splits: Those that the store was asked for.
+        number: The file's, as `to_pack` gives it.
+        expected: The tiles of its shards, likewise.
 
     Returns:
-        What was counted: tiles by status, and those retryable or saturated; boxes.
+        Counts: tiles by status, tiles that are retryable or saturated, and boxes.
 
     Raises:
-        StoreError: A shard is broken, or has not all of its tiles.
+        StoreError: A shard is broken or lacks some of its tiles.
     """
     counts: Counter[str] = Counter()
     rejected: list[pa.Table] = []
@@ -218,7 +220,7 @@ def _checked(
 
 
 def _schema(alone: dict[int, Path], packed: Path | None) -> pa.Schema:
-    """The schema of the shards to pack; of some from before a format that added columns and some after, the latter."""
+    """The schema of the shards to pack: the newest one, if some are from before a format that added columns."""
     files = [(path, methodcaller("read_bytes")) for path in alone.values()]  # small: one request each
     schemas = []
     for path, fetch in [*files, *([(packed, None)] if packed else [])]:
@@ -239,7 +241,7 @@ def _write_packed(schema: pa.Schema, number: int, shards: Iterator[tuple[int, pa
 
 
 def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table with the columns that it lacks, all null."""
+    """A table with the columns that it lacks added, all null."""
     for field in schema:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))

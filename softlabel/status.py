@@ -1,6 +1,6 @@
-"""How far a run is, by its folder alone: from any machine that sees it, while it runs and afterwards.
+"""How far a run has got, by its folder alone: from any machine that sees it, while it runs and afterwards.
 
-Files of a run come and go while they are looked at: what is gone is left out.
+Files of a run come and go while they are looked at: those that are gone are left out.
 """
 
 import time
@@ -21,14 +21,14 @@ from softlabel.tile_table import has_tiles, shard_counts
 from softlabel.training.targets import STATE
 
 _RATE_S = 600.0
-"""Of the shards that came last, those of so many seconds say how fast labelling is."""
+"""Labelling speed is measured over the latest shards, those of so many seconds."""
 _LOOKED_AT = 200
-"""Of the shards that came last, so many are opened to count rejected tiles."""
+"""How many of the latest shards are opened to count rejected tiles."""
 
 
 class _Step(NamedTuple):
-    """How far a step is; ``changed`` is when it last wrote, ``speed`` and seconds ``left`` are as of then, and say
-    nothing once it has not written for ``stale_s``."""
+    """How far a step has got; ``changed`` is when it last wrote, ``speed`` and seconds ``left`` are as of then, and
+    mean nothing once it has not written for ``stale_s`` seconds."""
 
     how_far: str
     changed: float
@@ -38,7 +38,7 @@ class _Step(NamedTuple):
 
 
 def status(run_dir: Path) -> str:
-    """A line for each step that was begun, in the order of their last changes, and which processes are at them.
+    """A line for each step that was begun, in the order of their last changes, and which processes hold leases.
 
     Raises:
         StoreError: It is no run folder.
@@ -60,7 +60,7 @@ def status(run_dir: Path) -> str:
 def _looked_at(folder: Path) -> _Step:
     try:
         return _STEPS[folder.name.split("-")[0]](folder)
-    except (StoreError, OSError) as error:  # of one step: the others can be told
+    except (StoreError, OSError) as error:  # of one step: the others can still be reported
         return _Step(" ".join(str(error).split()), _changed([folder]))
 
 
@@ -120,7 +120,7 @@ def _rejected(shard: Path) -> int:
 
 
 def _rate(shards: list[tuple[float, int]]) -> float | None:
-    """Tiles per second of those that came last, by when their files were written; None where two are not enough."""
+    """Tiles per second of the latest shards, from when their files were written; None where there are too few."""
     recent = [one for one in shards if one[0] >= shards[-1][0] - _RATE_S]
     seconds = recent[-1][0] - recent[0][0] if recent else 0.0
     return sum(tiles for _, tiles in recent[1:]) / seconds if seconds > 0 else None
@@ -130,7 +130,7 @@ def _training(folder: Path) -> _Step:
     state = None if is_done(folder) else _state(folder / STATE)
     if state is not None:
         return _half_trained(state, _changed([folder / STATE, folder]))
-    if not is_done(folder):  # which comes before the state goes
+    if not is_done(folder):  # a training is marked done before its state is removed
         return _Step("no epoch done", _changed([folder]))
     said = summary(folder)
     told = f"done: {said['epochs']} epochs, best validation mAP50 {said['val_map50']:.3f}"
@@ -138,10 +138,10 @@ def _training(folder: Path) -> _Step:
 
 
 def _state(path: Path) -> dict | None:
-    """A training's state, its tensors left on disk; None where there is none, or none any more."""
+    """A training's state, its tensors left on disk; None where there is none, or no longer one."""
     if not path.exists():
         return None
-    import torch  # takes seconds, which other steps do without
+    import torch  # takes seconds, which other steps can do without
 
     try:
         return torch.load(on_disk(path), map_location="cpu", weights_only=True, mmap=True)
@@ -170,13 +170,13 @@ def _search(folder: Path) -> _Step:
     told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     best = max((row["map50"] for trial in trials for row in trial["history"]), default=None)
     reached = "" if best is None else f"; best validation mAP50 {best:.3f}"
-    done = "done: " if is_done(folder) and "running" not in states else ""  # one that goes on keeps its summary
+    done = "done: " if is_done(folder) and "running" not in states else ""  # a search that is resumed keeps its summary
     students = f"{len(trials)} student{'' if len(trials) == 1 else 's'}{': ' + told if told else ''}"
     return _Step(f"{done}{students}{reached}", _changed([*files, folder / DONE, folder / "recipe.yaml"]))
 
 
 def _changed(paths: Iterable[Path]) -> float:
-    """When the newest of those that are there was written; of none the beginning of time."""
+    """When the newest of those that are there was written; 0 where none is."""
     return max((when for path in paths if (when := _when(path)) is not None), default=0.0)
 
 
@@ -195,4 +195,4 @@ _STEPS: dict[str, Callable[[Path], _Step]] = {
     "train": _training,
     "search": _search,
 }
-"""By the first word of its folder's name; others take seconds, and say nothing that their results do not."""
+"""By the first word of a step's folder name; other steps take seconds, and their results say all there is to say."""

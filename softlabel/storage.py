@@ -1,10 +1,10 @@
-"""Where a run folder lies: on a disk, or in a bucket (``s3://``, ``gs://``, ``az://``) behind paths that answer alike.
+"""Where a run folder lies: on a disk, or in a bucket (``s3://``, ``gs://``, ``az://``), through paths used alike.
 
-A path in a bucket is a `upath.UPath`, which has pathlib's methods and stands wherever a Path does; obstore is below it.
+A path in a bucket is a `upath.UPath`, which has pathlib's methods and is used wherever a Path is; obstore is below it.
 Credentials and endpoints come from the environment alone (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``): no file of a run, and
-no argument of a process, has any.
+no argument of a process, contains any.
 
-A bucket's objects appear whole or not at all, and are never renamed; one may be created on condition that it is not
+A bucket's objects appear whole or not at all, and are never renamed; one can be created on condition that it is not
 there, and replaced on condition that it is still the one that was read.
 """
 
@@ -26,10 +26,10 @@ _BUCKETS = ("s3", "gs", "az")
 
 
 def location(text: Path | str) -> Path:
-    """A folder or file by its path or URL; what is one already stays it.
+    """A folder or file by its path or URL; a path object is returned as it is.
 
     Raises:
-        SessionError: It is a URL, and of no place in a bucket.
+        SessionError: It is a URL, but of neither a file nor a place in a bucket.
     """
     if not isinstance(text, str):
         return text
@@ -52,13 +52,13 @@ def is_remote(path: Path) -> bool:
 
 
 def upload(source: Path, path: Path) -> None:
-    """Put a file of this machine there, whole or not at all."""
+    """Upload a local file to ``path``, whole or not at all."""
     _fs(path).put_file(str(source), _key(path))
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Whether there was no such file, and now there is, with these bytes: of two who try one is told so. In a bucket
-    that may be untrue where an answer was lost: then the file tells."""
+    """Create a file with these bytes if there is none; return whether it was created: of two who try, one is told so.
+    In a bucket that may be untrue where an answer was lost: then the file's content tells."""
     if is_remote(path):
         return bool(_fs(path).put_if(_key(path), data, "create"))
     try:
@@ -70,19 +70,19 @@ def create(path: Path, data: bytes) -> bool:
 
 
 def read_tagged(path: Path) -> tuple[bytes, Any]:
-    """A file's bytes, and in a bucket what tells the object from another that comes in its place; raises
+    """A file's bytes, and in a bucket the tag that tells the object from one that replaces it; raises
     FileNotFoundError."""
     return _fs(path).read_tagged(_key(path)) if is_remote(path) else (path.read_bytes(), None)
 
 
 def replace(path: Path, data: bytes, tag: Any) -> bool:
-    """Whether the object of that ``tag`` (as `read_tagged` gave it) was still there, and now has these bytes. Answers
-    get lost as in `create`."""
+    """Replace an object if it still has that ``tag`` (as `read_tagged` gave it); return whether it was replaced.
+    Answers may be lost, as in `create`."""
     return bool(_fs(path).put_if(_key(path), data, tag))
 
 
 def has_conditions(folder: Path) -> bool:
-    """Whether a bucket, which can be written to, keeps to the conditions of `create`: some that speak S3 do not."""
+    """Whether a bucket, which can be written to, heeds the conditions of `create`: some that speak S3 do not."""
     probe = folder / f".softlabel-{uuid.uuid4().hex}"
     try:
         create(probe, b"1")
@@ -92,7 +92,7 @@ def has_conditions(folder: Path) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, as far as it is there."""
+    """Remove a folder and all in it, if it is there."""
     if is_remote(folder):
         _fs(folder).remove_all(_key(folder))
     else:
@@ -100,7 +100,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def modified(folder: Path) -> dict[Path, float]:
-    """When each file below a folder was last written, in seconds since 1970; those that go meanwhile are left out."""
+    """When each file below a folder was last written, in seconds since 1970; those removed meanwhile are left out."""
     if is_remote(folder):
         return cast(dict[Path, float], cast(Any, folder).modified())
     times = {}
@@ -111,7 +111,7 @@ def modified(folder: Path) -> dict[Path, float]:
 
 
 def on_disk(path: Path | str) -> Path:
-    """The file itself, or a copy of it on a disk, for libraries that read no other: one for all processes of a machine.
+    """The file itself, or a local copy for libraries that can read no other: one copy for all processes of a machine.
 
     Raises:
         FileNotFoundError: There is no such file in the bucket.
@@ -131,7 +131,7 @@ def on_disk(path: Path | str) -> Path:
 
 
 def ray_storage(folder: Path) -> dict[str, Any]:
-    """A folder as Ray's RunConfig takes it."""
+    """A folder as the arguments that Ray's RunConfig takes."""
     if not is_remote(folder):
         return {"storage_path": str(folder)}
     from pyarrow.fs import FSSpecHandler, PyFileSystem

@@ -21,11 +21,11 @@ from softlabel.errors import StoreError
 from softlabel.storage import is_remote, location, upload
 
 FORMAT_VERSION = 7
-"""Of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp, teachers their
-engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside upright ones;
-6: how well the candidates of a box agreed; 7: tiles in files of bounded size."""
+"""The format of everything below a run folder. 2: one normaliser per loss term; 3: tiles know their scene's stamp,
+teachers their engine; 4: pixels as a person sees them, empty tiles, truth of unknown class; 5: rotated boxes beside
+upright ones; 6: how well the candidates of a box agreed; 7: tiles in files of bounded size."""
 _HASHED_VERSION = 4
-"""Part of every step's hash: the last version that made steps of the same inputs other than they were."""
+"""Part of every step's hash: the last version that changed what steps make of the same inputs."""
 DONE = "done.json"
 STORE = "store.json"
 """What a store of soft labels was made from."""
@@ -48,8 +48,8 @@ def step_dir(run_dir: Path, name: str, inputs: Any) -> Path:
 
 
 def commit(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place; for a bucket one on this machine,
-    which is then put there.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place; for a bucket, fill a local one,
+    then upload it.
 
     A kill at any moment leaves either the old file or the whole new one, and so does a loss of power with ``sync``;
     temporary names start with a dot.
@@ -72,7 +72,7 @@ def commit(path: Path, write: Callable[[Path], object], *, sync: bool = True) ->
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Commit a JSON file; NaN is written as null, which JSON has a word for."""
+    """Commit a JSON file; NaN, which JSON does not have, is written as null."""
     text = json.dumps(_without_nan(value), indent=1)
     commit(path, lambda temporary: _write_text(temporary, text))
 
@@ -87,7 +87,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise StoreError(f"{path} is missing: run the step that makes it first") from None
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: 1,000 brackets are no JSON of ours
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: 1,000 nested brackets are no JSON of ours
         raise broken(path, error) from None
 
 
@@ -97,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Commit a Parquet file, with checksums: without, one in forty damaged pages reads as other values."""
+    """Commit a Parquet file, with checksums: without them, one in forty damaged pages reads as other values."""
     commit(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", write_page_checksum=True))
 
 
@@ -108,7 +108,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         StoreError: It is missing or broken.
     """
     try:
-        source = pa.BufferReader(path.read_bytes()) if is_remote(path) else path  # a request, not one for each column
+        source = pa.BufferReader(path.read_bytes()) if is_remote(path) else path  # one request, not one per column
         table = pq.read_table(source, columns=columns, partitioning=None, page_checksum_verification=True)
         table.validate(full=True)  # else text that is not UTF-8 fails later, where rows are made of it
         return table
@@ -120,14 +120,14 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 @contextmanager
 def opened(path: Path, fetch: Callable[[Path], bytes] | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of this project, to read some row groups of.
+    """Open a Parquet file of this project, to read some of its row groups.
 
     Args:
         path: The file.
-        fetch: How to get all of one that is in a bucket; without, each part is a request of its own.
+        fetch: How to get the whole of a file in a bucket; without it, each part is a request of its own.
 
     Raises:
-        StoreError: It is missing or broken, then or while it is read.
+        StoreError: It is missing or broken, at once or while it is read.
     """
     try:
         with _source(path, fetch) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
@@ -150,12 +150,12 @@ def is_done(folder: Path) -> bool:
 
 
 def finish(folder: Path, summary: dict) -> None:
-    """Mark a step's folder as finished, with what it has to say for itself."""
+    """Mark a step's folder as finished, with its summary."""
     write_json(folder / DONE, {"format_version": FORMAT_VERSION, **summary})
 
 
 def summary(folder: Path) -> dict:
-    """What a finished step said for itself.
+    """The summary of a finished step.
 
     Raises:
         StoreError: It did not finish, or a newer softlabel made it.
@@ -172,8 +172,8 @@ def summary(folder: Path) -> dict:
 
 
 def broken(path: Path, error: Exception) -> StoreError:
-    """What to say of a file that cannot be read."""
-    reason = " ".join(str(error).split())[:200]  # Arrow's have lines
+    """The error for a file that cannot be read."""
+    reason = " ".join(str(error).split())[:200]  # Arrow's have several lines
     return StoreError(f"{path} cannot be read ({reason}): delete it and run its step again")
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from softlabel.errors import SessionError
 
 MARK = "softlabel: "
-"""How a line of a worker begins that is for the user."""
+"""How a worker's line begins if it is for the user."""
 _LINE_S = 30.0
 
 
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 
 def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """tqdm with its own options: a bar on a terminal; elsewhere, where a bar is one endless line, lines."""
+    """tqdm with its own options: a bar on a terminal; elsewhere separate lines, since a bar would be endless."""
     err = _terminal().err
     if err.isatty():
         return tqdm(iterable, mininterval=2, file=err, **options)
@@ -46,9 +46,9 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Append to a file what anybody prints to stdout and stderr, but for `say` and `progress`.
+    """Append to a file what anybody but `say` and `progress` prints to stdout and stderr.
 
-    The file stays open: a library may have made a handler of it, and speak later.
+    The file stays open: a library may have made a log handler for it, and write to it later.
 
     Raises:
         SessionError: The file cannot be written.
@@ -81,24 +81,24 @@ def _terminal() -> _Terminal:
 
 
 def _copy(stream: TextIO, descriptor: int) -> TextIO:
-    """A stream to where one leads now, also after its file descriptor leads elsewhere."""
+    """A stream to where ``stream`` leads now, even after its file descriptor leads elsewhere."""
     stream.flush()
     try:
         if stream.fileno() > 2:
             return stream
-    except io.UnsupportedOperation:  # it has none, as where a test captures it
+    except io.UnsupportedOperation:  # it has none, as when a test captures it
         return stream
     return open(os.dup(descriptor), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
 
 
 class _Lines(tqdm):
-    """Lines instead of a bar, each of another count."""
+    """Lines instead of a bar, each with another count."""
 
     _said: float = -1
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """Whole lines, where tqdm begins each with a carriage return."""
+        """Write whole lines, where tqdm begins each with a carriage return."""
 
         def write(text: str) -> None:
             file.write(f"{text.strip()}\n")
@@ -107,16 +107,16 @@ class _Lines(tqdm):
         return write
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Say how far it is, if that is news."""
+        """Say how far it has got, if that has changed."""
         if self.n != self._said:
             self._said = self.n
             super().display(msg, pos)
 
     def clear(self, nolock: bool = False) -> None:
-        """Nothing: a line that was said stays."""
+        """Do nothing: a printed line stays."""
 
     def close(self) -> None:
-        """The last line, without the empty one that follows a bar."""
+        """Print the last line, without the empty one that follows a bar."""
         if not self.disable:
             self.display()
             self.disable = True

@@ -1,6 +1,6 @@
 """The table of tiles: Parquet files of bounded size with a row group for each shard, and a manifest that counts them.
 
-A tile step's folder has ``table/000000.parquet`` and on, with 160 shards of 64 tiles each, in order, and
+A tile step's folder has ``table/000000.parquet`` and so on, with 160 shards of 64 tiles each, in order, and
 ``shards.parquet``: a row for each shard, a column for each split, with the number of its tiles. The manifest tells what
 there is to do; a shard is a row group of a small file, read as quickly from the last of a thousand files as from the
 first. Steps before format 7 have one ``tiles.parquet``, whose footer grew with it.
@@ -28,13 +28,13 @@ SHARD_TILES = 64
 FILE_SHARDS = 160
 MANIFEST = "shards.parquet"
 NO_SPLIT = "none"
-"""The name, for who asks, of tiles that are in no split: where truth covers a part of the scenes only, all others."""
+"""The name by which to ask for tiles in no split: where truth covers only part of the scenes, those of the others."""
 _OLD_FILE = "tiles.parquet"
 
 
 def write_tiles(folder: Path, rows: Iterable[dict], shard_tiles: int = SHARD_TILES) -> None:
-    """Write rows (records.TILES) in their order, one shard of them in memory at a time; the manifest comes last."""
-    for left in (folder / "table").glob("*"):  # by a run that was killed, maybe over more scenes that could be read
+    """Write rows (records.TILES) in order, with one shard of them in memory at a time; the manifest comes last."""
+    for left in (folder / "table").glob("*"):  # by a run that was killed, perhaps when more scenes could be read
         left.unlink()
     (folder / _OLD_FILE).unlink(missing_ok=True)
     shards = _shards(iter(rows), shard_tiles)
@@ -67,7 +67,7 @@ def has_tiles(folder: Path) -> bool:
 
 
 def shard_counts(folder: Path, splits: Iterable[str] | None) -> NDArray[np.int64]:
-    """How many tiles of ``splits`` (null: all; NO_SPLIT: in none) are in each shard, (S,).
+    """How many tiles of ``splits`` (None: all; NO_SPLIT: those in none) are in each shard, (S,).
 
     Raises:
         StoreError: The table is missing, broken, or no table of tiles.
@@ -95,15 +95,15 @@ def _old_counts(path: Path, splits: Iterable[str] | None) -> NDArray[np.int64]:
 
 
 def num_shards(folder: Path) -> int:
-    """Shards of a table of tiles; raises as `shard_counts`."""
+    """Number of shards of a table of tiles; raises as `shard_counts`."""
     return len(shard_counts(folder, None))
 
 
 def read_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterable[str] | None) -> pa.Table:
-    """The rows of one shard's tiles, those of ``splits`` as `shard_counts` has them, in their order.
+    """The rows of one shard's tiles in ``splits`` (as for `shard_counts`), in order.
 
     Raises:
-        StoreError: Its file is missing, broken, or of no table of tiles.
+        StoreError: Its file is missing, broken, or not of a table of tiles.
     """
     path, group = table_file(folder, shard // FILE_SHARDS), shard % FILE_SHARDS
     if _is_old(folder):
@@ -113,15 +113,15 @@ def read_shard(folder: Path, shard: int, columns: Iterable[str], splits: Iterabl
 
 
 def read_tiles(folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None) -> list[dict]:
-    """`iterate_tiles` as a list: of a training or a test set, whose rows may be kept."""
+    """`iterate_tiles` as a list, for a training or test set, whose rows fit in memory."""
     return list(iterate_tiles(folder, splits, columns))
 
 
 def iterate_tiles(
     folder: Path, splits: Iterable[str] | None = None, columns: list[str] | None = None
 ) -> Iterator[dict]:
-    """The rows of a finished tile step, those of ``splits`` as `shard_counts` has them, in their order; files without
-    one are not opened.
+    """The rows of a finished tile step's tiles in ``splits`` (as for `shard_counts`), in order; files without any are
+    not opened.
 
     Raises:
         StoreError: The table is missing, broken, or no table of tiles.
@@ -151,7 +151,7 @@ def _is_in(split: pa.ChunkedArray, splits: Iterable[str]) -> pa.ChunkedArray:
 
 
 def table_file(folder: Path, number: int) -> Path:
-    """A file of a table: of tiles, or of a store over them (softlabel.shards), which is divided alike."""
+    """A file of a table: of tiles, or of a store over them (softlabel.shards), which is divided in the same way."""
     return folder / "table" / f"{number:06d}.parquet"
 
 
@@ -165,13 +165,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 @lru_cache(maxsize=1)
 def _fetched(path: Path) -> bytes:
-    """A file of a bucket, a megabyte or so: who reads one of its shards reads the next, mostly."""
+    """A whole file of a bucket, a megabyte or so: whoever reads one of its shards usually reads the next."""
     return path.read_bytes()
 
 
 @lru_cache
 def _is_old(folder: Path) -> bool:
-    """Whether a table that is finished is of before format 7; a bucket is asked once."""
+    """Whether a finished table is from before format 7; a bucket is asked once."""
     return (folder / _OLD_FILE).is_file()
 
 

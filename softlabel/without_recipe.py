@@ -1,4 +1,4 @@
-"""Verbs of the command line that take what is there (a store, weights, a run folder) and no recipe."""
+"""Verbs of the command line that take no recipe, only what is already there: a store, weights, a run folder."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ def import_weights(arguments: argparse.Namespace) -> None:
     if (model is None) != (classes is None):
         raise RecipeError("--model and --classes belong together: give both for a bare state_dict, else neither")
     target = arguments.output or source.with_suffix(".safetensors")
-    if source.is_file():  # else that is what is wrong, and no folder is made
+    if source.is_file():  # else that is the mistake to report, and no folder is made
         check_writable(target.parent)
     if model is None:
         header = import_weights(source, target)
@@ -53,7 +53,7 @@ def export(arguments: argparse.Namespace) -> None:
     from softlabel.results.run import export
     from softlabel.results.stores import open_store
 
-    store = open_store(arguments.store).folder  # before a Ray is started for nothing
+    store = open_store(arguments.store).folder  # before Ray is started for nothing
     output = (arguments.output or store.with_name(f"export-{arguments.format}-{store.name}")).resolve()
     check_writable(output)
     name_log(output.parent, arguments.verbose)
@@ -68,7 +68,7 @@ def fuse(arguments: argparse.Namespace) -> None:
     run_dir = arguments.stores[0].resolve().parent
     weights = arguments.weights or [1.0] * len(arguments.stores)
     asked = (arguments.stores, weights, arguments.threshold, arguments.iou, run_dir)
-    fuse_job(*asked)  # what cannot be fused is said before a Ray is started for nothing
+    fuse_job(*asked)  # what cannot be fused is reported before Ray is started for nothing
     check_writable(run_dir)
     name_log(run_dir, arguments.verbose)
     with ray_session(run_dir, verbose=arguments.verbose):

@@ -1,16 +1,16 @@
 """How well the candidates of one object agreed on its box: what NMS throws away says how sure the box is.
 
 An adaptation of two ideas. Soft Teacher (Xu et al., arXiv:2106.09018) jitters a teacher's box, lets the teacher regress
-it anew and takes the spread of the answers for the box's unreliability; here the candidates that neighbouring anchors
-gave in the same forward pass stand for the jittered ones, which costs no pass more. Localisation distillation (Zheng et
-al., arXiv:2102.12252) has a student learn boxes by how sure its teacher is of them; here that is one weight per box
-(``train.soft.localisation_power``), not a distribution per edge.
+it anew and takes the spread of the answers as the box's unreliability; here the candidates that neighbouring anchors
+gave in the same forward pass stand in for the jittered ones, which needs no extra pass. Localisation distillation
+(Zheng et al., arXiv:2102.12252) has a student learn boxes according to how sure its teacher is of them; here that is
+one weight per box (``train.soft.localisation_power``), not a distribution per edge.
 
 A kept box's agreement is the mean of the IoUs that other candidates of its best class have with it, weighted by their
-best scores. Those count whose IoU is above NMS's own, which are those that show the same object, be they suppressed by
-this box or by another: one that overlaps two kept boxes counts for both. So the order of candidates does not matter.
-Candidates are those that NMS looks at: above the floor, of the best ``MAX_CANDIDATES``, and where ``max_det`` cuts, no
-worse than the first box that it cuts off.
+best scores. Only candidates whose IoU is above NMS's threshold count, as they show the same object, whether this box
+suppressed them or another did: one that overlaps two kept boxes counts for both. So the order of candidates does not
+matter. Candidates are those that NMS looks at: above the floor, among the best ``MAX_CANDIDATES``, and where
+``max_det`` cuts, no worse than the first box that it cuts off.
 
 Shape suffixes: B images, A candidates best first, M kept boxes, P and N boxes; Q pairs of a kept box and another.
 """
@@ -21,7 +21,7 @@ import torch
 
 Overlap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(B, P, N) IoU of boxes (B, P, ...) with boxes (B, N, ...)."""
-_AT_ONCE = 2048  # candidates that are compared with all kept boxes: at most 8 MB a matrix
+_AT_ONCE = 2048  # candidates that are compared with all kept boxes at a time: at most 8 MB a matrix
 _MOST_PAIRS = 1 << 19
 
 
@@ -34,15 +34,15 @@ def agreement(
     limit: float,
     at_once: int,
 ) -> torch.Tensor:
-    """(B, M) in (limit, 1], NaN where no other candidate overlaps a box so much.
+    """(B, M) in (limit, 1], NaN where no other candidate overlaps a box by more than ``limit``.
 
     Args:
         boxes_BA: (B, A, 4) or (B, A, 5), as ``overlap`` takes them.
-        class_ids_BA: Best classes; there may be more than boxes, which do not count.
-        best_BA: Best scores; 0 or below for what does not count.
+        class_ids_BA: Best classes; there may be more of them than boxes: the surplus does not count.
+        best_BA: Best scores, of which there may be more too; 0 or below for what does not count.
         places_BM: Which candidates were kept.
-        overlap: The IoU that NMS went by.
-        limit: An IoU counts above it.
+        overlap: The IoU that NMS used.
+        limit: Only IoUs above it count.
         at_once: Candidates that are compared with all kept boxes at a time.
     """
     best_BA = best_BA.clamp(min=0)
@@ -50,7 +50,7 @@ def agreement(
     kept_ids = class_ids_BA.gather(1, places_BM)[..., None]
     numbers_A = torch.arange(boxes_BA.shape[1], device=boxes_BA.device)
     total = weights = best_BA.new_zeros(places_BM.shape)
-    if limit < 1:  # else no IoU is above it
+    if limit < 1:  # otherwise no IoU is above it
         for start in range(0, len(numbers_A), at_once):
             some = slice(start, min(start + at_once, len(numbers_A)))
             iou = overlap(kept, boxes_BA[:, some])
@@ -65,14 +65,14 @@ def agreement(
 def agreement_upright(
     boxes_A4: torch.Tensor, class_ids_A: torch.Tensor, best_A: torch.Tensor, kept_M: torch.Tensor, limit: float
 ) -> torch.Tensor:
-    """(M,) of one image what `agreement` says, by comparing a tenth of the pairs: on a CPU that is what it costs.
+    """(M,), as `agreement` for one image, but comparing a tenth of the pairs: on a CPU the comparisons are the cost.
 
     Args:
         boxes_A4: xyxy.
         class_ids_A: Best classes.
         best_A: Best scores, above 0.
         kept_M: Which candidates were kept.
-        limit: An IoU counts above it.
+        limit: Only IoUs above it count.
     """
     pairs = _near(boxes_A4, class_ids_A, kept_M, limit) if 0 < limit < 1 else None
     if pairs is None:
@@ -90,12 +90,12 @@ def agreement_upright(
 def _near(
     boxes_A4: torch.Tensor, class_ids_A: torch.Tensor, kept_M: torch.Tensor, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(Q,) places among the kept and (Q,) candidates of the same class: all pairs whose IoU may be above a limit, and
-    others; None if they are too many.
+    """(Q,) indices into the kept and (Q,) candidates of the same class: all pairs whose IoU may be above a limit, and
+    some others; None if they are too many.
 
-    Of two boxes with a greater IoU one of width w, the other begins less than w / limit - w before it and less than
-    w - w * limit after it. (The classes lie one behind the other, too far apart to meet; a thousandth of w is for
-    rounding.)
+    If two boxes have a greater IoU and one is w wide, the other's left edge is less than w / limit - w to the left of
+    the first's and less than w - w * limit to the right. (Classes are laid out one after another, too far apart to
+    meet; a thousandth of w allows for rounding.)
     """
     left, right = boxes_A4[:, 0:3:2].double().nan_to_num(0).clamp(-1e6, 1e6).unbind(1)
     width = (right - left).clamp(min=0)
@@ -113,7 +113,7 @@ def _near(
 
 
 def ious(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """IoU of boxes as xyxy, each (..., 4), computed as torchvision does; NaN of two without area."""
+    """IoU of boxes as xyxy, each (..., 4), computed as torchvision does; NaN for two without area."""
     x0, y0, x1, y1 = first.unbind(-1)
     u0, v0, u1, v1 = second.unbind(-1)
     inter = (x1.minimum(u1) - x0.maximum(u0)).clamp(min=0) * (y1.minimum(v1) - y0.maximum(v0)).clamp(min=0)
@@ -121,5 +121,5 @@ def ious(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def all_ious(first_BP4: torch.Tensor, second_BN4: torch.Tensor) -> torch.Tensor:
-    """(B, P, N) IoU of all with all."""
+    """(B, P, N) IoU of all with all, in each image."""
     return ious(first_BP4[:, :, None], second_BN4[:, None])

@@ -1,7 +1,7 @@
-"""Test-time augmentation: a tile through the same model several times, turned and at other sizes, and its boxes fused.
+"""Test-time augmentation: a tile goes through one model several times, turned and at other sizes; boxes are fused.
 
-Fused by weighted box fusion (Solovyev et al., arXiv:1910.13302) of whole class vectors: a box that few views have found
-scores less. What becomes of a tile still depends on it alone.
+By weighted box fusion (Solovyev et al., arXiv:1910.13302) of whole class vectors: a box that few views have found
+scores less. A tile's boxes still depend on that tile alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from softlabel.fusion import fuse_tile
 from softlabel.records import Detections
 
 IOU = 0.55
-"""Boxes of a class above it, found in several views, are one: the value of the paper."""
+"""Boxes of one class from several views that overlap by more than this are fused: the paper's value."""
 
 View = str | float
-"""``fliplr``, ``flipud``, ``rot90``, or a factor of the size at which the model sees a tile."""
+"""``fliplr``, ``flipud``, ``rot90``, or a factor on the size at which the model sees a tile."""
 
 
 class AugmentedDetector(Detector):
     """A detector that looks at every tile as it is and in some views; what it finds has no objectness.
 
     Args:
-        detector: What looks.
-        views: In what form besides; each costs a forward pass more.
+        detector: The one that looks.
+        views: The additional views; each costs one more forward pass.
     """
 
     def __init__(self, detector: Detector, views: Sequence[View]) -> None:
@@ -36,7 +36,7 @@ class AugmentedDetector(Detector):
         self.engine, self.precision = detector.engine, detector.precision
 
     def start(self, images: Sequence[Image], scale: float = 1.0) -> Callable[[], list[Detections]]:
-        """As of Detector."""
+        """As for Detector."""
         started = [self._detector.start(images, scale)]
         for view in self._views:
             factor = scale if isinstance(view, str) else scale * view
@@ -69,11 +69,11 @@ def _seen(image: Image, view: View) -> Image:
 
 
 def undo(found: Detections, view: View, tile_hw: tuple[int, int]) -> Detections:
-    """What was found in a view, in pixels of the tile as it is.
+    """What was found in a view, in pixels of the original tile.
 
     Args:
         found: In pixels of the view.
-        view: Which.
+        view: Which view.
         tile_hw: Height and width of the tile.
     """
     height, width = tile_hw

@@ -1,16 +1,16 @@
 """NMS of a whole batch at once, in kernels whose number does not depend on what they find.
 
 Nothing here asks the device for a value: the host need not wait, and the work fits into a CUDA graph. Candidates come
-in blocks, best first. A block's are compared with those kept of the blocks before, then with each other. Which of a
-block are kept is the one solution of "kept are those that nothing kept and better overlaps"; it is found by applying
-that sentence again and again, as Cluster-NMS does (Zheng et al., arXiv:2005.03572), and is reached after as many rounds
-as the longest chain of boxes that suppress each other is long.
+in blocks, best first. A block's are compared with those kept from earlier blocks, then with each other. Which of a
+block are kept is the unique solution of "kept are those that no better kept box overlaps"; it is found by applying
+that rule repeatedly, as Cluster-NMS does (Zheng et al., arXiv:2005.03572), and is reached after as many rounds as the
+longest chain of boxes that suppress each other is long.
 
-How many blocks and rounds a batch needs, and room for how many boxes, is known only afterwards: `Kept.effort` says it,
-and whoever did less does it again (softlabel.detectors.pipeline). Memory is bounded by the block, whatever the number
-of candidates.
+How many blocks and rounds a batch needs, and room for how many boxes, is known only afterwards: `Kept.effort` says so,
+and a caller that did less runs it again (softlabel.detectors.pipeline). Memory is bounded by the block, whatever the
+number of candidates.
 
-Shape suffixes: B images, A anchors, C columns, N candidates of a block, M room for boxes that are kept, P boxes before.
+Shape suffixes: B images, A anchors, C columns, N candidates of a block, M room for kept boxes, P earlier boxes.
 """
 
 import math
@@ -27,19 +27,19 @@ BLOCK = 256
 
 
 class Effort(NamedTuple):
-    """Blocks of candidates that are looked at, rounds over each, and room for boxes that are kept of an image: what is
-    compared with them all would else be compared with max_det, most of which are not there."""
+    """Blocks of candidates to look at, rounds over each, and room for the boxes kept of an image: without that limit
+    all comparisons with them would be with ``max_det`` boxes, most of them absent."""
 
     blocks: int
     rounds: int
     room: int
 
     def suffices(self, other: "Effort") -> bool:
-        """Whether it is no less than another."""
+        """Whether it is at least another in every part."""
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def raised_to(self, other: "Effort") -> "Effort":
-        """The next powers of two that are no less than either."""
+        """This effort, with each part that falls short of another's raised to the next power of two that suffices."""
         return Effort(*(max(mine, 1 << math.ceil(math.log2(theirs))) for mine, theirs in zip(self, other, strict=True)))
 
 
@@ -48,12 +48,12 @@ START = Effort(blocks=2, rounds=8, room=256)
 
 @dataclass(frozen=True)
 class Kept:
-    """Of a batch, on the device.
+    """What is kept of a batch, on the device.
 
     Attributes:
-        rows: (B, M, C + 1), of each image as `softlabel.detectors.nms.suppressed` gives them.
-        count: (B,) how many of them, from the first on.
-        effort: (B, 3) blocks, rounds and room that the image needs; where one was too little the others are guesses.
+        rows: (B, M, C + 1), for each image as `softlabel.detectors.nms.suppressed` gives them.
+        count: (B,) how many of them are valid, from the first on.
+        effort: (B, 3) blocks, rounds and room that the image needs; where one was too little, the others are guesses.
     """
 
     rows: torch.Tensor
@@ -64,14 +64,14 @@ class Kept:
 def suppressed_batch(
     decoded_BCA: torch.Tensor, num_classes: int, nms: Nms, effort: Effort, *, rotated: bool = False
 ) -> Kept:
-    """What `softlabel.detectors.nms.suppressed` (or, ``rotated``, that of rotated_nms) keeps of each image.
+    """What `softlabel.detectors.nms.suppressed` (if ``rotated``, `rotated_nms.suppressed_rotated`) keeps of each image.
 
     Args:
         decoded_BCA: Boxes as centre and size, class scores, and objectness or angle.
-        num_classes: Of the class scores.
-        nms: Floor, IoU and how many.
-        effort: What to do; the answer is right where it suffices for the ``effort`` that comes back.
-        rotated: The last column is an angle.
+        num_classes: How many class scores there are.
+        nms: Floor, IoU and ``max_det``.
+        effort: How much to do; the result is right where it suffices for the ``effort`` that is returned.
+        rotated: Whether the last column is an angle.
     """
     best, class_ids = decoded_BCA[:, 4 : 4 + num_classes].max(1)
     best, order = best.masked_fill(~(best > nms.floor), -1).sort(dim=1, descending=True, stable=True)
@@ -90,7 +90,7 @@ def suppressed_batch(
         boxes = corners(boxes)
         keep, rounds = _greedy(boxes, class_ids, alive, limit, room, effort.rounds)
     num_kept = keep.cumsum(1)
-    # Where the one after max_det is found, no candidate after it matters.
+    # Once the first one beyond max_det is found, no candidate after it matters.
     blocks = torch.where(num_kept[:, -1] >= most, 1, (num_candidates + BLOCK - 1) // BLOCK)
     count = num_kept[:, -1].clamp(max=most)
     seen = num_kept - keep.long() < most
@@ -105,7 +105,7 @@ def suppressed_batch(
 
 
 def _overlap(nms: Nms, *, rotated: bool) -> tuple[Overlap, float]:
-    """The IoU that NMS goes by, and what it is compared with."""
+    """The IoU that NMS uses, and the limit that it is compared with."""
     if not rotated:
         return all_ious, limit_of(nms.iou)
     from softlabel.detectors.rotated_nms import probious  # imports ultralytics
@@ -116,8 +116,8 @@ def _overlap(nms: Nms, *, rotated: bool) -> tuple[Overlap, float]:
 def _greedy(
     boxes: torch.Tensor, class_ids: torch.Tensor, alive: torch.Tensor, limit: float, room: int, rounds: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which candidates are kept, (B, A), and how many rounds each image needs: one more than were done, if those did
-    not suffice. Of more than there is room for the best are right, and the one after them."""
+    """Which candidates are kept, (B, A), and the rounds each image needs: 1 where those done sufficed, else one more
+    than those. If more are kept than there is room for, the best that fit are right, and the next one after them."""
     batch, count = alive.shape
     found, needed = [], torch.ones(batch, dtype=torch.long, device=boxes.device)
     kept_boxes = boxes.new_zeros(batch, room + 1, 4)
@@ -144,7 +144,7 @@ def _greedy(
 
 
 def _solve(over_BNN: torch.Tensor, alive: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those that no kept one overlaps, and whether as many rounds sufficed for that, (B,)."""
+    """Those that no better kept one overlaps, and whether so many rounds sufficed to find them, (B,)."""
     keep = before = alive
     for _ in range(rounds + 1):
         before, keep = keep, alive & ~(over_BNN & keep[:, :, None]).any(1)
@@ -154,7 +154,7 @@ def _solve(over_BNN: torch.Tensor, alive: torch.Tensor, rounds: int) -> tuple[to
 def _fast(
     boxes: torch.Tensor, class_ids: torch.Tensor, alive: torch.Tensor, overlap: Overlap, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_greedy`, of rotated boxes: all that is better suppresses, be it suppressed itself; one round is enough."""
+    """As `_greedy`, for rotated boxes: any better box suppresses, even if itself suppressed; one round is enough."""
     batch, count = alive.shape
     found = []
     for start in range(0, count, BLOCK):

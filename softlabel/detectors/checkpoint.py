@@ -14,13 +14,13 @@ from softlabel.detectors.yolov5 import SIZES, TRAIN_DEFAULTS, anchor_yaml
 from softlabel.errors import WeightsError
 
 _DEFAULT_IMGSZ, _DEFAULT_IMGSZ_P6 = 640, 1280
-"""What releases were trained at, where their files do not say."""
+"""The image size that releases were trained at, where their files do not say."""
 
 _WITH_TEXT = ("YOLOEDetect", "YOLOESegment", "YOLOESegment26")
-"""Heads whose last layer is a text's embedding, which becomes part of the layer before."""
+"""Heads whose last layer is a text embedding, which is merged into the layer before it."""
 
 _BOXES_ALONE = dict.fromkeys(("Segment", "Segment26", "Pose", "Pose26", *_WITH_TEXT), "Detect")
-"""Heads that find boxes as ``Detect`` does, with masks or keypoints beside them, or of classes that are told."""
+"""Heads that find boxes as ``Detect`` does, with masks or keypoints besides, or of classes given as text."""
 
 _HEADS = {"Detect", "v10Detect", "OBB", "OBB26", "RTDETRDecoder", "WorldDetect", *_BOXES_ALONE}
 
@@ -41,10 +41,10 @@ _OTHER_HEADS = {
 def read_checkpoint(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
     """A .pt file's model and its tensors, as float32 (counters stay integers).
 
-    Of a model that finds masks or keypoints beside boxes, this is what finds the boxes.
+    Of a model that finds masks or keypoints besides boxes, only the part that finds the boxes.
 
     Raises:
-        WeightsError: It cannot be read safely, or holds something else than a detection model.
+        WeightsError: It cannot be read safely, or holds something other than a detection model.
     """
     content = read_pickle(path)
     try:
@@ -78,7 +78,7 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor] | None:
     """The tensors of a .pt file that holds nothing else, as ``torch.save(model.state_dict())`` makes it, as float32.
 
     Returns:
-        None where it holds something else, as a whole model.
+        None where it holds something else, such as a whole model.
 
     Raises:
         WeightsError: It cannot be read safely.
@@ -98,7 +98,7 @@ def _model_of(content: Any, path: Path | str) -> Any:
 
 
 def _state_dict_in(content: Any) -> dict[str, torch.Tensor] | None:
-    """It, or what lies in it under one of the names that are in use."""
+    """The state_dict that a file's content is, or holds under one of the usual names."""
     inside = [content.get(key) for key in _STATE_DICTS] if isinstance(content, dict) else []
     for found in (content, *inside):
         if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
@@ -108,13 +108,13 @@ def _state_dict_in(content: Any) -> dict[str, torch.Tensor] | None:
 
 def _ultralytics_header(model: Any, kind: str, content: Any, num_classes: int | None = None) -> Header:
     yaml, args = _yaml_of(model, kind), _train_args(model, content)
-    if num_classes is not None:  # of classes that it was told, not those it was built for
+    if num_classes is not None:  # that of the classes it was given, not of those it was built for
         yaml["nc"] = num_classes
     return Header(yaml, _class_names(model, yaml["nc"]), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
 
 
 def _with_text(model: Any, head: Any, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The last convolutions of YOLOE's class branches, for the classes that its text embeddings were made of last.
+    """The last convolutions of YOLOE's class branches, for the classes that its text embeddings were last made of.
 
     A class scores as its embedding's product with the branch's normalised output. That is linear, as the convolution
     before it is, so both are one convolution (as in ultralytics' YOLOEDetect.fuse).
@@ -141,7 +141,7 @@ def _with_text(model: Any, head: Any, tensors: dict[str, torch.Tensor], prefix: 
 
 
 def _world_header(model: Any, head: Any, content: Any) -> Header:
-    """Of YOLO-World, whose classes are those that its text embeddings were made of last."""
+    """That of a YOLO-World, whose classes are those that its text embeddings were last made of."""
     yaml, args = _yaml_of(model, "WorldDetect"), _train_args(model, content)
     return Header(yaml, _class_names(model, head.nc), _imgsz(args.get("imgsz"), _DEFAULT_IMGSZ), args)
 
@@ -149,7 +149,7 @@ def _world_header(model: Any, head: Any, content: Any) -> Header:
 def _class_width(tensors: dict[str, torch.Tensor], head: str, num_classes: int) -> dict[str, int]:
     """The hidden width of a head's class branch, where it does not follow from the number of classes.
 
-    ultralytics (8.4) keeps that of the weights that training started from, which follows from theirs.
+    ultralytics (8.4) keeps that of the weights that training started from, which follows from their number of classes.
     """
     last, first = tensors.get(f"{head}cv3.0.2.weight"), tensors.get(f"{head}cv2.0.0.conv.weight")
     if last is None or first is None or last.shape[1] == max(first.shape[1], min(num_classes, 100)):
@@ -198,7 +198,7 @@ def _named(yaml: dict) -> dict:
 
 
 def _activations(model: Any) -> dict:
-    """Of YOLOv5 before v4 and models with another: its modules say it, where its yaml may not."""
+    """Activations other than SiLU, as in YOLOv5 before v4: a model's modules name them, where its yaml may not."""
     found = {}
     for kind, key in (("Conv", "activation"), ("BottleneckCSP", "csp_activation")):
         used = {_activation(module) for module in _modules(model) if type(module).__name__ == kind} - {None}
@@ -224,7 +224,7 @@ def _class_names(model: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _train_args(model: Any, content: Any) -> dict:
-    """The plain values among them."""
+    """The plain values among the training arguments."""
     found = content.get("train_args") if isinstance(content, dict) else None
     found = getattr(model, "args", {}) if found is None else found
     found = found if isinstance(found, dict) else vars(found)
@@ -243,7 +243,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of nothing but JSON.
+    """A copy that holds nothing but JSON values.
 
     Raises:
         TypeError: There is something else in it.
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
 
 
 def _finds_boxes(key: str) -> bool:
-    """Whether a tensor of a head belongs to ``Detect``."""
+    """Whether a head's tensor is one that ``Detect`` has too."""
     return key.split(".")[2].removeprefix("one2one_") in ("cv2", "cv3", "dfl")
 
 

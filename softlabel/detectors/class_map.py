@@ -1,4 +1,7 @@
-"""A teacher's own classes become the recipe's. Nothing here may import torch: drivers and reading tasks get one."""
+"""How a teacher's own classes become the recipe's.
+
+Drivers and reading tasks are given a ClassMap, so nothing here may import torch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +16,8 @@ _MOST_NAMED = 10
 class ClassMap:
     """Which class of the recipe each of a teacher's classes becomes; None: none.
 
-    Of several that become one the best score is that class's. A sum would be a probability only if they excluded each
-    other, and could exceed 1; the scores of detectors are independent.
+    Where several become one, it takes the best of their scores. A sum would be a probability only if they were mutually
+    exclusive, and could exceed 1; the scores of detectors are independent.
     """
 
     classes: tuple[str, ...]
@@ -22,7 +25,7 @@ class ClassMap:
 
     @property
     def columns(self) -> tuple[tuple[int, ...], ...]:
-        """For each class of the recipe the places of the teacher's that become it."""
+        """For each class of the recipe, the indices of the teacher's that become it."""
         return tuple(
             tuple(place for place, (_, name) in enumerate(self.becomes) if name == wanted) for wanted in self.classes
         )
@@ -37,16 +40,16 @@ def class_map(
 ) -> ClassMap | None:
     """How a teacher's classes become the recipe's; None where they are the recipe's.
 
-    A class that is not asked for becomes the recipe's of its name, or none.
+    A class that ``asked`` does not mention becomes the recipe's class of the same name, or none.
 
     Args:
         weights: The teacher, for messages.
         found: The teacher's classes, in the order of its scores.
         classes: The recipe's.
-        asked: A teacher's class to one of the recipe's, or to None: ``label.classes``.
+        asked: From a teacher's class to one of the recipe's, or to None: ``label.classes``.
 
     Raises:
-        RecipeError: They differ and nothing is asked for, or what is asked for is no class of the teacher.
+        RecipeError: They differ and nothing is asked for, or what is asked for is not a class of the teacher.
     """
     if not asked:
         if tuple(found) == tuple(classes):
@@ -65,7 +68,7 @@ def class_map(
 
 
 def left_out(found: ClassMap, asked: Mapping[str, str | None]) -> list[str]:
-    """What to say of classes that nobody spoke of: the teacher's that become none, the recipe's that none becomes."""
+    """Messages about the teacher's unmentioned classes that become none, and the recipe's that none becomes."""
     silent = [name for name, becomes in found.becomes if becomes is None and name not in asked]
     without = [name for name, columns in zip(found.classes, found.columns, strict=True) if not columns]
     lines = []
@@ -77,6 +80,6 @@ def left_out(found: ClassMap, asked: Mapping[str, str | None]) -> list[str]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first of them, and how many there are."""
+    """The first few names, and how many there are where that is not all."""
     more = f", ... ({len(names)})" if len(names) > _MOST_NAMED else ""
     return ", ".join(islice(names, _MOST_NAMED)) + more

@@ -29,14 +29,14 @@ _BATCH = 64
 
 
 class CropNetwork(ABC):
-    """Probabilities of crops, a batch at a time; on CUDA where there is one."""
+    """Probabilities for crops, a batch at a time; on CUDA where available."""
 
     def __init__(self, model: Any, processor: Any, num_names: int) -> None:
         self._device = default_device()
         self._model, self._processor, self._num_names = model.to(self._device), processor, num_names
 
     def probabilities(self, crops: Iterable[Crop]) -> NDArray[np.float32]:
-        """(N, F) of uint8 (H, W, 3) RGB, each padded to a square: to squash or to cut it would hide what it shows."""
+        """(N, F) for crops, uint8 (H, W, 3) RGB, each padded to a square: squashing or cutting hides what it shows."""
         found = [np.zeros((0, self._num_names), np.float32)]
         waiting = iter(crops)
         while squares := [_square(crop) for crop in islice(waiting, _BATCH)]:
@@ -48,7 +48,7 @@ class CropNetwork(ABC):
 
     @abstractmethod
     def _answer(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, F) of what the model takes."""
+        """(B, F) for a batch of the model's input."""
 
 
 @lru_cache(maxsize=1)  # a process has one model for all its shards
@@ -84,7 +84,7 @@ class _Prompted(CropNetwork):
         self._names_FD = normalize(torch.stack(means), dim=-1)
 
     def _embed(self, tokenizer: Any, phrasings: Sequence[str]) -> torch.Tensor:
-        """(P, D) of unit length."""
+        """(P, D), each of unit length."""
         most = self._model.config.text_config.max_position_embeddings
         for phrasing in phrasings:
             length = len(tokenizer(phrasing, verbose=False)["input_ids"])

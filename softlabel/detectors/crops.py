@@ -1,7 +1,7 @@
-"""Models that tell crops apart: an image classifier, or words that a CLIP-like model compares them with.
+"""Models that tell crops apart: an image classifier, or a CLIP-like model that compares them with words.
 
-Both are models of transformers, from a folder or a hub, whose weights are safetensors: a classifier of ultralytics
-would need a reader of its own for its checkpoints. Drivers ask here: nothing may import torch.
+Both are transformers models, from a folder or the hub, whose weights are safetensors: an ultralytics classifier would
+need a reader of its own for its checkpoints. Drivers ask here, so nothing may import torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ _HEAD = "ForImageClassification"
 class CropModel:
     """Which model, and what it tells apart.
 
-    ``weights`` is a folder or a hub's ``name@revision``; ``prompts`` are the phrasings of each name, none where the
+    ``weights`` is a folder or the hub's ``name@revision``; ``prompts`` are the phrasings of each name, empty where the
     names are a classifier's own classes.
     """
 
@@ -53,7 +53,7 @@ class CropModel:
         """(N, F), the probability that each crop is of each name.
 
         Args:
-            crops: uint8 (H, W, 3) RGB; they are taken a batch at a time.
+            crops: uint8 (H, W, 3) RGB; they are consumed a batch at a time.
 
         Raises:
             WeightsError: The model cannot be loaded.
@@ -65,7 +65,7 @@ class CropModel:
 
 
 def crop_classifier(model: str) -> CropModel:
-    """An image classifier, which names what it tells apart.
+    """An image classifier, whose own classes are the names.
 
     Args:
         model: A folder, or a name on the hub.
@@ -91,7 +91,7 @@ def prompted_crops(model: str, vocabulary: Mapping[str, tuple[str, ...]]) -> Cro
         vocabulary: Names to their phrasings.
 
     Raises:
-        WeightsError: It is not there, cannot be fetched, or is none that compares images with words.
+        WeightsError: It is not there, cannot be fetched, or does not compare images with words.
     """
     folder = any_folder(model)
     if model_type(folder) not in PROMPTED:

@@ -19,7 +19,7 @@ def read_header(path: Path | str) -> Header:
     """What a weights file says of its model. Only a checkpoint needs torch to be read.
 
     Raises:
-        WeightsError: Neither a safetensors file that this project wrote nor a checkpoint that it reads.
+        WeightsError: It is neither a safetensors file that this project wrote nor a checkpoint or .onnx that it reads.
     """
     if is_checkpoint(path):
         from softlabel.detectors.weights import read_weights
@@ -36,7 +36,7 @@ def describe(weights: str) -> dict[str, str]:
     """What a file is and what can be done with it, a line per key.
 
     Args:
-        weights: A weights file; or the folder of a model of transformers, or its name on the hub.
+        weights: A weights file; or the folder of a transformers model, or its name on the hub.
 
     Raises:
         WeightsError: Nothing can be done with it; the message says why.

@@ -15,16 +15,17 @@ T = TypeVar("T")
 class Detector:
     """Runs a network over tiles of any shape and keeps the class vector of every box.
 
-    What becomes of a tile depends on it alone, never on its batch, so neither do its boxes (but for float rounding).
+    How a tile is prepared depends on that tile alone, never on its batch, and so do its boxes (up to float rounding).
 
     Args:
-        network: Taken over: it is moved and, for another precision than float32, changed.
-        num_classes: Of its score columns.
+        network: Taken over: it is moved and, for a precision other than float32, changed.
+        num_classes: How many score columns it has.
         nms: What is kept of a forward pass.
-        device: Where PyTorch runs; default: CUDA where there is one, else the CPU. OpenVINO always runs on the CPU.
+        device: Where PyTorch runs; default: CUDA where available, else the CPU. OpenVINO always runs on the CPU.
         engine: As softlabel.detectors.engine_choice.resolve gives it, and so is ``precision``.
-        precision: Of the convolutions and matrix products; boxes and scores are always decoded in float32.
-        threads: CPU threads, None: as many as the engine's library thinks best (softlabel.detectors.engines.build).
+        precision: That of the convolutions and matrix products; scores are always decoded, and boxes scaled to pixels,
+            in float32.
+        threads: CPU threads; None: as many as the engine's library thinks best (softlabel.detectors.engines.build).
         batch_size: Tiles per forward pass; None is found by trying (softlabel.detectors.engines.build).
         rotated: Whether the network ends each box with an angle, as softlabel.rotated has it.
     """
@@ -51,24 +52,24 @@ class Detector:
         self._pipeline = pipeline_of(self._engine, network, self.device)
 
     def map_classes(self, columns: Sequence[Sequence[int]]) -> None:
-        """From now on find other classes: the score of each is the best of some of the model's, 0 where it has none.
+        """Find other classes from now on: the score of each is the best of some of the model's, 0 where it has none.
 
         NMS works on these: boxes of two classes that became one suppress each other.
 
         Args:
-            columns: For each class the places of the model's classes that become it.
+            columns: For each class, the indices of the model's classes that become it.
         """
         self._columns = tuple(tuple(places) for places in columns)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """What this detector does with tiles of a height and width in pixels, at ``scale`` times its own size."""
+        """How this detector sees tiles of a height and width in pixels, at ``scale`` times its own size."""
         raise NotImplementedError
 
     def detect(self, images: Sequence[Image]) -> list[Detections]:
         """Soft labels of any number of tiles, in their order.
 
         Args:
-            images: uint8 (H, W, 3) RGB; those of one shape share forward passes.
+            images: uint8 (H, W, 3) RGB; those of the same shape share forward passes.
 
         Returns:
             Per tile the boxes in tile pixels, clipped to the tile, best first.
@@ -76,10 +77,10 @@ class Detector:
         return self.start(images)()
 
     def start(self, images: Sequence[Image], scale: float = 1.0) -> Callable[[], list[Detections]]:
-        """``detect`` in two: once every tile is on its way, what waits for the last ones and gives the soft labels.
+        """``detect`` in two steps: returns, once all tiles are on their way, what waits for them and gives soft labels.
 
-        The model sees the tiles at ``scale`` times its own size, if it can at others. One thread at a time may start;
-        the next tiles may be started while the last ones are waited for.
+        The model sees the tiles at ``scale`` times its own size, if it can take other sizes. One thread at a time may
+        start; the next tiles may be started while the last ones are waited for.
         """
         pipeline = self._pipeline
         if pipeline is None:
@@ -89,8 +90,8 @@ class Detector:
     def _start(
         self, images: Sequence[Image], use: Callable[[Outputs, Selection, list[int]], list[T]], scale: float = 1.0
     ) -> Callable[[], list[T]]:
-        """Results in the order of the images. ``use`` gets a forward pass, what is kept of it and whose it is, as
-        indices."""
+        """Results in the order of the images. ``use`` gets a forward pass's outputs, what to keep of them and the
+        indices of its images."""
 
         def start_shape(own: list[int], selection: Selection) -> Callable[[], list[T]]:
             return self._engine.start(
@@ -127,5 +128,5 @@ class Detector:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """CUDA where available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

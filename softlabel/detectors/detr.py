@@ -1,7 +1,7 @@
-"""DETR and what came of it in transformers, as teachers that keep the class vector of every box.
+"""DETR and its successors in transformers, as teachers that keep the class vector of every box.
 
 Carion et al., "End-to-End Object Detection with Transformers" (arXiv:2005.12872), and its successors. A fixed number of
-queries answers, no two for one object: NMS at IoU 1 leaves them as they are.
+queries answer, no two for the same object: NMS at IoU 1 leaves them as they are.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ from softlabel.detectors.selection import Geometry
 from softlabel.records import Nms
 
 _WITH_NO_OBJECT = {"detr", "yolos"}
-"""Whose last logit is of no object, all under one softmax; the others' are independent."""
+"""Models whose last logit is for no object, all under one softmax; the other models' logits are independent."""
 
 
 class DetrDetector(Detector):
-    """A detector of transformers with boxes in shares of the image.
+    """A transformers detector whose boxes are in fractions of the image.
 
     Args:
-        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        folder: The model's, as softlabel.detectors.hub.local_folder gives it.
         nms: What is kept of a forward pass.
         device: As for Detector.
         options: As for Detector; the engine is pytorch.
@@ -42,7 +42,7 @@ class DetrDetector(Detector):
         super().__init__(_DetrNetwork(model, processor), model.config.num_labels, nms, device, **options)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """The model's own processor brings tiles to its size."""
+        """Tiles as they are: the model's own processor resizes them."""
         return Shares(tile_hw)
 
 
@@ -68,5 +68,5 @@ class _DetrNetwork(Network):
         return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """By autocast; boxes and scores are decoded in float32."""
+        """By autocast; scores are decoded, and boxes scaled, in float32."""
         self._dtype = dtype

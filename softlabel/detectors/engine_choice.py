@@ -1,6 +1,6 @@
 """Which engine runs a teacher, and at what precision. The engines themselves are in engines.py.
 
-A driver asks here: nothing may import torch, which costs a process seconds.
+Drivers ask here, so nothing may import torch, which costs a process seconds.
 """
 
 import importlib.util
@@ -11,20 +11,20 @@ CPU_BATCH = 4
 """Tiles per forward pass on a CPU, where the recipe says nothing: 4 and 8 are equally fast, 16 and 32 slower, since so
 much memory is fetched anew for each pass."""
 LIBRARIES = {"openvino": "openvino", "tensorrt": "tensorrt"}
-"""The package that decides an engine's answers besides PyTorch, and is part of a teacher's fingerprint."""
+"""The package that, besides PyTorch, decides an engine's answers; it is part of a teacher's fingerprint."""
 
 
 def resolve(engine: str, precision: str, *, cuda: bool, with_losses: bool) -> tuple[str, str]:
     """The names behind ``auto``, and whether a combination can run here.
 
-    Losses need the head's raw outputs, and are compared between models: they are always computed by PyTorch in float32,
-    whatever is asked for.
+    Losses need the head's raw outputs and are compared between models, so they are always computed by PyTorch in
+    float32, whatever is asked for.
 
     Args:
         engine: auto, pytorch, pytorch_compile, openvino or tensorrt.
-        precision: Of the convolutions: auto, float32, float16 or bfloat16.
+        precision: That of the convolutions: auto, float32, float16 or bfloat16.
         cuda: Whether the model runs on CUDA devices, else on CPUs.
-        with_losses: Whether losses against truth are wanted beside the boxes.
+        with_losses: Whether losses against truth are wanted besides the boxes.
 
     Returns:
         Engine and precision, neither of them ``auto``.

@@ -1,8 +1,9 @@
 """What runs a detector's forward pass: PyTorch, torch.compile, OpenVINO or TensorRT, behind one call.
 
-Tiles go in as uint8 and are permuted and scaled on the device. Boxes and scores are decoded in float32 whatever the
-precision of the convolutions: a coordinate of a few hundred pixels, or a grid's cell times its stride, would lose whole
-pixels in bfloat16. TensorRT is written from its documentation; it has not run where this was tested.
+Tiles go in as uint8 and are permuted and scaled on the device. Scores are decoded, and boxes scaled to pixels, in
+float32 whatever the precision of the convolutions: a coordinate of a few hundred pixels, or a grid cell times its
+stride, would lose whole pixels in bfloat16. The TensorRT part is written from TensorRT's documentation; it has not run
+where this was tested.
 """
 
 import copy
@@ -34,7 +35,7 @@ _CUDA_BATCH = 64  # the first size tried
 
 
 class EngineOptions(TypedDict, total=False):
-    """How a detector computes, the same for every family; what each means stands at Detector."""
+    """How a detector computes, the same for every family; Detector says what each option means."""
 
     engine: str
     precision: str
@@ -44,11 +45,11 @@ class EngineOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one forward pass over the images from ``first`` on.
+    """The outputs of one forward pass over the images from ``first`` on.
 
-    ``decoded`` is (B, 4 + K, A) float32, or (B, 4 + K + 1, A) where the model has an objectness: box as centre and size
-    in input pixels, class scores, objectness. ``raw`` is what the head gave for a loss; None where the engine does not
-    give it.
+    ``decoded`` is (B, 4 + K, A) float32, or (B, 4 + K + 1, A) where the model has an objectness or an angle: box as
+    centre and size in input pixels, class scores, objectness or angle. ``raw`` is what a loss needs from the head; None
+    where the engine does not give it.
     """
 
     first: int
@@ -60,7 +61,7 @@ class Network(nn.Module):
     """A model as engines run it, from pixels to decoded boxes."""
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """``decoded`` and ``raw`` of Outputs, of uint8 tiles (B, H, W, 3) RGB."""
+        """``decoded`` and ``raw`` of Outputs, for uint8 tiles (B, H, W, 3) RGB."""
         raise NotImplementedError
 
     def lower_precision(self, dtype: torch.dtype) -> None:
@@ -68,12 +69,12 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def fuse_activations(self) -> None:
-        """Compute convolutions and their activations in one on a CPU, where there are some. The same but for rounding:
-        an untrained model's scores move by 6e-5."""
+        """On a CPU, compute each convolution and its activation in one step, where there are any. The same but for
+        rounding: an untrained model's scores move by 6e-5."""
 
     def make_capturable(self) -> bool:
-        """Ask a GPU for nothing within a forward pass, and keep nothing from one to the next, so that a pass may become
-        a CUDA graph; whether that can be."""
+        """Never synchronise with a GPU within a forward pass, and keep nothing from one pass to the next, so that a
+        pass may become a CUDA graph. Returns whether that is possible."""
         return False
 
     def make_traceable(self) -> None:
@@ -87,17 +88,17 @@ class Engine(Protocol):
     def start(self, images: Iterable[Pixels], use: Callable[[Outputs], list[T]]) -> Callable[[], list[T]]:
         """Forward passes over any number of images of one shape.
 
-        One thread at a time may start some. While it, or another, waits for the last of them, the next may be started:
-        else cores are idle at the end of every call.
+        One thread at a time may start passes. While it, or another, waits for the last of them, the next may be
+        started: otherwise cores are idle at the end of every call.
 
         Args:
-            images: uint8 (H, W, 3) RGB, sides multiples of the model's stride. Taken as they are needed.
-            use: Called with each pass's outputs, not always in order, maybe by several threads at once; gives one
+            images: uint8 (H, W, 3) RGB, sides multiples of the model's stride. Consumed as they are needed.
+            use: Called with each pass's outputs, not always in order, perhaps by several threads at once; returns one
                 result per image of the pass.
 
         Returns:
-            Once every image is in a pass, what waits for the last passes and gives the results in the order of the
-            images.
+            Once every image is in a pass, a function that waits for the last passes and returns the results in the
+            order of the images.
         """
         ...
 
@@ -105,16 +106,16 @@ class Engine(Protocol):
 def build(
     network: Network, engine: str, precision: str, device: torch.device, threads: int | None, batch_size: int | None
 ) -> Engine:
-    """The engine of a network, which it changes: but for pytorch in float32 nothing else can use it afterwards.
+    """The engine of a network, which it changes: except for pytorch in float32, nothing else can use it afterwards.
 
     Args:
         network: In evaluation mode on ``device``, float32.
         engine: As ``resolve`` gives it.
         precision: As ``resolve`` gives it.
         device: Where it runs.
-        threads: CPU threads, None: as many as the library thinks best. PyTorch runs that many forward passes at a
-            time; what is compiled shares each pass between them, which sets PyTorch's number for the whole process.
-        batch_size: Images per forward pass (OpenVINO takes each alone and several at once). None is found by trying:
+        threads: CPU threads; None: as many as the library thinks best. PyTorch runs that many forward passes at a
+            time; a compiled model splits each pass between them, which sets PyTorch's number for the whole process.
+        batch_size: Images per forward pass (OpenVINO takes each alone, and several at once). None: found by trying,
             on CUDA 64, halved as long as memory does not suffice; on a CPU 4.
     """
     if engine == "openvino":
@@ -143,14 +144,14 @@ def build(
 
 
 def pipeline_of(engine: Engine, network: Network, device: torch.device) -> Pipeline | None:
-    """What keeps a GPU busy with an engine's network; None on a CPU, where tiles are at hand as they are."""
+    """What keeps a GPU busy with an engine's network; None on a CPU, where tiles need no copying."""
     if device.type != "cuda" or not isinstance(engine, _Torch):
         return None
     return engine.pipeline(CudaQueue(device), network)
 
 
 class _Torch:
-    """PyTorch, or what it was compiled to."""
+    """PyTorch, or what it compiled a network to."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class _Torch:
             if not waiting:
                 return lambda: results
             batch = waiting[: self._batch_size]
-            # What is compiled for one shape fills its last batch up; a tile's boxes do not depend on its batch.
+            # Where a model is compiled for one shape, the last batch is filled up: boxes do not depend on the batch.
             size = self._batch_size if self._whole_batches else len(batch)
             found = self._attempt(np.stack([*batch, *batch[:1] * (size - len(batch))]), len(batch), len(results), use)
             if found is None:
@@ -206,9 +207,10 @@ class _Torch:
 class _TorchThreads:
     """PyTorch on several CPU threads, each with a forward pass of its own.
 
-    Threads that share one pass wait for each other after every layer. Where something else runs beside them, as the
-    readers of tiles do, a single core taken away stops them all: on two busy cores this was 3 to 5 times as fast.
-    They share every tensor of the network, but not its modules: a head keeps the grid of the last shape it saw.
+    Threads that share one pass wait for each other after every layer. Where something else runs alongside, as the
+    readers of tiles do, losing a single core stalls them all: on two busy cores, one pass per thread was 3 to 5 times
+    as fast. The threads share every tensor of the network, but not its modules: a head keeps the grid of the last shape
+    it saw.
     """
 
     def __init__(self, network: Network, batch_size: int, threads: int) -> None:
@@ -228,7 +230,7 @@ class _TorchThreads:
         return lambda: results + [result for last in running for result in last.result()]
 
     def _set_up_thread(self) -> None:
-        torch.get_num_threads()  # or the thread's first work would set the number of the process over the one set here
+        torch.get_num_threads()  # else the thread's first operation would replace the number set below by the process's
         torch.set_num_threads(1)
         shared = {id(tensor): tensor for tensor in (*self._network.parameters(), *self._network.buffers())}
         self._of_thread.network = copy.deepcopy(self._network, shared)
@@ -236,12 +238,12 @@ class _TorchThreads:
     def _used(self, tiles: Pixels, first: int, use: Callable[[Outputs], list[T]]) -> list[T]:
         with torch.inference_mode():
             outputs = Outputs(first, *self._of_thread.network(torch.from_numpy(tiles)))
-        return use(outputs)  # used where they were made: they are many times as large as what is made of them
+        return use(outputs)  # in the thread that made them: they are many times as large as the results
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """What uses the outputs runs beside the forward passes: more threads would take their cores."""
+    """For work on outputs, which runs alongside the forward passes: more threads would take the passes' cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -257,14 +259,14 @@ class _OpenVino:
         ov = _import_openvino()
         network.make_traceable()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer, about what it was told to do
+            warnings.simplefilter("ignore")  # the tracer's, about what it was told to do
             self._model = ov.convert_model(
                 _DecodedOnly(network), example_input=torch.zeros(1, 64, 96, 3, dtype=torch.uint8), input=[-1, -1, -1, 3]
             )
         self._settings = {
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-            "ENABLE_CPU_PINNING": False,  # pinned, the threads of all actors of a machine share its first cores
+            "ENABLE_CPU_PINNING": False,  # with pinning, all actors of a machine would share its first cores
             **({"INFERENCE_NUM_THREADS": threads} if threads is not None else {}),
         }
         self._core = ov.Core()
@@ -289,14 +291,14 @@ class _OpenVino:
         def finish() -> list[T]:
             with _one_torch_thread():
                 if queue is not None:
-                    queue.wait_all()  # for one pass of each request, whoever started it: ours are among them
+                    queue.wait_all()  # for every request's current pass, whoever started it: ours are among them
                 take_finished()
             return [found[index] for index in range(len(found))]
 
         return finish
 
     def _queue(self, shape: tuple[int, ...]) -> Any:
-        """Requests for the square shape that most tiles have, some 4 % faster, or for any other."""
+        """Requests for tiles of one square shape, as most have, some 4 % faster; or for any other shape."""
         key = shape if shape[0] == shape[1] else None
         if key not in self._queues:
             self._queues[key] = self._compile(key)
@@ -309,7 +311,7 @@ class _OpenVino:
             model = model.clone()
             model.reshape([1, *shape])
         compiled = self._core.compile_model(model, "CPU", self._settings)
-        # Twice as many requests as run at a time, so that none waits for Python to hand it its next image.
+        # Twice as many requests as run at a time, so that no core waits for Python to supply the next image.
         queue = ov.AsyncInferQueue(compiled, 2 * compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         queue.set_callback(_put)
         return queue
@@ -331,7 +333,7 @@ class _DecodedOnly(nn.Module):
 
 
 def _import_openvino() -> Any:
-    # Importing it reports to its makers over the network. Where its telemetry package is missing, it does without.
+    # Importing it reports to its makers over the network, except where its telemetry package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 

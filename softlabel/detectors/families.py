@@ -1,7 +1,7 @@
-"""Which file knows which detectors. A new family is a file beside this one and a line in FAMILIES.
+"""Which file runs which detectors. A new family is a file beside this one and a line in FAMILIES.
 
-A family's file has ``load(teacher, **options)``, which gives a Detector (detector.py) with these EngineOptions
-(engines.py). Nothing here may import torch: drivers look things up, and only labelling actors load.
+A family's file has ``load(teacher, **options)``, which returns a Detector (detector.py) with these EngineOptions
+(engines.py). Nothing here may import torch: drivers look things up here, and only labelling actors load.
 """
 
 import importlib
@@ -22,8 +22,8 @@ class Family:
     """Detectors that one file runs.
 
     ``libraries`` decide its answers, and their versions are part of a teacher's fingerprint; ``iou`` is for NMS where
-    neither the recipe nor the model says another; an ``open_vocabulary`` family looks for what it is told; of engines
-    some run ``pytorch_alone``; one with ``own_size`` sees every tile at one size.
+    neither the recipe nor the model gives another; an ``open_vocabulary`` family looks for what it is told; a
+    ``pytorch_alone`` family runs on no other engine; one with ``own_size`` sees every tile at one size.
     """
 
     module: str
@@ -62,17 +62,18 @@ FAMILIES = {
     "owlvit": _OWL_VIT,
     "owlv2": _OWL_VIT,
 }
-"""By name; those of transformers are named by the ``model_type`` of their config.json."""
+"""By name; for transformers models that is the ``model_type`` in their config.json."""
 
 
 @dataclass(frozen=True)
 class Teacher:
     """Which detector labels, and how.
 
-    ``fingerprint`` is all that decides which boxes it finds in given pixels. ``weights`` is a file, or for a model of
-    transformers a folder or a hub's ``name@revision``; ``num_classes`` counts the recipe's; ``imgsz`` is null where a
-    model's size is its own; ``queries`` is what an open-vocabulary one looks for; ``class_map`` says how a model's own
-    classes become the recipe's, where they are not; ``augment`` are the views of a tile besides the tile.
+    ``fingerprint`` is all that decides which boxes it finds in given pixels. ``weights`` is a file, or for a
+    transformers model a folder or the hub's ``name@revision``; ``num_classes`` counts the recipe's classes; ``imgsz``
+    is None where the model fixes its own size; ``queries`` is what an open-vocabulary teacher looks for; ``class_map``
+    says how a model's own classes become the recipe's, where they differ; ``augment`` are the views of a tile besides
+    the tile as it is.
     """
 
     family: str
@@ -89,10 +90,10 @@ class Teacher:
 
 
 def load(teacher: Teacher, *, threads: int | None, batch_size: int | None) -> "Detector":
-    """The detector that a teacher is, ready to label.
+    """A teacher's detector, ready to label.
 
     Args:
-        teacher: Which one, under which settings.
+        teacher: Which detector, under which settings.
         threads: As for Detector.
         batch_size: As for Detector.
 

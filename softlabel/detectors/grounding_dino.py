@@ -1,8 +1,8 @@
 """Grounding DINO and MM-Grounding-DINO as teachers that keep the class vector of every box.
 
 Liu et al., "Grounding DINO" (arXiv:2303.05499), and Zhao et al., "An Open and Comprehensive Pipeline for Unified Object
-Grounding and Detection" (arXiv:2401.02361), through transformers. All phrasings are one caption. Text and image are
-fused layer by layer: only the text's own encoding is done once, and what the image makes of it is computed for every
+Grounding and Detection" (arXiv:2401.02361), through transformers. All phrasings form one caption. Text and image are
+fused layer by layer: only the text's own encoding is done once, and its fusion with the image is computed for every
 tile.
 """
 
@@ -52,13 +52,13 @@ class _GroundingDinoNetwork(Network):
         return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def _scores(self, of_token: torch.Tensor) -> torch.Tensor:
-        """(B, A, K) of the scores of tokens (B, A, T)."""
+        """Class scores (B, A, K) from the scores of tokens (B, A, T)."""
         phrasings = torch.stack([of_token[..., list(places)].amax(-1) for places in self._tokens], -1)
         sizes = [len(of_class) for of_class in self._queries.prompts]
         return class_scores(phrasings, sizes, mean=self._queries.combine == "mean")
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """By autocast; boxes and scores are decoded in float32."""
+        """By autocast; scores are decoded, and boxes scaled, in float32."""
         self._dtype = dtype
 
 
@@ -96,8 +96,8 @@ def _caption(tokenizer: Any, phrasings: Sequence[str], most: int) -> _Caption:
 class GroundingDinoDetector(PromptedDetector):
     """A Grounding DINO over tiles of any shape.
 
-    The score of a phrasing is the best of its tokens', as in transformers' own post-processing; of several phrasings of
-    a class the mean or the best counts (``combine``).
+    The score of a phrasing is the best of its tokens', as in transformers' own post-processing; where a class has
+    several phrasings, their mean or their best counts (``combine``).
     """
 
     name = "Grounding DINO"

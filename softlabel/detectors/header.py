@@ -11,7 +11,7 @@ from softlabel.errors import WeightsError
 from softlabel.storage import on_disk
 
 _FAMILIES = {"RTDETRDecoder": "rtdetr_ultralytics", "ONNX": "onnx"}
-"""Heads that are no YOLO's."""
+"""Heads that do not belong to a YOLO."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Header:
 
     @property
     def family(self) -> str:
-        """The name in softlabel.detectors.families of what runs it."""
+        """The name in softlabel.detectors.families of the family that runs it."""
         return _FAMILIES.get(self.yaml["head"][-1][2], "yolo")
 
 
@@ -33,7 +33,7 @@ def read_safetensors_header(path: Path | str) -> Header:
     """What a weights file says of its model.
 
     Raises:
-        WeightsError: It is no safetensors file that this project wrote.
+        WeightsError: It is not a safetensors file that this project wrote.
     """
     metadata = open_weights(path).metadata() or {}
     if "softlabel" not in metadata:
@@ -47,7 +47,7 @@ def read_safetensors_header(path: Path | str) -> Header:
 
 
 def tensors_alone(path: Path | str) -> str:
-    """What to do with such a file."""
+    """The message that says what to do with a file of bare tensors."""
     return (
         f"{path} holds tensors but not which model they belong to: say it with softlabel import-weights {path} "
         "--model yolo11n.yaml --classes NAME,NAME, or start training from it as train.*.weights"
@@ -55,7 +55,7 @@ def tensors_alone(path: Path | str) -> str:
 
 
 def is_checkpoint(path: Path | str) -> bool:
-    """Whether a file is a checkpoint of PyTorch's, by its name."""
+    """Whether a file is a PyTorch checkpoint, by its name."""
     return str(path).endswith(".pt")
 
 
@@ -65,10 +65,10 @@ def is_onnx(path: Path | str) -> bool:
 
 
 def open_weights(path: Path | str) -> safe_open:
-    """A safetensors file, of which nothing is read yet but its list of tensors.
+    """A safetensors file, of which only the list of tensors has been read.
 
     Raises:
-        WeightsError: It is not there, or is none.
+        WeightsError: It is not there, or is not a safetensors file.
     """
     try:
         return safe_open(on_disk(path), framework="pt")

@@ -1,4 +1,4 @@
-"""Where the files of a model of transformers are: a folder of this machine, or the local cache of a hub.
+"""Where the files of a transformers model are: a folder on this machine, or the hub's local cache.
 
 Imports neither torch nor transformers, since drivers ask here.
 """
@@ -17,47 +17,48 @@ _FILES = ("*.json", "*.txt", "*.safetensors")  # configuration, tokenizer, weigh
 
 
 def model_files(folder: Path) -> list[Path]:
-    """All that decides what a model answers."""
+    """All files that decide what a model answers."""
     return sorted(path for pattern in _FILES for path in folder.glob(pattern))
 
 
 def content_digest(folder: Path) -> str:
-    """10 hex digits of all that decides what a model answers."""
+    """10 hex digits: a digest of all that decides what a model answers."""
     return digest({path.name: file_digest(path) for path in model_files(folder)})
 
 
 def is_file(weights: str) -> bool:
-    """Whether weights are a file, by their name, and not a folder or a name on the hub."""
+    """Whether weights are a file, judged by name, rather than a folder or a name on the hub."""
     return weights.endswith((".pt", ".safetensors", ".onnx"))
 
 
 def model_type(folder: Path) -> str:
-    """The family of a model of transformers."""
+    """The family of a transformers model."""
     return read_json(folder / "config.json")["model_type"]
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Of a model with classes of its own, in the order of its scores."""
+    """The classes of a model that has its own, in the order of its scores."""
     names = read_json(folder / "config.json").get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(str(name) for _, name in sorted(names.items(), key=lambda pair: int(pair[0])))
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a detector: one of this machine, or a hub's ``name`` or ``name@revision`` in the local cache, where
-    it is put if it is not there.
+    """The folder of a detector: one on this machine, or that of the hub's ``name`` or ``name@revision`` in the local
+    cache, downloaded if it is not there.
 
     Raises:
-        WeightsError: There is no such folder and no such name, the hub cannot be reached, or it is of no known family.
+        WeightsError: There is no such folder and no such name, the hub cannot be reached, or the model is of no known
+            family or has no .safetensors.
     """
     known = ", ".join(name for name, family in FAMILIES.items() if "transformers" in family.libraries)
     return _checked(model, f"give one of {known}", FAMILIES)
 
 
 def any_folder(model: str) -> Path:
-    """As ``local_folder``, of a model of any family of transformers.
+    """As ``local_folder``, for a transformers model of any family.
 
     Raises:
-        WeightsError: As ``local_folder``, but for the family.
+        WeightsError: As ``local_folder``, except for the family.
     """
     return _checked(model, "give a folder as its save_pretrained makes it")
 

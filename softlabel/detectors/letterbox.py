@@ -1,4 +1,4 @@
-"""Letterboxing, as ultralytics does it: a tile keeps its proportions, and grey fills what is left of the input."""
+"""Letterboxing, as ultralytics does it: a tile keeps its aspect ratio, and grey fills the rest of the input."""
 
 from dataclasses import dataclass, replace
 
@@ -14,13 +14,13 @@ from softlabel.records import PAD_VALUE
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Tiles of one shape to a YOLO's input, and boxes back.
+    """Brings tiles of one shape to a YOLO's input, and boxes back.
 
     Attributes:
-        tile_hw: Of the tiles, in pixels.
+        tile_hw: Size of the tiles, in pixels.
         scaled_hw: What they are resized to.
-        size_hw: Of the input, padded with grey all around.
-        pad_xy: Padding at the left and above.
+        size_hw: Size of the input, padded with grey all around.
+        pad_xy: Padding at the left and at the top.
     """
 
     tile_hw: tuple[int, int]
@@ -30,7 +30,7 @@ class Letterbox:
 
     @classmethod
     def of(cls, tile_hw: tuple[int, int], imgsz: int, stride: int) -> "Letterbox":
-        """With the longer side ``imgsz``, padded to multiples of the stride."""
+        """One that scales the longer side to ``imgsz`` and pads to multiples of the stride."""
         height, width = tile_hw
         gain = imgsz / max(height, width)
         scaled_h, scaled_w = max(1, round(height * gain)), max(1, round(width * gain))
@@ -55,7 +55,7 @@ class Letterbox:
         return canvas
 
     def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The same of (B, H, W, 3) uint8, where they lie."""
+        """The same for (B, H, W, 3) uint8, on their own device."""
         scaled = resized(tiles, self.scaled_hw)
         if self.scaled_hw == self.size_hw:
             return scaled
@@ -65,11 +65,11 @@ class Letterbox:
         return canvas
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the network, xyxy, in tile pixels."""
+        """The network's boxes, xyxy, in tile pixels."""
         return (boxes_N4 - np.array(self.pad_xy * 2, np.float32)) / self.scale_4
 
     @property
     def scale_4(self) -> NDArray[np.float32]:
-        """Of xyxy: each side by itself, since the scaled sides are rounded."""
+        """Scale factors for xyxy: one per side, since the scaled sides are rounded."""
         (height, width), (scaled_h, scaled_w) = self.tile_hw, self.scaled_hw
         return np.array([scaled_w / width, scaled_h / height] * 2, np.float32)

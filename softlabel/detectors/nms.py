@@ -1,4 +1,4 @@
-"""Class-wise greedy NMS of one image's boxes, with the class vectors of what is kept."""
+"""Class-wise greedy NMS of one image's boxes, keeping the class vectors of the survivors."""
 
 import importlib.util
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 from softlabel.detectors.agreement import agreement_upright
 from softlabel.records import Nms
 
-MAX_CANDIDATES = 30_000  # of a tile, best first, as ultralytics has it: NMS grows with their square
+MAX_CANDIDATES = 30_000  # per tile, best first, as in ultralytics: the cost of NMS grows with their square
 
 
 def _load_operators() -> None:
-    """torchvision's NMS without its Python package, which brings torch.compile's machinery: half of what a labelling
-    process takes to start."""
+    """Load torchvision's NMS without its Python package, which brings in torch.compile's machinery: half of the time
+    that a labelling process takes to start."""
     spec = importlib.util.find_spec("torchvision")
     for path in Path(spec.origin).parent.glob("_C*.so") if spec and spec.origin else ():
         torch.ops.load_library(path)
@@ -26,22 +26,22 @@ _load_operators()
 
 
 def suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tensor:
-    """What is kept of one image: class-wise greedy NMS of the best class, best first, one more than ``max_det``.
+    """What is kept of one image: class-wise greedy NMS by best class, best first, at most one more than ``max_det``.
 
     Args:
         decoded: (4 + K, A) or (4 + K + 1, A), boxes as centre and size.
         num_classes: K.
-        nms: Floor, IoU and how many.
+        nms: Floor, IoU and ``max_det``.
 
     Returns:
-        (N, 4 + K + 1) or (N, 4 + K + 2), boxes as xyxy, and last their agreement (softlabel.detectors.agreement).
+        (N, 4 + K + 1) or (N, 4 + K + 2), boxes as xyxy, and their agreement last (softlabel.detectors.agreement).
     """
     best, class_ids = decoded[4 : 4 + num_classes].max(0)
     chosen = (best > nms.floor).nonzero().flatten()
     chosen = chosen[best[chosen].argsort(descending=True, stable=True)[:MAX_CANDIDATES]]
     rows, best, class_ids = decoded[:, chosen].T, best[chosen], class_ids[chosen]
     boxes = corners(rows[:, :4])
-    # Worse boxes never decide on better ones: the best few suffice where they leave more than is wanted.
+    # Worse boxes never suppress better ones, so the best few suffice if they leave more than max_det.
     most = nms.max_det + 1
     tried = most + most // 4
     while len(kept := _kept(boxes[:tried], best[:tried], class_ids[:tried], nms.iou)) < most and tried < len(best):
@@ -53,7 +53,7 @@ def suppressed(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tenso
 
 
 def num_seen(kept: torch.Tensor, num_candidates: int, nms: Nms) -> int:
-    """How many candidates count for agreement: where max_det cuts, those up to the first box that it cuts off."""
+    """How many candidates count for agreement: all, or up to the first box that ``max_det`` cuts off."""
     return int(kept[nms.max_det]) + 1 if len(kept) > nms.max_det else num_candidates
 
 
@@ -64,13 +64,13 @@ def corners(xywh: torch.Tensor) -> torch.Tensor:
 
 
 def limit_of(iou: float) -> float:
-    """The float32 that float32 numbers are above where they are above ``iou``."""
+    """The greatest float32 not above ``iou``: float32 numbers exceed it exactly where they exceed ``iou``."""
     limit = np.float32(iou)
     return float(limit if float(limit) <= iou else np.nextafter(limit, np.float32(-1)))
 
 
 def _kept(boxes: torch.Tensor, best: torch.Tensor, class_ids: torch.Tensor, iou: float) -> torch.Tensor:
-    """Class by class. (Boxes of classes moved apart, for one call, would lose their last bits in float32.)"""
+    """Class by class. (Offsetting each class's boxes, to need one call only, would lose their last bits in float32.)"""
     present = class_ids.unique()
     if len(present) == 1:
         return torch.ops.torchvision.nms(boxes, best, iou)

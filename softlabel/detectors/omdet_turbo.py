@@ -1,8 +1,8 @@
 """OmDet-Turbo as a teacher that keeps the class vector of every box.
 
 Zhao et al., "Real-time Transformer-based Open-Vocabulary Detection with Efficient Fusion Head" (arXiv:2403.06892),
-through transformers. Classes and task are encoded once; what is left per tile is the image, and the decoder in which
-they meet.
+through transformers. Classes and task are encoded once; per tile, that leaves the image encoder and the decoder, where
+text and image meet.
 """
 
 from typing import Any
@@ -48,12 +48,12 @@ class _OmDetTurboNetwork(Network):
         return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """By autocast; boxes and scores are decoded in float32."""
+        """By autocast; scores are decoded, and boxes scaled, in float32."""
         self._dtype = dtype
 
 
 def _encode(model: Any, tokenizer: Any, phrasings: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a batch of one: class embeddings (P, 1, D), the task's tokens (T, 1, D) and their mask (1, T)."""
+    """For a batch of one: class embeddings (P, 1, D), the task's tokens (T, 1, D) and their mask (1, T)."""
     options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
     classes = tokenizer(phrasings, **options)
     task = tokenizer([f"Detect {', '.join(phrasings)}."], **options)

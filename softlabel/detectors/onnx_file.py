@@ -1,6 +1,6 @@
-"""What an .onnx of ultralytics' says of its model, and what runs it, without torch: drivers read headers here.
+"""What an .onnx of ultralytics says of its model, and what runs it, without torch: drivers read headers here.
 
-ONNX is a graph of known operations: nothing else of a file is run.
+ONNX is a graph of known operations: nothing else in a file is run.
 """
 
 import ast
@@ -14,14 +14,15 @@ from softlabel.storage import on_disk
 
 _EXPORT = "yolo export model=best.pt format=onnx"
 _BESIDES = {"detect": (0, 0), "obb": (1, 1), "segment": (1, 1 << 10), "pose": (1, 1 << 10)}
-"""By task how many numbers, at least and at most, a box has besides itself and its class scores."""
+"""By task, how many numbers (at least, at most) a box has besides its coordinates and class scores."""
 
 
 def read_onnx_header(path: Path | str) -> Header:
     """What an .onnx says of its model.
 
     Raises:
-        WeightsError: It is not there, is none of ultralytics', has NMS baked in, or onnxruntime is not installed.
+        WeightsError: It is not there, is not from ultralytics, is for a task that finds no boxes, has NMS baked in, or
+            onnxruntime is not installed.
     """
     session = open_session(path, 1)
     said = session.get_modelmeta().custom_metadata_map
@@ -49,7 +50,7 @@ def read_onnx_header(path: Path | str) -> Header:
 
 
 def open_session(path: Path | str, threads: int | None) -> Any:
-    """A session of onnxruntime, on CUDA where its package has it.
+    """An onnxruntime session, on CUDA where the installed package has it.
 
     Args:
         path: The .onnx.
@@ -71,7 +72,7 @@ def open_session(path: Path | str, threads: int | None) -> Any:
     providers = [name for name in wanted if name in runtime.get_available_providers()]
     try:
         return runtime.InferenceSession(str(file), options, providers=providers)
-    # onnxruntime has an exception for each of its status codes, of no common kind.
+    # onnxruntime has an exception for each of its status codes, with no common base class.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{path} cannot be read as ONNX ({reason}): is it damaged?") from None

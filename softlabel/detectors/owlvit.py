@@ -1,8 +1,8 @@
 """OWL-ViT and OWLv2 as teachers that keep the class vector of every box.
 
 Minderer et al., "Simple Open-Vocabulary Object Detection with Vision Transformers" (arXiv:2205.06230) and "Scaling
-Open-Vocabulary Object Detection" (arXiv:2306.09683), through transformers. The text is encoded once; what is left per
-tile is the image tower and its heads.
+Open-Vocabulary Object Detection" (arXiv:2306.09683), through transformers. The text is encoded once; per tile, that
+leaves the image tower and its heads.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class OwlVitDetector(Detector):
     """An OWL-ViT or OWLv2 over tiles of any shape.
 
     Args:
-        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        folder: The model's, as softlabel.detectors.hub.local_folder gives it.
         queries: What it looks for.
         nms: What is kept of a forward pass.
         device: As for Detector.
@@ -59,7 +59,7 @@ class OwlVitDetector(Detector):
         super().__init__(_OwlVitNetwork(model, processor, queries), queries.num_classes, nms, device, **options)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """OWL-ViT squashes a tile to a square, OWLv2 pads it to one at the right or the bottom."""
+        """OWL-ViT squashes a tile to a square; OWLv2 pads it to one, at the right or the bottom."""
         height, width = tile_hw
         seen_wh = (max(tile_hw),) * 2 if self._pads else (width, height)
         return _Square(tile_hw, (seen_wh[0] / self._side, seen_wh[1] / self._side))
@@ -100,23 +100,23 @@ class _OwlVitNetwork(Network):
         return torch.cat((boxes * self._side, scores), -1).transpose(1, 2), None
 
     def answer(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of uint8 tiles (B, H, W, 3): boxes (B, A, 4) as centre and size in 0..1 of the square that the model sees,
+        """For uint8 tiles (B, H, W, 3): boxes (B, A, 4) as centre and size in 0..1 of the square that the model sees,
         and logits (B, A, Q) of every query."""
         return self.of_pixels(self._pixels(tiles))
 
     def of_pixels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of what the model takes, (B, 3, side, side)."""
+        """The same for the model's own input, (B, 3, side, side)."""
         features = self._features(pixels)
         queries = self.get_buffer("queries").expand(len(pixels), -1, -1)
         logits, _ = self.model.class_predictor(features, queries)
         return self.model.box_predictor(features, features), logits
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(B, A, D) float32 of uint8 tiles (B, H, W, 3)."""
+        """Image features (B, A, D), float32, of uint8 tiles (B, H, W, 3)."""
         return self._features(self._pixels(tiles))
 
     def _pixels(self, tiles: torch.Tensor) -> torch.Tensor:
-        """By transformers' own preprocessing, where the tiles lie."""
+        """By transformers' own preprocessing, on the tiles' device."""
         return self._processor(
             images=list(tiles.permute(0, 3, 1, 2)), input_data_format="channels_first", return_tensors="pt"
         )["pixel_values"]
@@ -127,12 +127,12 @@ class _OwlVitNetwork(Network):
         return found.float().flatten(1, 2)
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """Of the image tower; the heads stay in float32."""
+        """In the image tower only; the heads stay in float32."""
         self._dtype = dtype
 
 
 def _embed_text(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """(P, D) of unit length."""
+    """(P, D), each of unit length."""
     most = model.config.text_config.max_position_embeddings
     for prompt in prompts:
         length = len(tokenizer(prompt, verbose=False)["input_ids"])
@@ -146,7 +146,7 @@ def _embed_text(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Ten
 
 
 def _embed_crops(network: _OwlVitNetwork, crops: Sequence[Crop]) -> torch.Tensor:
-    """(E, D) of unit length: of each crop what transformers' image-guided detection looks for."""
+    """(E, D), each of unit length: for each crop, the embedding that transformers' image-guided detection looks for."""
     found = []
     with torch.no_grad():
         for crop in crops:
@@ -158,7 +158,7 @@ def _embed_crops(network: _OwlVitNetwork, crops: Sequence[Crop]) -> torch.Tensor
 
 @dataclass(frozen=True)
 class _Square:
-    """Tiles as they are, and boxes back from the square that the model sees: pixels of the tile per pixel of it."""
+    """Tiles as they are, and boxes back from the square that the model sees, by tile pixels per pixel of the square."""
 
     tile_hw: tuple[int, int]
     scale_wh: tuple[float, float]

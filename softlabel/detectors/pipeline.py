@@ -1,12 +1,12 @@
 """Batches of tiles through a device that never waits for its host.
 
-Tiles are put into pinned memory as uint8, copied by a stream of their own while the pass before runs, and resized,
+Tiles are put into pinned memory as uint8, copied on a stream of their own while the previous pass runs, and resized,
 padded and scaled on the device; boxes are decoded and suppressed for the whole batch (batch_nms.py), and what is kept
-is copied back by a third stream while the next pass runs. Each pass is waited for once, by the thread that makes
+is copied back on a third stream while the next pass runs. Each pass is waited for once, by the thread that makes
 Detections of it.
 
-A pass is full where tiles suffice: what one call leaves over waits for the next call's tiles, and goes as it is only
-when the device has nothing else to do.
+A pass is full where there are enough tiles: what one call leaves over waits for the next call's tiles, and goes as it
+is only when the device has nothing else to do.
 """
 
 import threading
@@ -26,8 +26,8 @@ from softlabel.detectors.selection import Image, Selection
 from softlabel.records import Detections
 
 IN_FLIGHT = 3
-"""Passes at once: one runs, the next one's tiles are copied to the device, the last one's boxes from it."""
-_PASSES_BEFORE_GRAPH = 4  # a CUDA graph costs as much as some five passes
+"""Passes at once: one runs while the next one's tiles are copied to the device and the last one's boxes from it."""
+_PASSES_BEFORE_GRAPH = 4  # making a CUDA graph costs as much as some five passes
 _COPIERS = 4  # threads that fill pinned memory: one alone is slower than a small model's forward pass
 _FINISHERS = 2
 
@@ -47,7 +47,7 @@ class Queue(Protocol):
     """A device's streams."""
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the host that the device copies from and to by itself."""
+        """Host memory that the device copies from and to by itself."""
         ...
 
     def upload(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Queue(Protocol):
         ...
 
     def computing(self) -> AbstractContextManager:
-        """What is computed within follows what was computed before."""
+        """A context: what is computed in it follows what was computed before."""
         ...
 
     def download(self, found: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> Awaited:
@@ -68,7 +68,7 @@ class Queue(Protocol):
 
 
 class CudaQueue:
-    """Of a CUDA device."""
+    """The streams of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -76,11 +76,11 @@ class CudaQueue:
         self._pool = torch.cuda.graph_pool_handle()
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """As of Queue."""
+        """As for Queue."""
         return torch.empty(*shape, dtype=dtype, pin_memory=True)
 
     def upload(self, tiles: torch.Tensor) -> torch.Tensor:
-        """As of Queue."""
+        """As for Queue."""
         with torch.cuda.stream(self._up):
             there = tiles.to(self._device, non_blocking=True)
         self._compute.wait_stream(self._up)
@@ -88,30 +88,30 @@ class CudaQueue:
         return there
 
     def computing(self) -> AbstractContextManager:
-        """As of Queue."""
+        """As for Queue."""
         return torch.cuda.stream(self._compute)
 
     def download(self, found: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> Awaited:
-        """As of Queue."""
+        """As for Queue."""
         self._down.wait_stream(self._compute)
         with torch.cuda.stream(self._down):
             for there, here in zip(found, into, strict=True):
                 here.copy_(there, non_blocking=True)
                 there.record_stream(self._down)
-            event = torch.cuda.Event(blocking=True)  # a host that spins takes a core from the readers
+            event = torch.cuda.Event(blocking=True)  # a host that waits by spinning takes a core from the readers
             event.record()
         return event
 
     def captured(self, run: Run, tiles: torch.Tensor) -> Run | None:
-        """As of Queue: a CUDA graph."""
+        """As for Queue: a CUDA graph."""
         static = tiles.clone()
         run(static)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads wait for events meanwhile, which is no part of the graph.
+            # Other threads wait for events meanwhile, which must not become part of the graph.
             with torch.cuda.graph(graph, self._pool, self._compute, capture_error_mode="thread_local"):
                 kept = run(static)
-        except RuntimeError:  # too little memory, or a network that asks the device after all: it runs without
+        except RuntimeError:  # too little memory, or a network that synchronises after all: it runs without a graph
             return None
 
         def replay(tiles: torch.Tensor) -> Kept:
@@ -140,12 +140,12 @@ class _Tile:
 
 @dataclass
 class _Slot:
-    """Pinned memory of one pass in flight, by what it is for."""
+    """Pinned memory for one pass in flight, by purpose."""
 
     memory: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def get(self, queue: Queue, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Of a shape; kept for the next pass."""
+        """Memory of a shape; it is kept for the next pass."""
         key = (purpose, tuple(shape[1:]))
         if key not in self.memory or len(self.memory[key]) < shape[0]:
             self.memory[key] = queue.pinned(shape, dtype)
@@ -157,11 +157,11 @@ class Pipeline:
 
     Args:
         forward: Decoded boxes (B, C, A) of uint8 tiles (B, H, W, 3), and whatever else.
-        queue: Of the device.
-        batch_size: Tiles of a pass.
-        may_shrink: Whether to halve it where memory does not suffice.
+        queue: The device's.
+        batch_size: Tiles per pass.
+        may_shrink: Whether to halve that where memory does not suffice.
         whole_batches: Whether every pass must have that size.
-        capturable: Whether the forward pass asks the device for nothing, and may become a CUDA graph.
+        capturable: Whether the forward pass never synchronises with the device, and so may become a CUDA graph.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Pipeline:
         self._finishers = ThreadPoolExecutor(_FINISHERS, "boxes")
 
     def start(self, images: Sequence[Image], selection: Selection) -> Callable[[], list[Detections]]:
-        """Put tiles of one shape on their way; what is returned waits for the last of them, from any thread."""
+        """Put tiles of one shape on their way; the function returned waits for the last of them, from any thread."""
         call = _Call([None] * len(images), len(images))
         with self._launching:
             pending = self._pending.setdefault(selection, [])
@@ -219,7 +219,7 @@ class Pipeline:
         self._launch(selection, tiles)
 
     def _launch(self, selection: Selection, tiles: list[_Tile]) -> None:
-        """One pass, or where memory does not suffice several."""
+        """Launch one pass, or several where memory does not suffice."""
         slot = self._slots.get()  # waits until a pass is over: then its memory is free
         try:
             size = len(tiles)
@@ -249,7 +249,7 @@ class Pipeline:
             self._finishers.submit(self._take, selection, tiles, self._effort, slot, into, done)
 
     def _filled(self, slot: _Slot, images: Sequence[Image], size: int) -> torch.Tensor:
-        """Tiles in pinned memory, with black ones behind them where a pass must be full."""
+        """Tiles in pinned memory, followed by black ones where a pass must be full."""
         here = slot.get(self._queue, "tiles", (size, *images[0].shape), torch.uint8)
         array = here.numpy()
         share = -(-len(images) // _COPIERS)
@@ -288,7 +288,7 @@ class Pipeline:
         into: list[torch.Tensor],
         done: Awaited,
     ) -> None:
-        """Wait for a pass, and give its callers what was found; if too little was done, have it done again."""
+        """Wait for a pass, and give its callers what was found; if its effort was too little, have it run again."""
         error, results, needed = None, [], effort
         try:
             done.synchronize()

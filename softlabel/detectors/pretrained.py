@@ -1,6 +1,6 @@
-"""What detectors of transformers have in common: where they come from, and how they see tiles and name boxes.
+"""What transformers detectors have in common: where they come from, and how they see tiles and name boxes.
 
-Models come from a folder, without code from it and without the network.
+Models are loaded from a folder, without running code from it and without the network.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,7 @@ from softlabel.errors import RecipeError, WeightsError
 from softlabel.records import Nms
 
 SIDE = 1000.0
-"""Of the square that boxes are given in: shares of the tile would be too near each other for NMS, which moves classes
-apart."""
+"""Side in pixels of the square that networks give boxes in, instead of fractions of the tile."""
 
 logging.disable_progress_bar()
 
@@ -35,7 +34,7 @@ class PromptedDetector(Detector):
     """An open-vocabulary detector that takes prompts and no example crops, over tiles of any shape.
 
     Args:
-        folder: Of the model, as softlabel.detectors.hub.local_folder gives it.
+        folder: The model's, as softlabel.detectors.hub.local_folder gives it.
         queries: What it looks for.
         nms: What is kept of a forward pass.
         device: As for Detector.
@@ -48,7 +47,7 @@ class PromptedDetector(Detector):
 
     name: ClassVar[str]
     network: ClassVar[type[Any]]
-    """A Network, made of a model, its processor and what it looks for; boxes are in a square of ``SIDE``."""
+    """A Network, made from a model, its processor and queries; boxes are in a square of ``SIDE``."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class PromptedDetector(Detector):
         return cls(local_folder(str(teacher.weights)), teacher.queries, teacher.nms, **options)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """The model's own processor brings tiles to its size."""
+        """Tiles as they are: the model's own processor resizes them."""
         return Shares(tile_hw)
 
 
@@ -91,18 +90,17 @@ class Shares:
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
         """In tile pixels."""
-        """In tile pixels."""
         height, width = self.tile_hw
         return boxes_N4 * np.array([width / SIDE, height / SIDE] * 2, np.float32)
 
 
 def class_scores(phrasings: torch.Tensor, sizes: Sequence[int], *, mean: bool = False) -> torch.Tensor:
-    """Scores of classes (..., K) from those of phrasings (..., P).
+    """Scores of classes (..., K) from those of phrasings (..., P); a box that matches background best scores 0.
 
     Args:
         phrasings: Class by class, those of background last; in [0, 1].
         sizes: How many phrasings each class has.
-        mean: Whether several count as their mean, else as their best. A box that suits background best scores 0.
+        mean: Whether several of a class count as their mean, else as their best.
     """
     *classes, background = phrasings.split([*sizes, phrasings.shape[-1] - sum(sizes)], dim=-1)
     scores = torch.stack([one.mean(-1) if mean else one.amax(-1) for one in classes], -1)
@@ -116,7 +114,7 @@ def from_folder(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
 
     Args:
         folder: As softlabel.detectors.hub.local_folder gives it.
-        model: A class of transformers, or one of its Auto classes.
+        model: A transformers model class, or one of its Auto classes.
         processor: Likewise.
 
     Raises:

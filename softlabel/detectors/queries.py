@@ -1,6 +1,6 @@
 """What an open-vocabulary teacher looks for, per class: words, or example crops.
 
-Reading tasks get one with their job: nothing here may import torch.
+Reading tasks are given one with their job, so nothing here may import torch.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ Crop = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Queries:
-    """Per class its phrasings or its example crops, uint8 (H, W, 3) RGB; one of the two is empty.
+    """For each class its phrasings or its example crops, uint8 (H, W, 3) RGB; one of the two is empty.
 
-    ``combine`` is what several of them make of one class: ``mean`` of their embeddings, or ``max`` of their scores.
-    A box that answers best to a ``background`` prompt is no box.
+    ``combine`` says how several of them count for one class: by the ``mean`` of their embeddings (of their scores in
+    Grounding DINO), or the ``max`` of their scores. A box that matches a ``background`` prompt best is dropped.
     """
 
     prompts: tuple[tuple[str, ...], ...]
@@ -28,11 +28,11 @@ class Queries:
 
     @property
     def num_classes(self) -> int:
-        """Classes, background not among them."""
+        """The number of classes, without background."""
         return len(self.prompts)
 
     def identity(self) -> dict:
-        """All of it, crops by their digest, as it enters a teacher's fingerprint."""
+        """All of it, with crops as digests, as it enters a teacher's fingerprint."""
         examples = [[_digest(crop) for crop in crops] for crops in self.examples]
         return {
             "prompts": [list(phrasings) for phrasings in self.prompts],

@@ -1,6 +1,6 @@
-"""cv2.resize of a whole batch where it lies, on a device: bilinear, to the last bit.
+"""cv2.resize for a whole batch on the device that holds it: bilinear, bit for bit.
 
-OpenCV scales uint8 by fixed-point numbers of 11 bits (modules/imgproc/src/resize.cpp), columns first.
+OpenCV scales uint8 with 11-bit fixed-point weights (modules/imgproc/src/resize.cpp), columns first.
 """
 
 from functools import lru_cache
@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-_ONE = 2048  # of a weight of 11 bits
+_ONE = 2048  # 1.0 as an 11-bit weight
 
 
 def resized(tiles_BHWC: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
@@ -17,7 +17,7 @@ def resized(tiles_BHWC: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
     if (height, width) == size_hw:
         return tiles_BHWC
     tiles = tiles_BHWC.int()
-    if (height, width) == (2 * size_hw[0], 2 * size_hw[1]):  # by half, OpenCV takes the mean of four
+    if (height, width) == (2 * size_hw[0], 2 * size_hw[1]):  # when halving, OpenCV takes the mean of four
         rows = tiles[:, ::2] + tiles[:, 1::2]
         return ((rows[:, :, ::2] + rows[:, :, 1::2] + 2) >> 2).to(torch.uint8)
     left, right, a, b = _taps(width, size_hw[1], True, device)
@@ -29,11 +29,11 @@ def resized(tiles_BHWC: torch.Tensor, size_hw: tuple[int, int]) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _taps(size: int, new: int, are_columns: bool, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """For each new pixel the two that it lies between and their weights."""
+    """For each new pixel, the two old ones that it lies between, and their weights."""
     at = ((np.arange(new) + 0.5) * (size / new) - 0.5).astype(np.float32)
     first = np.floor(at).astype(np.int64)
     share = at - first.astype(np.float32)
-    if are_columns:  # beyond the edge one pixel has all the weight; of rows the weights stay, of the same pixel twice
+    if are_columns:  # beyond the edge, one pixel gets all the weight; rows keep both weights, on the same pixel
         outside = (first < 0) | (first >= size - 1)
         share[outside] = 0
     weights = np.rint(np.stack([(np.float32(1) - share), share]) * np.float32(_ONE)).astype(np.int32)

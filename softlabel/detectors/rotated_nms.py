@@ -7,22 +7,22 @@ from softlabel.detectors.agreement import agreement
 from softlabel.detectors.nms import MAX_CANDIDATES, num_seen
 from softlabel.records import Nms
 
-_AT_ONCE = 256  # boxes that are compared with all better ones: at most some 300 MB
+_AT_ONCE = 256  # boxes that are compared with all better ones at a time: at most some 300 MB
 
 
 def suppressed_rotated(decoded: torch.Tensor, num_classes: int, nms: Nms) -> torch.Tensor:
-    """What is kept of one image, best first, one more than ``max_det``, class by class of the best class.
+    """What is kept of one image: class-wise NMS by best class, best first, at most one more than ``max_det``.
 
-    Fast NMS (Bolya et al., arXiv:1904.02689), where whatever scores more suppresses, suppressed itself or not, by
+    Fast NMS (Bolya et al., arXiv:1904.02689), where any box that scores higher suppresses, suppressed itself or not, by
     probabilistic IoU (Llerena et al., arXiv:2106.06072).
 
     Args:
-        decoded: (4 + K + 1, A), boxes as centre and size, and last the angle.
+        decoded: (4 + K + 1, A), boxes as centre and size, and the angle last.
         num_classes: K.
-        nms: Floor, IoU and how many.
+        nms: Floor, IoU and ``max_det``.
 
     Returns:
-        (N, 4 + K + 2), boxes as xyxy before they are turned about their centre, and last their agreement
+        (N, 4 + K + 2), boxes as xyxy before they are turned about their centre, and their agreement last
         (softlabel.detectors.agreement).
     """
     best, class_ids = decoded[4 : 4 + num_classes].max(0)
@@ -50,6 +50,6 @@ def suppressed_rotated(decoded: torch.Tensor, num_classes: int, nms: Nms) -> tor
 def probious(first_BP5: torch.Tensor, second_BN5: torch.Tensor) -> torch.Tensor:
     """(B, P, N) probabilistic IoU.
 
-    Image by image, since that function takes two dimensions, and its temporary values are 20 times as large.
+    Image by image, since ``batch_probiou`` takes two dimensions, and its temporary values are 20 times as large.
     """
     return torch.stack([batch_probiou(first, second) for first, second in zip(first_BP5, second_BN5, strict=True)])

@@ -1,8 +1,8 @@
-"""RT-DETR of ultralytics as a teacher that keeps the class vector of every box.
+"""ultralytics' RT-DETR as a teacher that keeps the class vector of every box.
 
-Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection" (arXiv:2304.08069). Its decoder answers with a fixed
-number of boxes, each with a vector of independent class scores, and no two for one object: NMS at IoU 1 leaves them as
-they are.
+Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection" (arXiv:2304.08069). Its decoder outputs a fixed number of
+boxes, each with a vector of independent class scores, and no two for the same object: NMS at IoU 1 leaves them as they
+are.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class RtDetrDetector(Detector):
         super().__init__(network, int(model.model[-1].nc), nms, device, **options)
 
     def geometry(self, tile_hw: tuple[int, int], scale: float = 1.0) -> Geometry:
-        """Squashing to a square, as ultralytics predicts with it."""
+        """Squashing to a square, as ultralytics does to predict."""
         return _Squash(tile_hw, self.imgsz)
 
 
@@ -64,19 +64,19 @@ class _RtDetrNetwork(Network):
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
         _, (boxes, logits, *_) = self.model((tiles.to(self.dtype) / 255).permute(0, 3, 1, 2))
-        # Of the decoder's layers the last one answers, and the only one outside training.
+        # The decoder's last layer gives the answer; outside training it is the only one returned.
         decoded = torch.cat((boxes[-1].float() * self.imgsz, logits[-1].float().sigmoid()), -1)
         return decoded.transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """Of everything up to the boxes' and scores' logits."""
+        """Everything but the scaling of boxes to pixels and the sigmoid of scores, which stay in float32."""
         self.dtype = dtype
         self.model.to(dtype)
 
 
 @dataclass(frozen=True)
 class _Squash:
-    """Tiles to a square, and boxes back."""
+    """Squashes tiles to a square, and brings boxes back."""
 
     tile_hw: tuple[int, int]
     side: int

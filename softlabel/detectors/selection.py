@@ -1,4 +1,4 @@
-"""What becomes of a network's answer: the boxes that are kept, in pixels of their tiles, with their class vectors."""
+"""What becomes of a network's output: the boxes that are kept, in pixels of their tiles, with their class vectors."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,7 +16,7 @@ Image = NDArray[np.uint8]
 
 
 class Geometry(Protocol):
-    """How tiles of one shape are brought to what the network takes, and boxes back."""
+    """How tiles of one shape are brought to the network's input, and boxes back to the tiles."""
 
     @property
     def tile_hw(self) -> tuple[int, int]:
@@ -28,22 +28,22 @@ class Geometry(Protocol):
         ...
 
     def apply_to_batch(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The same, to the last bit, of (B, H, W, 3) uint8 on a device."""
+        """The same, bit for bit, for (B, H, W, 3) uint8 on a device."""
         ...
 
     def undo(self, boxes_N4: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the network, xyxy, in tile pixels; they may leave the tile."""
+        """The network's boxes, xyxy, in tile pixels; they may extend beyond the tile."""
         ...
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of tiles of one shape; two that are equal may share a forward pass.
+    """What is kept for tiles of one shape; tiles whose selections are equal may share a forward pass.
 
     Attributes:
-        geometry: Of the tiles.
-        num_classes: Of the network.
-        columns: For each class of the answer the network's classes that become it; None: they are the same.
+        geometry: That of the tiles.
+        num_classes: How many the network has.
+        columns: For each class of the answer, the network's classes that become it; None: they are the same.
         nms: What is kept.
         rotated: Whether the network ends each box with an angle.
     """
@@ -55,7 +55,7 @@ class Selection:
     rotated: bool
 
     def of_each(self, decoded_BCA: torch.Tensor) -> list[Detections]:
-        """Image by image, for a CPU: there torchvision's NMS is faster than that of a batch."""
+        """Image by image, for a CPU: there, torchvision's NMS is faster than batch NMS."""
         suppress = suppressed
         if self.rotated:
             from softlabel.detectors.rotated_nms import suppressed_rotated as suppress  # imports ultralytics
@@ -64,14 +64,14 @@ class Selection:
         return self.detections(torch.cat(rows).cpu().numpy(), np.array([len(one) for one in rows]))
 
     def of_batch(self, decoded_BCA: torch.Tensor, effort: Effort) -> Kept:
-        """All images at once, for a device that must not be asked in between."""
+        """All images at once, for a device that must not be synchronised with in between."""
         decoded_BCA, num_classes = self._mapped(decoded_BCA)
         return suppressed_batch(decoded_BCA, num_classes, self.nms, effort, rotated=self.rotated)
 
     def detections(self, rows_NC: NDArray[np.float32], count: NDArray[np.int64]) -> list[Detections]:
-        """Of the rows that were kept, those of one image after the other's, ``count`` of each.
+        """Each image's, from the rows that were kept, one image's after another's, ``count`` of each.
 
-        Each image may have one more than ``max_det``: it says that there were more.
+        An image may have one row more than ``max_det``, which says that there were more.
         """
         image = np.repeat(np.arange(len(count)), count)
         place = np.arange(len(image)) - np.repeat(np.cumsum(count) - count, count)
@@ -103,7 +103,7 @@ class Selection:
         ]
 
     def _mapped(self, decoded_BCA: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The same boxes, and whatever follows the scores, with scores of the classes of the answer."""
+        """The same boxes, and whatever follows the scores, with scores for the answer's classes, and their number."""
         num_classes, columns = self.num_classes, self.columns
         if columns is None:
             return decoded_BCA, num_classes

@@ -1,19 +1,19 @@
-"""Online label smoothing: class targets that a student makes of its own right answers."""
+"""Online label smoothing: class targets that a student makes from its own correct predictions."""
 
 import torch
 
 
 class OnlineSmoothing:
-    """Per class the distribution over all classes that the student gave where it was right, in the epoch before.
+    """For each class, the distribution over all classes that the student predicted where it was right, last epoch.
 
     Zhang et al., "Delving Deep into Label Smoothing" (arXiv:2011.12562), where these are means of softmax outputs. In
-    the form for sigmoids that stands here, the sigmoids of all predictions that are assigned to an object of class k
-    and score k highest are summed, and the sum is divided by its own total: so it is a distribution again, whatever
-    else than the class the level of a score expresses. Before a class was right once its row is one-hot; in an epoch
-    in which it never is, its row stays.
+    this form for sigmoids, the sigmoids of all predictions that are assigned to an object of class k and score k
+    highest are summed, and the sum is divided by its own total: that makes it a distribution again, whatever the level
+    of a score expresses besides the class. Until a class has been predicted correctly once, its row is one-hot; after
+    an epoch in which it never is, its row stays as it was.
 
     Args:
-        share: In [0, 1), of the target that comes from here; the paper's is 0.5.
+        share: In [0, 1), the share of the target that comes from here; the paper's is 0.5.
         num_classes: K.
     """
 
@@ -22,19 +22,19 @@ class OnlineSmoothing:
         self.table = torch.eye(num_classes)
         """(K, K) float32, rows that add up to 1."""
         self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-        """(K, K), of the epoch in hand."""
+        """(K, K), of the current epoch."""
 
     def mixed(self, vectors: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-        """Class targets (T, K) of objects of some classes (T,), mixed with what the student itself says of those."""
+        """Class targets (T, K) of objects with classes (T,), mixed with the student's own distributions of those."""
         return (1 - self._share) * vectors + self._share * self.table.to(vectors)[class_ids]
 
     def see(self, scores: torch.Tensor, class_ids: torch.Tensor) -> None:
-        """Take note of predictions (N, K), sigmoids, that are assigned to objects of some classes (N,)."""
+        """Add up predictions (N, K), sigmoids, that are assigned to objects with classes (N,)."""
         right = scores.argmax(1) == class_ids
         self.sums = self.sums.to(scores.device).index_add(0, class_ids[right], scores[right].double())
 
     def end_epoch(self, sums: torch.Tensor) -> None:
-        """Renew the table by the sums of all ranks."""
+        """Renew the table from the sums over all ranks."""
         totals = sums.sum(1, keepdim=True)
         renewed = (sums / totals.clamp(min=1e-12)).float()
         self.table = torch.where(totals > 0, renewed, self.table.to(sums.device))

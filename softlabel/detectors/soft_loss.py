@@ -1,18 +1,19 @@
-"""A model's own training loss, softened: class vectors as targets, weights of boxes, background that counts less.
+"""A model's own training loss, softened: class vectors as targets, weighted boxes, background that counts less.
 
-What a batch brings besides ultralytics' keys is made by softlabel.training.soft: ``vectors`` (T, K), ``weights`` and
+A batch's keys beyond ultralytics' own are made by softlabel.training.soft: ``vectors`` (T, K), ``weights`` and
 ``box_weights`` (T,) of its objects, and the regions that softlabel.detectors.background reads. Where a teacher labels
-beside, softlabel.training.soft_teacher brings its ``teacher_scores``, (B, A, K) at each anchor point, or with anchors
-an objectness for each of a cell. Each object counts as ultralytics' assigner or YOLOv5's anchors say; of its losses
+during training, softlabel.training.soft_teacher adds its ``teacher_scores``, (B, A, K) at each anchor point, or with
+anchors one objectness per anchor of each cell. Objects are assigned as by ultralytics' assigner or YOLOv5's anchors; of
+an object's losses
 
-- the class loss compares with its vector, times the alignment score where the stock loss has the one-hot of its class
+- the class loss compares with its vector, times the alignment score, where the stock loss has the one-hot of its class
   times that,
 - box, class, objectness, DFL and angle losses are multiplied by its weight,
-- box, DFL and angle losses besides by its box weight,
+- box, DFL and angle losses also by its box weight,
 
-and background's class loss (objectness with anchors) is multiplied by what counts there. What the sums are divided by
-stays the stock loss's, so that an object of weight 0.5 counts half of what it would. With one-hot vectors, weights
-and box weights of 1 and no regions nothing changes.
+and background's class loss (objectness with anchors) is multiplied by the share that counts there. The sums are divided
+by what the stock loss divides them by, so that an object of weight 0.5 counts half of what it would. With one-hot
+vectors, weights and box weights of 1 and no regions nothing changes.
 
 Shape suffixes: B images, A anchor points, N objects of the fullest image, K classes.
 """
@@ -36,7 +37,7 @@ def soften(criterion: Any, soft: Soft, smoothing: OnlineSmoothing | None) -> Non
     Args:
         criterion: ultralytics' for anchor-free models, upright or rotated, with one head or two; or AnchorLoss.
         soft: What to make of unsure labels.
-        smoothing: Where class targets are mixed with the student's own answers.
+        smoothing: What mixes class targets with the student's own predictions, if anything.
     """
     if isinstance(criterion, AnchorLoss):
         criterion.soft, criterion.smoothing = soft, smoothing
@@ -47,7 +48,7 @@ def soften(criterion: Any, soft: Soft, smoothing: OnlineSmoothing | None) -> Non
 
 
 class _SoftHead:
-    """Softens the loss of one anchor-free head by what it calls on its way: assigner, class loss, box loss."""
+    """Softens the loss of one anchor-free head by hooking what it calls: assigner, class loss, box and angle loss."""
 
     def __init__(self, criterion: Any, soft: Soft, smoothing: OnlineSmoothing | None) -> None:
         self._criterion, self._soft, self._smoothing = criterion, soft, smoothing
@@ -77,7 +78,7 @@ class _SoftHead:
         return self._stock_loss(preds, batch)
 
     def _without_tiny(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """v8OBBLoss leaves out rotated boxes below 2 px, before it numbers them."""
+        """Leave out rotated boxes with a side below 2 px, as v8OBBLoss does before it numbers them."""
         boxes = batch["bboxes"]
         if boxes.shape[1] != 5:
             return batch
@@ -130,7 +131,7 @@ class _SoftHead:
 
 
 def _padded(batch_idx: torch.Tensor, values: torch.Tensor, num_images: int) -> torch.Tensor:
-    """Rows of a batch (T, ...), images in order, as (B, N, ...): where ultralytics' ``preprocess`` puts their boxes."""
+    """Rows of a batch (T, ...), images in order, as (B, N, ...), placed as ultralytics' ``preprocess`` places boxes."""
     images = batch_idx.view(-1).long()
     counts = images.bincount(minlength=num_images)
     starts = counts.cumsum(0) - counts
@@ -140,7 +141,7 @@ def _padded(batch_idx: torch.Tensor, values: torch.Tensor, num_images: int) -> t
 
 
 def _overlaps(predicted: torch.Tensor, boxes_BN: torch.Tensor, mask_BN1: torch.Tensor) -> torch.Tensor:
-    """(B, A): the greatest overlap of each predicted box with a labelled one of its image."""
+    """(B, A): the greatest overlap of each predicted box with any labelled one in its image."""
     iou = batch_probiou if predicted.shape[-1] == 5 else box_iou
     found = torch.zeros_like(predicted[..., 0])
     for image, mask_N1 in enumerate(mask_BN1):

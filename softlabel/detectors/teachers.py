@@ -1,4 +1,4 @@
-"""A detector as a recipe asks for it, with its fingerprint. A driver needs no torch for it."""
+"""The detector that a recipe asks for, with its fingerprint. A driver needs no torch for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -34,12 +34,13 @@ def weights_teacher(
     Args:
         recipe: Its ``label`` and ``execution`` sections are used.
         weights: The file.
-        classes: Which class of the recipe each of the file's becomes, where they are others.
-        with_losses: Whether losses against truth are wanted beside the boxes.
+        classes: Which class of the recipe each of the file's becomes, where they differ.
+        with_losses: Whether losses against truth are wanted besides the boxes.
 
     Raises:
         WeightsError: The weights cannot be read.
-        RecipeError: The weights know other classes than the recipe, or the engine cannot run here.
+        RecipeError: The weights know other classes than the recipe, an .onnx was exported for another image size, or
+            the engine cannot run here.
     """
     header = read_header(weights)
     mapped = class_map(weights, header.classes, recipe.classes, classes)
@@ -66,16 +67,17 @@ def weights_teacher(
 
 
 def transformers_teacher(recipe: Recipe, model: str, classes: Mapping[str, str | None]) -> Teacher:
-    """A detector of transformers with classes of its own, under a recipe's settings.
+    """A transformers detector with classes of its own, under a recipe's settings.
 
     Args:
         recipe: Its ``label`` and ``execution`` sections are used.
         model: A folder, or a name on the hub.
-        classes: Which class of the recipe each of the model's becomes, where they are others.
+        classes: Which class of the recipe each of the model's becomes, where they differ.
 
     Raises:
-        WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
-        RecipeError: It knows other classes than the recipe, or the engine cannot run it.
+        WeightsError: The model is not there, cannot be fetched, or is not one that softlabel knows.
+        RecipeError: It knows other classes than the recipe, is an open-vocabulary model, cannot take the recipe's
+            ``imgsz``, or the engine cannot run it.
     """
     from softlabel.detectors.hub import class_names, lasting_name, local_folder, model_type
 
@@ -99,10 +101,11 @@ def open_vocabulary_teacher(recipe: Recipe) -> Teacher:
     """The open-vocabulary detector that ``label.open_vocabulary`` describes.
 
     Raises:
-        WeightsError: The model is not there, cannot be fetched, or is none that softlabel knows.
-        RecipeError: It is not described, a class has nothing to be found by, or the engine cannot run it.
+        WeightsError: The model is not there, cannot be fetched, or is not one that softlabel knows.
+        RecipeError: It is not described, a class has no prompts or examples (or has both), a setting does not suit the
+            model, or the engine cannot run it.
     """
-    # Reading tasks, which import this, do without.
+    # Imported here, since reading tasks import this module and do not need them.
     from softlabel.detectors.hub import lasting_name, local_folder, model_type
 
     settings, found = recipe.label, recipe.label.open_vocabulary
@@ -143,7 +146,7 @@ def recipe_teacher(recipe: Recipe) -> Teacher:
 
 
 def in_views(recipe: Recipe, teacher: Teacher) -> Teacher:
-    """A teacher that looks at tiles as ``label.augment`` says; a student that is to be judged sees them as they are.
+    """A teacher that looks at tiles as ``label.augment`` says; a student under evaluation sees them as they are.
 
     Raises:
         RecipeError: The model cannot take them.
@@ -178,7 +181,7 @@ def _engine(recipe: Recipe, family: str, *, with_losses: bool) -> tuple[str, str
             raise RecipeError(f"label.engine: {asked} does not run this model ({family}): set it to pytorch or auto")
         asked = "pytorch"
     if family == "onnx":
-        return asked, "float32"  # that of the graph is its own
+        return asked, "float32"  # the graph's precision is its own
     return resolve(asked, recipe.label.precision, cuda=cuda, with_losses=with_losses)
 
 
@@ -189,11 +192,11 @@ def weights_fingerprint(
 
     Args:
         weights: The weights file.
-        header: What it says of itself.
+        header: What the file says of its model.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
         engine: As softlabel.detectors.engine_choice.resolve gives it, and so is ``precision``.
-        precision: Of the convolutions.
+        precision: That of the convolutions.
     """
     extra = [LIBRARIES[engine]] if engine in LIBRARIES else []
     return {
@@ -218,7 +221,7 @@ def open_vocabulary_fingerprint(
         classes: What the columns of its class vectors are called.
         queries: What it looks for.
         nms: What is kept of a forward pass.
-        precision: Of the image tower.
+        precision: As for Detector.
     """
     return {**_folder_fingerprint(folder, classes, nms, precision), "queries": queries.identity()}
 
@@ -244,7 +247,7 @@ def _architecture(yaml: dict) -> str:
 
 
 def library_versions(libraries: Sequence[str]) -> dict[str, str]:
-    """Their major and minor numbers."""
+    """Their major and minor version numbers."""
     return {name: ".".join(version(name).split(".")[:2]) for name in libraries}
 
 

@@ -1,4 +1,4 @@
-"""The loss of single tiles, so that a mean over any split does not depend on how its tiles fell into batches."""
+"""The loss of single tiles, so that a mean over any split does not depend on how its tiles were batched."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from softlabel.detectors.yolov5_loss import AnchorLoss
 class TileLoss:
     """A model's own training criterion, one tile at a time.
 
-    A batch's loss is made of terms, each a sum over the batch divided by a normaliser of the batch (at least 1). Kept
-    apart, the tiles of a split add up to the loss of that split as one batch, whatever the batch size was.
+    A batch's loss consists of terms, each a sum over the batch divided by a normaliser of the batch (at least 1). With
+    the two kept apart, the tiles of a split add up to the loss of that split as one batch, whatever the batch size was.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,7 +22,7 @@ class TileLoss:
         self._terms = _AnchorTerms(criterion) if isinstance(criterion, AnchorLoss) else _AssignerTerms(criterion)
 
     def names(self) -> list[str]:
-        """The loss that each term is part of, without ultralytics' ``_loss`` ending; terms of one name add up."""
+        """The loss that each term is part of, without ultralytics' ``_loss`` ending; terms of the same name add up."""
         return self._terms.names
 
     def __call__(
@@ -39,11 +39,11 @@ class TileLoss:
         Args:
             raw: The head's raw outputs of a batch.
             index: Which tile of the batch.
-            boxes_N4: Its targets, xyxy in pixels of the model's input; of a model that finds rotated boxes before they
-                are turned.
+            boxes_N4: Its targets, xyxy in pixels of the model's input; for a model that finds rotated boxes, before
+                they are turned.
             class_ids: (N,) their classes.
             size_hw: Height and width of the model's input.
-            angles: (N,) by which they are turned, as softlabel.rotated has it, for a model that finds rotated boxes.
+            angles: (N,) by which they are turned, as in softlabel.rotated, for a model that finds rotated boxes.
 
         Returns:
             One sum per term, then one normaliser per term.
@@ -63,7 +63,7 @@ class TileLoss:
 
 
 class _AssignerTerms:
-    """ultralytics' anchor-free losses: three terms, or four of rotated boxes, all divided by the sum of the assigned
+    """ultralytics' anchor-free losses: three terms, or four for rotated boxes, all divided by the sum of the assigned
     target scores."""
 
     def __init__(self, criterion: Any) -> None:
@@ -86,7 +86,7 @@ class _AssignerTerms:
 
 
 class _AnchorTerms:
-    """YOLOv5's losses: three terms on each level, with normalisers of their own."""
+    """YOLOv5's losses: three terms on each level, each with a normaliser of its own."""
 
     def __init__(self, criterion: AnchorLoss) -> None:
         self._criterion = criterion

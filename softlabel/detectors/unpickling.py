@@ -1,8 +1,8 @@
 """PyTorch checkpoints (.pt) read without running them.
 
-Such a file is a pickle: a list of names to import and call. This reader knows the names that detection models of
-ultralytics and of YOLOv5 consist of and gives each a stand-in that only holds what it is given, so neither their code
-nor any other runs; any other name ends the reading
+Such a file is a pickle: a list of names to import and call. This reader knows the names that occur in detection models
+of ultralytics and YOLOv5 and gives each a stand-in that only holds what it is given, so neither their code nor any
+other runs; any other name ends the reading
 (https://docs.python.org/3/library/pickle.html#restricting-globals).
 """
 
@@ -40,11 +40,11 @@ class StandIn:
 
 
 def read_pickle(path: Path | str) -> Any:
-    """What a checkpoint holds: plain values, tensors on the CPU, and a StandIn of its class's name for anything else.
+    """What a checkpoint holds: plain values, tensors on the CPU, and for anything else a StandIn named after its class.
 
     Raises:
-        WeightsError: There is no file, it is damaged, it is TorchScript, or it asks for a name that no detection model
-            consists of (which is named).
+        WeightsError: There is no file, it is damaged, it is TorchScript, or it asks for a name that does not occur in
+            any detection model (the message gives it).
     """
     try:
         _refuse_other_forms(file := on_disk(path))
@@ -59,14 +59,14 @@ def read_pickle(path: Path | str) -> Any:
             f"{path} asks to import {error}, which no detection model of ultralytics or YOLOv5 consists of: it is "
             "refused, and nothing of it was run; give a checkpoint of one of these, or its tensors as safetensors"
         ) from None
-    # A damaged pickle calls what is harmless with whatever it likes, and so ends in any exception.
+    # A damaged pickle may call harmless things with any arguments, and so end in any exception.
     except Exception as error:  # noqa: BLE001
         said = _one_line(error)
         raise WeightsError(f"{path} cannot be read as a checkpoint ({said}): is it one, or damaged?") from None
 
 
 def _refuse_other_forms(path: Path | str) -> None:
-    """Of what torch.load takes besides checkpoints: it would run TorchScript, and unpack a tar file (PyTorch 0.1)."""
+    """Refuse what else torch.load takes: it would run TorchScript, and unpack a tar file (PyTorch 0.1)."""
     with open(path, "rb") as file:
         if torch.serialization._is_zipfile(file):
             records = torch._C.PyTorchFileReader(str(path)).get_all_records()
@@ -80,7 +80,7 @@ def _refuse_other_forms(path: Path | str) -> None:
 
 
 class _UnknownNameError(pickle.UnpicklingError):
-    """A name that no detection model consists of."""
+    """A name that does not occur in any detection model."""
 
 
 def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: object) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _parameter(data: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 class _Calls:
-    """Calls a function, and unlike a function has no attributes that a pickle could set."""
+    """Calls a function but, unlike one, has no attributes that a pickle could set."""
 
     __slots__ = ("_function",)
 
@@ -125,10 +125,10 @@ _PLAIN = {
     "torch.float16",
     "torch.float32",
 }
-"""What training leaves in a checkpoint beside the model: scores, paths, devices."""
+"""What training leaves in a checkpoint besides the model: scores, paths, devices."""
 
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
-"""What DataParallel and DistributedDataParallel consist of."""
+"""Where the parts of DataParallel and DistributedDataParallel are."""
 
 _EARLIER = {
     "IterableSimpleNamespace",
@@ -143,13 +143,13 @@ _EARLIER = {
     "MixConv2d",
     "Sum",
 }
-"""Classes that neither ultralytics' modules nor its losses have, or no longer."""
+"""Classes that ultralytics' modules and losses never had, or no longer have."""
 
 _LARGEST_MEMO = 1 << 22
-"""Objects of a pickle; the largest checkpoints, with optimizer, have some hundred thousand."""
+"""Objects in a pickle; the largest checkpoints, with optimizer, have a few hundred thousand."""
 
 _ROOTS = ("ultralytics.", "models.yolo.", "models.common.", "models.experimental.")
-"""Where ultralytics and YOLOv5 keep their classes; folders below were others in every year."""
+"""Where ultralytics and YOLOv5 keep their classes; the folders below these have changed from year to year."""
 
 
 @cache
@@ -172,7 +172,7 @@ def _is_known(module: str, name: str) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """torch.load builds on this one; it adds how tensors' storages are found, by names that end in Storage."""
+    """torch.load subclasses this one, to add how tensors' storages are found, by names that end in Storage."""
 
     def __init__(self, file: Any, **options: Any) -> None:
         start = file.tell()
@@ -184,13 +184,13 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, **options)
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("__builtin__", "builtins")  # of Python 2: torch.save writes pickle protocol 2
+        module = module.replace("__builtin__", "builtins")  # Python 2's name: torch.save writes pickle protocol 2
         full = f"{module}.{name}"
         if full in _REAL:
             return _REAL[full]
         if not _is_known(module, name):
             raise _UnknownNameError(ascii(full[:200])[1:-1])
-        return type(name, (StandIn,), {})  # anew: what a file does to a class ends with it
+        return type(name, (StandIn,), {})  # a new class each time: what one file does to it affects no other
 
 
 # torch.load takes a module with the parts of `pickle` that it uses.

@@ -1,7 +1,7 @@
-"""The one file format that weights travel in, and what starts from it.
+"""The one file format that weights travel in, and what is built from it.
 
 Weights are safetensors (no code runs on loading), with what is needed to rebuild the model in the file's metadata. A
-checkpoint (.pt) is read by softlabel.detectors.checkpoint wherever weights are.
+checkpoint (.pt) is read by softlabel.detectors.checkpoint wherever weights are read.
 """
 
 import copy
@@ -38,7 +38,7 @@ _MODELS = {
     "RTDETRDecoder": RTDETRDetectionModel,
     "WorldDetect": WorldModel,
 }
-"""The head that a yaml ends in to the class that runs it, and for some trains it."""
+"""From the head that a yaml ends in to the class that runs it, and for some heads trains it."""
 
 _OTHER_TASKS = {
     "Segment": "masks",
@@ -47,20 +47,20 @@ _OTHER_TASKS = {
     "SemanticSegment": "classes of pixels",
     "Depth": "depths",
 }
-"""What the heads of other tasks find; some have a number at their end."""
+"""What the heads of other tasks find; some names end in a number."""
 
 _LAYERS = {*modules.__all__} - {"TorchVision"}  # which downloads weights
 _WORLD_EMBEDDING = 512
 _MOST_REPEATS = 100
 _LARGEST_OUTPUT = 1 << 25
-"""Numbers that a layer makes of 256 x 256 pixels; those of YOLOv3, the largest of all, are 2 million."""
+"""Numbers that a layer may make of 256 x 256 pixels; YOLOv3's, the largest of all, make 2 million."""
 
 _WRAPPERS = re.compile(r"^(module\.|model\.)+(?=\d)")
-"""What DistributedDataParallel, ultralytics' YOLO and DetectionModel each put before a layer's number."""
+"""The prefixes that DistributedDataParallel, ultralytics' YOLO and DetectionModel each put before a layer's number."""
 
 
 def save_weights(path: Path, model: DetectionModel, header: Header) -> None:
-    """Write a model as safetensors, by rename. Tensors are stored as float32."""
+    """Write a model as safetensors, atomically by rename. Tensors are stored as float32."""
     _save(path, {key: value.float() for key, value in model.state_dict().items()}, header)
 
 
@@ -68,7 +68,7 @@ def import_weights(source: Path, target: Path) -> Header:
     """Turn a checkpoint of ultralytics or YOLOv5 into safetensors, and say what it holds.
 
     Raises:
-        WeightsError: ``source`` is no such checkpoint, asks for a name that none needs, or ``target`` exists.
+        WeightsError: ``source`` is not such a checkpoint, asks for a name that none needs, or ``target`` exists.
     """
     _check_absent(target)
     header, tensors = read_weights(source)
@@ -77,11 +77,11 @@ def import_weights(source: Path, target: Path) -> Header:
 
 
 def import_tensors(source: Path, target: Path, model: str, classes: Sequence[str], imgsz: int) -> Header:
-    """Turn tensors alone, a state_dict in a .pt or a safetensors file, into weights of a named model.
+    """Turn bare tensors, a state_dict in a .pt or a safetensors file, into weights of a named model.
 
     Args:
         source: Its keys may begin with ``model.`` and ``module.`` any number of times.
-        target: Where to.
+        target: Where to write them.
         model: One of ultralytics' by its yaml name, or yolov5{n,s,m,l,x}-anchor.yaml.
         classes: What it finds, in its order.
         imgsz: Longer side of the images that it was trained on, in pixels.
@@ -104,7 +104,7 @@ def import_tensors(source: Path, target: Path, model: str, classes: Sequence[str
 
 
 def _named_alike(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By the names that a DetectionModel has for them."""
+    """The tensors under the names that a DetectionModel has for them."""
     return {_WRAPPERS.sub("model.", key): value for key, value in tensors.items()}
 
 
@@ -123,7 +123,7 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
     if is_anchor_based(yaml):
         return YoloV5(yaml, num_classes)
     kind = _class_for(model, yaml, _MODELS)
-    if kind is WorldModel:  # built for as many classes as once, and asked for others since
+    if kind is WorldModel:  # built for its yaml's number of classes, then given another
         found = kind(yaml, verbose=False)
         found.model[-1].nc = num_classes
         return found
@@ -134,10 +134,10 @@ def build_model(model: str | dict, num_classes: int) -> DetectionModel:
 
 
 def _widen(head: Any, of_width: Any) -> None:
-    """Give a head the class branches of another, which has as many classes as they are to be wide, for its own classes.
+    """Give a head the class branches of another, whose number of classes gives them their width, for its own classes.
 
-    The width of ultralytics' class branches follows from the number of classes, but for a model whose training started
-    from one of another number.
+    The width of ultralytics' class branches follows from the number of classes, except in a model whose training
+    started from one with another number.
     """
     for name in ("cv3", "one2one_cv3"):
         if (branches := getattr(of_width, name, None)) is not None:
@@ -147,7 +147,7 @@ def _widen(head: Any, of_width: Any) -> None:
 
 
 def check_trainable(model: str | dict) -> None:
-    """Refuse a model, by its name or yaml, that nothing is known to train.
+    """Refuse a model, by its name or yaml, that cannot be trained here.
 
     Raises:
         RecipeError: There is no such model, or it is for another task.
@@ -206,7 +206,7 @@ def load_model(path: Path | str) -> tuple[DetectionModel, Header]:
 
 
 def load_matching(model: torch.nn.Module, path: Path | str) -> tuple[int, int]:
-    """Copy into ``model`` the tensors of ``path`` that fit by name and shape, as when a head has other classes.
+    """Copy into ``model`` the tensors of ``path`` that fit by name and shape, such as where a head has other classes.
 
     Returns:
         How many tensors fitted, and how many the model has.
@@ -228,7 +228,7 @@ def read_weights(path: Path | str) -> tuple[Header, dict[str, torch.Tensor]]:
     """What a weights file says of its model, and its tensors, whose names and shapes are known to fit it.
 
     Raises:
-        WeightsError: It cannot be read, or names what is no layer of a model.
+        WeightsError: It cannot be read, its tensors do not fit, or it names something that is not a layer of a model.
     """
     header, tensors = (
         read_checkpoint(path) if is_checkpoint(path) else (read_safetensors_header(path), _read_tensors(path))
@@ -251,7 +251,7 @@ def _check_fits(header: Header, tensors: dict[str, torch.Tensor], path: Path | s
 
 
 def _shapes(header: Header) -> dict[str, list[int]]:
-    """The tensors of a file's model.
+    """The names and shapes of the tensors of a file's model.
 
     The model is built without memory for its tensors and its outputs, which may be huge where a file is damaged.
 
@@ -268,7 +268,7 @@ def _shapes(header: Header) -> dict[str, list[int]]:
         if not 0 < repeats * max(1.0, *_depths(yaml)) <= _MOST_REPEATS:
             raise ValueError(f"{name} is repeated {repeats} times")
     with torch.device("meta"):
-        if head == "WorldDetect":  # its layers take the text besides
+        if head == "WorldDetect":  # its layers take the text as well
             layers, _ = parse_model(yaml, ch=3, verbose=False)
             own = {f"model.{key}": list(value.shape) for key, value in layers.state_dict().items()}
             return {**own, WORLD_TEXT: [1, len(header.classes), _WORLD_EMBEDDING]}
@@ -283,7 +283,7 @@ def _shapes(header: Header) -> dict[str, list[int]]:
 
 
 def _check_outputs(layers: nn.Sequential, passed_on: list[int]) -> None:
-    """Run layers as BaseModel._predict_once does."""
+    """Run layers as BaseModel._predict_once does, and refuse outputs that are too large."""
     output: Any = torch.zeros(1, 3, 256, 256)
     outputs: list[Any] = []
     for layer in cast(Any, layers):

@@ -31,7 +31,7 @@ class YoloDetector(Detector):
     A tile is scaled so that its longer side is ``imgsz`` and padded to a multiple of the stride, by its shape alone.
 
     Args:
-        model: Taken over: it is moved, fused and, for another precision than float32, changed.
+        model: Taken over: it is moved, fused and, for a precision other than float32, changed.
         imgsz: Longer side of a tile as the model sees it, in pixels.
         nms: What is kept of a forward pass.
         device: As for Detector.
@@ -52,7 +52,7 @@ class YoloDetector(Detector):
         self._stride = int(model.stride.max())
         self._model = model.eval().float().fuse(verbose=False)
         self._loss: TileLoss | None = None
-        self._losing = threading.Lock()  # a criterion notes the normaliser of the tile that it is at
+        self._losing = threading.Lock()  # a criterion keeps the normaliser of the tile in hand
         head = model.model[-1]
         super().__init__(_YoloNetwork(self._model), int(head.nc), nms, device, rotated=isinstance(head, OBB), **options)
 
@@ -64,7 +64,7 @@ class YoloDetector(Detector):
         imgsz: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> "YoloDetector":
-        """From a weights file; ``imgsz`` defaults to the size it was trained at, the rest is as for the class.
+        """From a weights file; ``imgsz`` defaults to the size that it was trained at, the rest is as for the class.
 
         Raises:
             WeightsError: The weights cannot be read.
@@ -80,7 +80,7 @@ class YoloDetector(Detector):
         return Letterbox.of(tile_hw, round(self.imgsz * scale), self._stride)
 
     def losses(self, images: Sequence[Image], truths: Sequence[Truth]) -> list[list[float]]:
-        """Per tile the loss terms against its truth (softlabel.detectors.tile_loss): sums, then normalisers."""
+        """For each tile, the loss terms against its truth (softlabel.detectors.tile_loss): sums, then normalisers."""
         return [losses for _, losses in self.detect_with_losses(images, truths)]
 
     def detect_with_losses(
@@ -89,7 +89,7 @@ class YoloDetector(Detector):
         """Both, from one forward pass.
 
         Raises:
-            ValueError: The engine is not PyTorch in float32, the only one that gives them.
+            ValueError: The engine is not PyTorch in float32, the only one that gives losses.
         """
         if (self.engine, self.precision) != ("pytorch", "float32"):
             raise ValueError("losses need engine pytorch in float32")
@@ -127,20 +127,20 @@ def load(teacher: Teacher, **options: Unpack[EngineOptions]) -> YoloDetector:
 
 
 def _conv_silu(conv: nn.Conv2d, features: torch.Tensor) -> torch.Tensor:
-    """What torch.compile makes of the two on a CPU, without a compiler."""
+    """The fused operator that torch.compile makes of the two on a CPU, but without a compiler."""
     return torch.ops.mkldnn._convolution_pointwise(
         features, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, "swish", [], ""
     )
 
 
 def _decode_in_float32(decode: Callable[[list], torch.Tensor], raw: list[torch.Tensor]) -> torch.Tensor:
-    """AnchorDetect's decoding of what was computed in a lower precision."""
+    """AnchorDetect's decoding of outputs computed in a lower precision."""
     return decode([out.float() for out in raw])
 
 
 def _infer_in_float32(infer: Callable[[dict], torch.Tensor], raw: dict) -> torch.Tensor:
-    """The same of ultralytics' Detect."""
-    # Of the features only shape and type matter here: the grid takes both from them.
+    """The same for ultralytics' Detect."""
+    # Only the shape and dtype of the features matter here: the grid takes both from them.
     features = [level[:, :1].float() for level in raw["feats"]]
     outputs = {key: raw[key].float() for key in ("boxes", "scores", "angle") if key in raw}
     return infer({**outputs, "feats": features})
@@ -174,14 +174,14 @@ class _YoloNetwork(Network):
         *layers, head = self.model.model
         for module in [*layers, *(child for name, child in head.named_children() if name != "dfl")]:
             module.to(dtype)
-        # Partials, which a copy of the network takes along: closures would decode with the head they were made for.
+        # Partials, which are copied along with the network: closures would go on decoding with the original head.
         if isinstance(head, AnchorDetect):
             head._decode = partial(_decode_in_float32, head._decode)  # type: ignore[method-assign]
         else:
             head._inference = partial(_infer_in_float32, head._inference)
 
     def fuse_activations(self) -> None:
-        """Of every convolution with a SiLU: its output is written to memory once and not twice."""
+        """Fuse every convolution with its SiLU: the output is written to memory once instead of twice."""
         if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
         for module in self.model.modules():
@@ -189,14 +189,14 @@ class _YoloNetwork(Network):
                 module.forward = partial(_conv_silu, module.conv)
 
     def make_capturable(self) -> bool:
-        """An anchor-free head makes its grid on the CPU when it sees another shape than before: keep each shape's. A
-        graph goes on to use the one that it was captured with."""
+        """Keep the grid of each shape: an anchor-free head makes a new one, on the CPU, whenever the shape changes. A
+        graph goes on using the grid that it was captured with."""
         self._grids = {}
         return True
 
     def make_traceable(self) -> None:
-        """Let the grid of an anchor-free head follow the input's shape: it is kept from the last image's else, and made
-        with the strides as tensors, whose values no tracer knows."""
+        """Let the grid of an anchor-free head follow the input's shape: otherwise it stays the last image's, and is
+        made with the strides as tensors, whose values no tracer knows."""
         head = self.model.model[-1]
         if not isinstance(head, AnchorDetect):
             head.dynamic, head.stride = True, head.stride.tolist()

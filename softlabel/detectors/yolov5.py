@@ -1,8 +1,8 @@
 """YOLOv5 as it was published: three anchors on each of three levels, and an objectness beside the classes.
 
-ultralytics' package has its backbone and neck (yolov5.yaml) under a later, anchor-free head. Here the original head
-stands on them again (Jocher et al., YOLOv5 v6.0 to v7.0, https://github.com/ultralytics/yolov5), with every tensor
-under its original name, so that original weights fit.
+ultralytics' package has its backbone and neck (yolov5.yaml) with a later, anchor-free head. Here they have the original
+head again (Jocher et al., YOLOv5 v6.0 to v7.0, https://github.com/ultralytics/yolov5), with every tensor under its
+original name, so that original weights fit.
 """
 
 import math
@@ -23,7 +23,7 @@ COCO_ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 1
 """Width, height, width, ... in pixels of the model's input, for the levels of stride 8, 16 and 32."""
 
 TRAIN_DEFAULTS = {"box": 0.05}
-"""ultralytics train arguments whose default is another in YOLOv5 (data/hyps/hyp.scratch-low.yaml)."""
+"""ultralytics train arguments whose default differs in YOLOv5 (data/hyps/hyp.scratch-low.yaml)."""
 
 SIZES = "nsmlx"
 
@@ -44,11 +44,11 @@ def anchor_yaml(name: str) -> dict:
 
 
 class AnchorDetect(nn.Module):
-    """The original Detect head: one 1x1 convolution per level, for each anchor 4 box, 1 objectness and K class outputs.
+    """The original Detect head: one 1x1 convolution per level, with 4 box, 1 objectness and K class outputs per anchor.
 
-    In training it returns the raw outputs, ``{"feats": [(B, anchors, height, width, 5 + K), ...]}``. Else also the
-    decoded ones, (B, 4 + K + 1, all anchors): box as centre and size in input pixels, per class objectness times class
-    score, and last the objectness.
+    In training it returns the raw outputs, ``{"feats": [(B, anchors, height, width, 5 + K), ...]}``. Otherwise the
+    decoded ones come before them, (B, 4 + K + 1, all anchors): box as centre and size in input pixels, per class
+    objectness times class score, and the objectness last.
     """
 
     anchors: torch.Tensor
@@ -66,11 +66,11 @@ class AnchorDetect(nn.Module):
 
     @classmethod
     def in_place_of(cls, head: Detect, anchors: Sequence[Sequence[float]], stride: torch.Tensor) -> "AnchorDetect":
-        """An untrained one for the feature maps that an anchor-free head takes."""
+        """An untrained head for the feature maps that an anchor-free head takes."""
         return cls(head.nc, anchors, stride, [branch[0].conv.in_channels for branch in head.cv2])
 
     def bias_init(self) -> None:
-        """Start with some 8 objects an image of 640 px, each of any class (https://arxiv.org/abs/1708.02002, 3.3)."""
+        """Start with some 8 objects per image of 640 px, each of any class (https://arxiv.org/abs/1708.02002, 3.3)."""
         for conv, stride in zip(self.m, self.stride.tolist(), strict=True):
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
             bias = conv.bias.detach().view(self.na, -1)
@@ -108,12 +108,12 @@ class YoloV5(DetectionModel):
         super().__init__(dict(yaml), nc=num_classes, verbose=False)
         replaced = self.model[-1]
         head = AnchorDetect.in_place_of(replaced, yaml["anchors"], self.stride)
-        # What ultralytics' parser notes on each layer: its place, its inputs, its name, its size.
+        # What ultralytics' parser records on each layer: its index, its inputs, its name, its size.
         size = sum(parameter.numel() for parameter in head.parameters())
         vars(head).update(i=replaced.i, f=replaced.f, type="AnchorDetect", np=size)
         head.bias_init()
         self.model[-1] = head
-        if "csp_activation" in yaml:  # of YOLOv5 before v4, where it is another than the convolutions'
+        if "csp_activation" in yaml:  # YOLOv5 before v4, where it differs from the convolutions'
             for module in self.modules():
                 if isinstance(module, BottleneckCSP):
                     module.act = _SafeLoad.activation(yaml["csp_activation"])
@@ -124,7 +124,7 @@ class YoloV5(DetectionModel):
         return AnchorLoss(head.anchors, head.nc, box=args.box, cls=args.cls, imgsz=args.imgsz)
 
     def set_anchors(self, anchors_LA2: NDArray[np.float32]) -> None:
-        """Take other anchors: (levels, anchors, 2) width and height in pixels of the input, small to large."""
+        """Use other anchors: (levels, anchors, 2) width and height in pixels of the input, small to large."""
         head = self.model[-1]
         self.yaml["anchors"] = [level.reshape(-1).tolist() for level in anchors_LA2]
         head.anchors.copy_(torch.as_tensor(anchors_LA2) / head.stride.view(-1, 1, 1))

@@ -1,8 +1,8 @@
 """The loss that YOLOv5 was trained with: box, objectness and class, on targets assigned by anchor ratio.
 
-Ciolino, Rosario and Noever write of a squared error for the box. YOLOv5 has none: its box loss is 1 - CIoU (Zheng et
+Ciolino, Rosario and Noever describe a squared error for the box. YOLOv5 has none: its box loss is 1 - CIoU (Zheng et
 al., https://arxiv.org/abs/1911.08287), its objectness and class losses are binary cross-entropies (utils/loss.py and
-train.py of YOLOv5 v6.0 to v7.0, https://github.com/ultralytics/yolov5). This is that.
+train.py of YOLOv5 v6.0 to v7.0, https://github.com/ultralytics/yolov5). This is YOLOv5's loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from softlabel.config import HARD, Soft
 from softlabel.detectors.background import far_weight, kept_in_regions, trusted
 from softlabel.detectors.smoothing import OnlineSmoothing
 
-# Of objectness on each level, fine ones first: they have more empty cells. Three levels have weights of their own.
+# Weights of objectness per level, finest first: fine levels have more empty cells. Three levels have their own weights.
 _BALANCE_OF_3, _BALANCE = (4.0, 1.0, 0.4), (4.0, 1.0, 0.25, 0.06, 0.02)
-_ANCHOR_RATIO = 4.0  # hyp anchor_t: a box matches an anchor whose sides are less than 4 times its own, or a quarter
+_ANCHOR_RATIO = 4.0  # hyp anchor_t: a box matches an anchor whose sides are each below 4 times and above 1/4 of its own
 _OBJ_GAIN = 1.0
-_NEIGHBOUR = 0.5  # a box also belongs to the two cells whose centres are nearest, half a cell off at most
+_NEIGHBOUR = 0.5  # a box also belongs to the two neighbouring cells nearest its centre, at most half a cell from it
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def assign(targets_T6: torch.Tensor, anchors_A2: torch.Tensor, height: int, widt
 
 @dataclass(frozen=True)
 class _Objects:
-    """What a batch has: targets (T, 6) image, class, box; per target a class vector (T, K), a weight (T,), and one of
-    the box loss alone (T,), which the other is part of."""
+    """What a batch has: targets (T, 6) image, class, box; per target a class vector (T, K), a weight (T,), and one for
+    the box loss alone (T,), of which the other weight is a factor."""
 
     targets: torch.Tensor
     vectors: torch.Tensor
@@ -119,19 +119,19 @@ class AnchorLoss:
     def __call__(
         self, preds: dict | tuple[torch.Tensor, dict], batch: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The three losses of a batch times its size, and detached without that factor under their names."""
+        """The three losses of a batch times its size; and the losses without that factor, detached, by name."""
         raw = preds[1] if isinstance(preds, tuple) else preds
         sums, counts = self.terms(raw["feats"], batch)
         losses = (sums / counts.clamp(min=1)).sum(0)
         return losses * len(raw["feats"][0]), dict(zip(self.loss_names, losses.detach(), strict=True))
 
     def terms(self, feats: Sequence[torch.Tensor], batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums, and what their means divide by, (levels, 3) each: the loss is the sum over levels of these means.
+        """Sums, and what their means divide by, (levels, 3) each: a loss is the sum over levels of these means.
 
         Args:
-            feats: Per level the head's raw outputs, (B, anchors, height, width, 5 + K).
+            feats: Per level, the head's raw outputs, (B, anchors, height, width, 5 + K).
             batch: ``batch_idx`` (T,), ``cls`` (T, 1) and ``bboxes`` (T, 4), centre and size in units of the image;
-                and what softlabel.detectors.soft_loss says, or none of it.
+                and the keys that softlabel.detectors.soft_loss describes, or none of them.
         """
         objects = self._objects(batch, feats[0].device)
         levels = [
@@ -157,10 +157,10 @@ class AnchorLoss:
     def _background(
         self, level: int, feats: Sequence[torch.Tensor], objects: _Objects, batch: Mapping[str, torch.Tensor]
     ) -> torch.Tensor | float:
-        """What a level's objectness losses count where there is no object: 1, or (B, anchors, rows, columns).
+        """How much a level's objectness losses count where there is no object: 1, or (B, anchors, rows, columns).
 
-        Where a region keeps some classes only, it counts for the share of them in the cell's class scores: if there is
-        an object that it sees, how likely is it of a class that would have been labelled?
+        Where a region keeps only some classes, it counts by their share in the cell's class scores: if the cell sees an
+        object, how likely is it of a class that would have been labelled?
         """
         if "region_idx" not in batch:
             return 1.0
@@ -192,7 +192,7 @@ class AnchorLoss:
     def _overlaps(
         self, out: torch.Tensor, corners_P2: torch.Tensor, anchors_A2: torch.Tensor, targets_T6: torch.Tensor
     ) -> torch.Tensor:
-        """(B, anchors, rows, columns): the greatest IoU of each cell's box with a labelled one of its image."""
+        """(B, anchors, rows, columns): the greatest IoU of each predicted box with any labelled one in its image."""
         height, width = out.shape[2:4]
         xy = out[..., :2].sigmoid() * 2 - 0.5 + corners_P2.view(height, width, 2)
         wh = (out[..., 2:4].sigmoid() * 2) ** 2 * anchors_A2.view(1, -1, 1, 1, 2)
@@ -232,9 +232,9 @@ class AnchorLoss:
 
 
 def _last(out: torch.Tensor, found: Assigned) -> torch.Tensor:
-    """Which of the assigned, if any (else -1), gives a cell its objectness: of several on one cell the last.
+    """Which of the assigned, if any (else -1), gives a cell its objectness: of several in one cell, the last.
 
-    Written so that the last one wins on a GPU too, where writes to one place have no order.
+    Written so that the last one wins on a GPU too, where writes to the same place have no order.
     """
     shape = out.shape[:-1]
     flat = ((found.image * shape[1] + found.anchor) * shape[2] + found.row) * shape[3] + found.column

@@ -1,1 +1,1 @@
-"""Detections and truth to numbers."""
+"""From detections and truth to numbers."""

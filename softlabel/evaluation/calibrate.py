@@ -1,4 +1,4 @@
-"""Fit what a score is worth on labelled tiles, and say on tiles that were not fitted how far it was off.
+"""Calibrate scores on labelled tiles, and measure on tiles left out of the fit how far off they are.
 
 Isotonic regression (Zadrozny and Elkan, KDD 2002) or a temperature (Guo et al., arXiv:1706.04599), per class, of "is a
 true positive at IoU 0.5" on the score of the best class. The expected calibration error is Guo's, over 15 bins.
@@ -19,23 +19,23 @@ Method = Literal["isotonic", "temperature"]
 _BINS = 15
 _FOLDS = 5
 LEAST = 10
-"""Right and wrong boxes each, with fewer of which nothing is fitted."""
+"""With fewer right boxes than this, or fewer wrong ones, nothing is fitted."""
 
 
 def calibrate(
     tiles: Sequence[TileResult], classes: tuple[str, ...], groups: Sequence[str], method: Method
 ) -> tuple[Calibration, list[dict[str, Any]]]:
-    """Fit to all tiles; and, for the errors, to four fifths of the groups at a time, judged on the fifth left out.
+    """Fit to all tiles; for the errors, also to four fifths of the groups at a time, judged on the fifth left out.
 
     Args:
-        tiles: Labels as ``detections``, not above a threshold.
+        tiles: Labels as ``detections``, not filtered by a threshold.
         classes: Names; class ids index them.
         groups: One per tile; a group is fitted or judged as a whole.
         method: What is fitted.
 
     Returns:
         The calibration, and per class (then ``all``) a row: class, boxes, right, ece and ece_calibrated on tiles left
-        out (None without a box), threshold, mapped ("no" where too few boxes are right or wrong).
+        out (None without a box); for classes also threshold and mapped (False where too few boxes are right or wrong).
 
     Raises:
         ValueError: As for metrics.evaluate.
@@ -66,7 +66,7 @@ _AS_IS = Mapping(temperature=1.0)
 
 
 def expected_calibration_error(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> float | None:
-    """Mean distance of confidence from accuracy over bins of equal width, weighted by their boxes; None without any."""
+    """Mean gap between confidence and accuracy over bins of equal width, weighted by their boxes; None without any."""
     if not len(scores):
         return None
     bins = np.minimum((scores * _BINS).astype(np.int64), _BINS - 1)
@@ -82,7 +82,7 @@ def _fit(scores: NDArray[np.float32], right: NDArray[np.bool_], method: Method) 
 
 
 def isotonic(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> Mapping:
-    """Knots at the two ends of every level."""
+    """Isotonic regression, as knots at the two ends of every level."""
     order = np.argsort(scores, kind="stable")
     at, start = np.unique(scores[order].astype(np.float64), return_index=True)
     sizes = np.diff(np.append(start, len(scores)))
@@ -104,7 +104,7 @@ def _temperature(scores: NDArray[np.float32], right: NDArray[np.bool_]) -> Mappi
 def _held_out(
     scores: NDArray[np.float32], right: NDArray[np.bool_], folds: NDArray[np.int64], method: Method
 ) -> NDArray[np.float32]:
-    """Each box as a mapping sees it that was fitted without its fold."""
+    """The score of each box by a mapping that was fitted without its fold."""
     mapped = scores.copy()
     for fold in range(_FOLDS):
         out = folds == fold

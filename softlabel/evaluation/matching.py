@@ -1,8 +1,8 @@
 """Detections matched with truth by COCO's rules (hotcoco, equal to pycocotools): what every number is counted from.
 
-The best class per box; per tile and class by descending score, at most 1,000; each detection takes the free truth box
-of highest IoU. Ignored truth goes in as ``iscrowd=1``: what lies in it neither rewards nor punishes. A class that a
-tile was not labelled for does not exist there, neither its truth nor its detections.
+A box counts for its best class; per tile and class, detections go by descending score, at most 1,000, and each takes
+the free truth box of highest IoU. Ignored truth goes in as ``iscrowd=1``: detections in it are neither rewarded nor
+punished. In a tile that was not labelled for a class, neither truth nor detections of that class count.
 
 Where truth was drawn rotated and the detector finds rotated boxes, IoU is that of the polygons (as the DOTA benchmark
 has it); where only one of them is rotated, that of the upright hulls.
@@ -29,7 +29,7 @@ _EVERYWHERE = [0.0, 1e10]
 
 @dataclass(frozen=True)
 class TileResult:
-    """What is known and what was found in one tile, both in tile pixels; ``labelled_classes`` None is every class."""
+    """Truth and detections of one tile, both in tile pixels; ``labelled_classes`` None means every class."""
 
     truth: Truth
     detections: Detections
@@ -45,7 +45,7 @@ class Columns:
         class_ids: (N,) its best class.
         scores: (N,) float32, the score of that class.
         boxes: (N, 4) float64 xyxy; or (N, 5) float64 xywhr (softlabel.rotated), where truth is rotated too.
-        truth_tile: (M,), and so on for truth.
+        truth_tile: (M,) index of each truth box's tile; the other fields of truth likewise.
     """
 
     num_tiles: int
@@ -61,7 +61,7 @@ class Columns:
 
     @property
     def rotated(self) -> bool:
-        """Whether boxes are, and IoU is that of polygons."""
+        """Whether boxes are rotated, so that IoU is that of polygons."""
         return self.boxes.shape[1] == 5
 
     def truth_counts(self) -> NDArray[np.int64]:
@@ -75,7 +75,7 @@ class Matches:
 
     Attributes:
         counted: (N,) bool, False for those in ignored truth and those beyond ``MAX_DETECTIONS``.
-        truth: (N,) index of the truth box that it took, perhaps an ignored one; -1 for a false alarm.
+        truth: (N,) index of the truth box that it took, perhaps an ignored one; -1 if none.
     """
 
     counted: NDArray[np.bool_]
@@ -116,7 +116,7 @@ def to_columns(tiles: Sequence[TileResult], num_classes: int) -> Columns:
 def match(columns: Columns, iou_thresholds: Sequence[float]) -> list[Matches]:
     """COCO's greedy matching, once per IoU threshold.
 
-    Detections go by descending score, so those above a threshold match as if the others were not there.
+    Detections are matched by descending score, so those above a threshold match as if the others were not there.
     """
     evaluator = evaluator_of(columns)
     return [match_at(evaluator, iou, len(columns.tile)) for iou in iou_thresholds]
@@ -125,7 +125,7 @@ def match(columns: Columns, iou_thresholds: Sequence[float]) -> list[Matches]:
 def match_at(evaluator: COCOeval, iou: float, num_detections: int) -> Matches:
     """The matching at one IoU threshold, of an evaluator over ``num_detections``."""
     # One threshold at a time: eval_imgs makes Python lists, with ten thresholds at once ten times as many (0.34 s
-    # instead of 0.05 s at 150,000 detections, and the memory).
+    # instead of 0.05 s at 150,000 detections, and memory likewise).
     evaluator.params.iou_thrs = [iou]
     evaluator.evaluate()
     images = [image for image in evaluator.eval_imgs if image is not None and image["dtIds"]]
@@ -138,7 +138,7 @@ def match_at(evaluator: COCOeval, iou: float, num_detections: int) -> Matches:
 
 
 def evaluator_of(columns: Columns) -> COCOeval:
-    """The columns as hotcoco takes them, not yet matched. COCO ids count from 1 in the order of the columns."""
+    """A hotcoco evaluator of the columns, not yet matched. COCO ids count from 1 in the order of the columns."""
     evaluator = _evaluator_of_rotated(columns) if columns.rotated else _evaluator_of_upright(columns)
     evaluator.params.max_dets = [MAX_DETECTIONS]
     evaluator.params.area_rng, evaluator.params.area_rng_lbl = [_EVERYWHERE], ["all"]
@@ -163,7 +163,7 @@ def _evaluator_of_upright(columns: Columns) -> COCOeval:
 
 
 def _evaluator_of_rotated(columns: Columns) -> COCOeval:
-    """hotcoco takes rotated boxes one by one only."""
+    """For rotated boxes, which hotcoco takes only one by one."""
     images, categories = _images_and_categories(columns)
     annotations = _rows(
         id=np.arange(1, len(columns.truth_tile) + 1),
@@ -185,7 +185,7 @@ def _rows(**columns: NDArray[Any]) -> list[dict[str, Any]]:
 
 
 def _boxes(tiles: Sequence[TileResult]) -> tuple[list[Any], list[Any], tuple[int, int]]:
-    """Those of detections and of truth, tile by tile, and the shape of none."""
+    """The boxes of detections and of truth, tile by tile, and the shape of an array without any."""
     found, truth = [t.detections for t in tiles], [t.truth for t in tiles]
     if not (_has_rotated(found) and _has_rotated(truth)):
         return [one.boxes for one in found], [one.boxes for one in truth], (0, 4)
@@ -198,7 +198,7 @@ def _has_rotated(of_tiles: Sequence[Detections] | Sequence[Truth]) -> bool:
 
 
 def _of_every_class(truth: Truth, num_classes: int) -> Truth:
-    """Truth of no known class as ignored truth of each."""
+    """Repeat ignored truth of unknown class as ignored truth of every class."""
     unknown = (truth.class_ids == UNKNOWN_CLASS) & truth.ignore
     if not unknown.any():
         return truth

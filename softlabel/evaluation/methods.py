@@ -1,10 +1,10 @@
-"""Several ways to train students, judged together: how good, how far above the plain way, how much of the way to truth.
+"""Several ways to train students, judged together: how good, how far above the plain one, how much of the gap to truth.
 
-The bootstrap draws groups of test images and, of each method, its students' seeds; both draws are the same for all
-methods, which learn with the same seeds. Four seeds are few: the spread among their resamples is sqrt(3/4) of that
-among seeds, and intervals are too narrow by as much where seeds, not images, make them wide.
+The bootstrap draws groups of test images and, for each method, the seeds of its students; both draws are the same for
+all methods, which learn with the same seeds. Four seeds are few: the spread among their resamples is sqrt(3/4) of that
+among seeds, and intervals are too narrow by that factor where seeds, not images, make them wide.
 
-Shape suffixes: S resamples (the first is what is there, as it is), R seeds, K classes.
+Shape suffixes: S resamples (the first is the data as they are), R seeds, K classes.
 """
 
 from collections.abc import Sequence
@@ -41,24 +41,25 @@ def method_rows(
     seed: int,
     groups: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What each method reaches on each training set, and on the mean of all, against two of them.
+    """What each method reaches on each training set, and on the mean of all, compared with ``plain`` and ``truth``.
 
     Args:
-        students: Of each method and training set one or several, of the same seeds.
+        students: One or several for each method and training set, with the same seeds.
         classes: Names; class ids index them.
-        plain: The method that gains are over.
+        plain: The method that gains are measured against.
         truth: The method that closes all of the gap: training on truth.
         samples: Resamples; 0 leaves the intervals None.
         seed: Of the draws.
-        groups: One per tile; drawn as a whole.
+        groups: One per tile; a group is drawn as a whole.
 
     Returns:
         Per method and training set (then ``all``, if there are several): method, train_set, students, map50 and
-        map50_95, gain and gain_50_95 (over plain), gap_closed (of truth minus plain, in mAP50; all of these with value,
-        low, high, and gains with distinguishable), seeds (mAP50 of each, by seed), per_class (AP50, mean over seeds).
+        map50_95, gain and gain_50_95 (over plain), gap_closed (share of truth minus plain, in mAP50; all of these with
+        value, low, high, and gains with distinguishable), seeds (mAP50 of each, by seed; none for ``all``), per_class
+        (AP50, mean over seeds).
 
     Raises:
-        ValueError: ``plain`` or ``truth`` has no student.
+        ValueError: ``plain`` or ``truth`` has no student on a training set.
     """
     weights_ST = draw_weights(groups, len(students[0].results), samples, seed)
     by_method: dict[tuple[str, str], list[Student]] = {}
@@ -102,7 +103,7 @@ def _of_method(
     map50_RS = np.stack([class_mean(ap[..., 0]) for ap in aps])
     map50_95_RS = np.stack([class_mean(ap.mean(axis=2)) for ap in aps])
     count, samples = len(students), len(weights_ST)
-    # How often each seed counts; the same for methods of as many.
+    # How often each seed counts; the same for methods with equally many.
     draws = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), size=samples)
     draws[0] = 1
     return _Found(

@@ -19,7 +19,7 @@ from softlabel.evaluation.matching import Columns, Matches, TileResult, evaluato
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 CONFIDENCES = np.linspace(0, 1, 1001, dtype=np.float32)
-"""The grid that curves are drawn on. The best F1 is sought among all scores, not on the grid."""
+"""The grid on which curves are drawn. The best F1 is sought among all scores, not on the grid."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Metrics:
     """How well detections fit truth, all in [0, 1]; NaN where there is no truth to judge by.
 
     Attributes:
-        map50: Mean over the classes that have truth of COCO's 101-point AP at IoU 0.5.
+        map50: COCO's 101-point AP at IoU 0.5, mean over the classes that have truth.
         map50_95: The same, averaged over IoU 0.5, 0.55, ... 0.95.
         precision: Mean over the same classes at IoU 0.5, of detections scored strictly above ``f1_conf``.
         recall: Likewise.
         f1: Likewise, the highest that any confidence reaches: the mean of the classes' F1, not the F1 of the means.
         f1_conf: Where it is reached, a float32 just below the lowest score kept; 0 where nothing matches.
         per_class: By class name, in the order of the classes: ap50, ap50_95, precision, recall, f1 (all NaN without
-            truth; a class with truth of which nothing is kept has precision 0), truth and detections (counts).
+            truth; a class that has truth and no detection kept has precision 0), truth and detections (counts).
         rotated: Whether IoU is that of rotated boxes (softlabel.evaluation.matching).
         curves: By class name, for the classes with truth: ``recall`` and ``precision`` (101, COCO's interpolation at
             IoU 0.5); ``confidence`` (C), shared, and at it ``f1``, ``precision_at`` (NaN where nothing is kept) and
@@ -68,14 +68,14 @@ class _ClassScores:
     truth: int
 
     def rates(self, confidences_C: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(4, C) of detections strictly above each confidence: precision (0 of none), recall, F1, how many."""
+        """(4, C) of detections strictly above each confidence: precision (0 if none), recall, F1, how many."""
         kept = len(self.counted) - np.searchsorted(self.counted, confidences_C, side="right")
         found = len(self.found) - np.searchsorted(self.found, confidences_C, side="right")
         return np.stack([found / np.maximum(kept, 1), found / self.truth, 2 * found / (kept + self.truth), kept])
 
 
 def evaluate(tiles: Sequence[TileResult], classes: tuple[str, ...]) -> Metrics:
-    """Judge detections by truth. No tiles, no truth or no detections is no error: see Metrics.
+    """Judge detections against truth. No tiles, no truth or no detections is no error: see Metrics.
 
     Args:
         tiles: In any order (it decides only between equal scores).
@@ -127,7 +127,7 @@ def _scores_by_class(columns: Columns, matches: Matches) -> dict[int, _ClassScor
 
 
 def _best_confidence(scores: dict[int, _ClassScores]) -> float:
-    """Where the macro F1 is highest, the lowest such. Exact: taking in false alarms alone only lowers it."""
+    """The lowest confidence where the macro F1 is highest. Exact, as admitting only false positives lowers it."""
     lowest_kept = np.unique(np.concatenate([one.found for one in scores.values()]))
     if len(lowest_kept) == 0:
         return 0.0

@@ -1,8 +1,8 @@
-"""How good soft labels are against truth that nobody showed the teacher, and how far two results lie apart.
+"""How good soft labels are against truth that the teacher never saw, and how far apart two results are.
 
-Everything here reads the matching of matching.py. The bootstrap is our own: hotcoco 1.3 ``compare`` collapses the
-images that a resample drew twice, which made its intervals about a fifth too narrow (12 tiles: standard error 0.046;
-evaluating the resamples themselves gives 0.058, and 0.046 with the doubles taken out).
+Everything here reads the matching of matching.py. The bootstrap is our own: ``compare`` of hotcoco 1.3 counts
+images that a resample drew twice only once, which made its intervals about a fifth too narrow (12 tiles: standard error
+0.046; evaluating the resamples themselves gives 0.058, and 0.046 with the duplicates removed).
 
 Shape suffixes: T tiles, N detections, K classes, S resamples, H true positives.
 """
@@ -34,7 +34,7 @@ def label_quality(
     Args:
         tiles: Labels as ``detections``.
         classes: Names; class ids index them.
-        thresholds: In [0, 1]; a label is kept with a best score strictly above.
+        thresholds: In [0, 1]; a label is kept if its best score is strictly above.
 
     Returns:
         Per threshold, in the order given, a row for ``all`` (pooled) and one per class: threshold, class, kept,
@@ -68,7 +68,7 @@ def bootstrap_difference(
     """Paired percentile bootstrap of b minus a: both are evaluated on the same resamples of the tiles.
 
     A tile drawn twice counts twice; a class without truth in a resample is left out of that resample's mean. With few
-    tiles the intervals are too narrow: of synthetic pairs that are equally good, 95 % intervals told 10 % apart at 24
+    tiles the intervals are too narrow: of synthetic pairs that are equally good, 95 % intervals told apart 10 % at 24
     tiles, 9 % at 50 and 6 % at 100 to 200.
 
     Args:
@@ -77,7 +77,7 @@ def bootstrap_difference(
         classes: Names; class ids index them.
         samples: Resamples; 0 leaves the intervals None.
         seed: The same seed gives the same intervals.
-        confidence: Of the intervals, in (0, 1).
+        confidence: Level of the intervals, in (0, 1).
         groups: One per tile, drawn as a whole: tiles of one scene or near-duplicate frames are not independent, and
             drawing them one by one makes intervals too narrow. None draws single tiles.
 
@@ -87,7 +87,7 @@ def bootstrap_difference(
         is no value.
 
     Raises:
-        ValueError: ``a`` and ``b`` do not have the same truth, or ``groups`` not their length.
+        ValueError: ``a`` and ``b`` do not have the same truth, or ``groups`` does not have their length.
     """
     columns = [to_columns(tiles, len(classes)) for tiles in (a, b)]
     _check_paired(*columns)
@@ -202,9 +202,9 @@ def _weighted_ap(
     skipped_N: NDArray[np.bool_],
     truth_S: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """COCO's 101-point AP, (S,), of detections by descending score that count several times or not at all.
+    """COCO's 101-point AP, (S,), of detections by descending score, each counted several times, once or not at all.
 
-    Only true positives are looked at: there recall rises, and between two of them precision only falls.
+    Only true positives are looked at: recall rises only there, and between two of them precision only falls.
     """
     hits_H, skips = np.flatnonzero(found_N), np.flatnonzero(skipped_N)
     found_SH = np.cumsum(weights_SN[:, hits_H], axis=1)

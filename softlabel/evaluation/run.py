@@ -1,4 +1,4 @@
-"""The evaluation step: a detection store and the tiles' truth to numbers. It never runs a model."""
+"""The evaluation step: from a detection store and the tiles' truth to numbers. It never runs a model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,8 +42,8 @@ def evaluate_store(recipe: Recipe, name: str, tiles: Path, split: str, store: Pa
 
 
 def calibrate_store(recipe: Recipe, tiles: Path, store: Path, run_dir: Path) -> Path:
-    """Fit what a store's scores are worth on the split that ``calibrate`` names; calibration.json of the folder
-    returned is for ``train.calibration``, done.json has a row per class.
+    """Calibrate a store's scores on the split that ``calibrate`` names; in the folder returned, calibration.json is for
+    ``train.calibration``, and done.json has a row per class.
 
     Raises:
         StoreError: The store or the tiles are not finished, or the split has no labelled tile with truth.
@@ -74,13 +74,13 @@ def curves(folder: Path) -> dict:
 
 
 def quality(recipe: Recipe, tiles: Path, split: str, store: Path, thresholds: Sequence[float]) -> list[dict]:
-    """Soft labels against truth that their teacher never saw, per threshold and class; as ``train.calibration`` maps
-    them, if it does."""
+    """Soft labels against truth that their teacher never saw, per threshold and class; mapped by
+    ``train.calibration``, if that is set."""
     return label_quality(judged_labels(recipe, tiles, split, store), recipe.classes, thresholds)
 
 
 def judged_labels(recipe: Recipe, tiles: Path, split: str, store: Path) -> list[TileResult]:
-    """Soft labels beside the truth of a split, as ``train.calibration`` maps them, if it does."""
+    """Soft labels beside the truth of a split, mapped by ``train.calibration``, if that is set."""
     results = list(tile_results(tiles, split, store).values())
     if calibration := calibration_of(recipe):
         results = [replace(one, detections=calibration.apply(one.detections)) for one in results]
@@ -88,7 +88,7 @@ def judged_labels(recipe: Recipe, tiles: Path, split: str, store: Path) -> list[
 
 
 def label_scores(recipe: Recipe, tiles: Path, split: str, store: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Best score and class of every label of a split, (N,) each, as ``train.calibration`` maps them, if it does."""
+    """Best score and class of every label of a split, (N,) each, mapped by ``train.calibration``, if that is set."""
     calibration = calibration_of(recipe)
     asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
     found = [
@@ -120,7 +120,7 @@ def tile_results(tiles: Path, split: str, store: Path) -> dict[str, TileResult]:
     """Truth and detections of a split's labelled tiles that have truth, by tile_id, in the order of the store.
 
     Raises:
-        StoreError: There is none.
+        StoreError: There are none.
     """
     rows = {row["tile_id"]: row for row in read_tiles(tiles, [split]) if row["truth"] is not None}
     results = {}
@@ -136,7 +136,7 @@ def tile_results(tiles: Path, split: str, store: Path) -> dict[str, TileResult]:
 
 
 def _losses(tiles: Path, split: str, store: Path) -> dict[str, float]:
-    """The loss on a split, of the tiles whose loss labelling kept; empty where it kept none."""
+    """The losses on a split, over the tiles whose losses labelling kept; empty where it kept none."""
     wanted = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id", "split"])}
     rows = [row for row in read_soft_labels(store) if row["tile_id"] in wanted and row["losses"]]
     if not rows:

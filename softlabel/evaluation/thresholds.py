@@ -1,6 +1,6 @@
-"""Thresholds that cost no student: where labels are right often enough, and where their scores fall into two heaps.
+"""Thresholds that need no student: where labels are right often enough, and where their scores split into two modes.
 
-A threshold is what a label's score must be above, strictly. All are for what `softlabel search` tries first.
+A label is kept if its score is strictly above the threshold. All of these are what `softlabel search` tries first.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ _MOST_SCORES = 100_000
 def at_precision(
     tiles: Sequence[TileResult], classes: tuple[str, ...], precision: float, *, per_class: bool
 ) -> Threshold | None:
-    """Where labels begin to be right with a chance of ``precision``, by isotonic regression of "is a true positive at
-    IoU 0.5" on their score (softlabel.evaluation.calibrate).
+    """The threshold above which labels are right with a probability of ``precision`` or more, by isotonic regression of
+    "is a true positive at IoU 0.5" on their score (softlabel.evaluation.calibrate).
 
     Args:
         tiles: Labels as ``detections``, with truth.
         classes: Names; class ids index them.
         precision: In (0, 1).
-        per_class: One for each class. A class with fewer than 10 right or wrong labels, or that never is right so
-            often, has the one of all.
+        per_class: Whether to give one for each class. A class with fewer than 10 right or fewer than 10 wrong labels,
+            or that is never right so often, gets the one of all labels.
 
     Returns:
-        None where not even all labels together reach it.
+        None where all labels together are too few, or do not reach ``precision`` either.
 
     Raises:
         ValueError: As for metrics.evaluate.
@@ -53,20 +53,20 @@ def at_precision(
 def of_mixture(
     scores: NDArray[np.float32], class_ids: NDArray[np.int64], classes: tuple[str, ...], *, per_class: bool
 ) -> Threshold | None:
-    """Where a score is likelier of the upper one of two Gaussians that all scores are a mixture of.
+    """The threshold above which a score is likelier from the upper of two Gaussians, fitted as a mixture to all scores.
 
-    As Consistent-Teacher has it (Wang et al., arXiv:2209.01589): one heap are labels of objects, the other of what is
-    none. Theirs is fitted anew during training, to a class's best predictions; here once, to all stored labels.
+    As in Consistent-Teacher (Wang et al., arXiv:2209.01589): one Gaussian is for labels of objects, the other for false
+    ones. Theirs is refitted during training, to a class's best predictions; ours once, to all stored labels.
 
     Args:
         scores: (N,) best scores.
         class_ids: (N,) their classes.
         classes: Names.
-        per_class: One for each class; a class of fewer than 20 labels, or whose scores are all the same, has the one of
-            all.
+        per_class: Whether to give one for each class; a class with fewer than 20 labels, or whose scores are all the
+            same, gets the one of all labels.
 
     Returns:
-        None where there are too few labels altogether.
+        None where all labels together are too few, or their scores all the same.
     """
     found = {name: _between(scores[class_ids == k]) for k, name in enumerate(classes)} if per_class else {}
     return _filled(_between(scores), found)
@@ -91,5 +91,5 @@ def _filled(of_all: float | None, per_class: dict[str, float | None]) -> Thresho
 
 
 def _below(score: float) -> float:
-    """So that this score is above it."""
+    """The threshold just below a score, so that the score is above it."""
     return max(0.0, float(np.nextafter(np.float32(score), np.float32(0))))

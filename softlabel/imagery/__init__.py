@@ -1,1 +1,1 @@
-"""Scenes and truth to tiles."""
+"""From scenes and truth to tiles."""

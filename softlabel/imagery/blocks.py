@@ -1,4 +1,4 @@
-"""The blocks that a file's pixels are stored in: any pixel decodes its whole block, and a cache keeps those decoded."""
+"""The blocks a file's pixels are stored in: reading any pixel decodes its whole block; a cache keeps decoded blocks."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from softlabel.errors import SceneError
 CACHE_BYTES = 64_000_000
 _MAX_CACHE_BYTES = 256_000_000
 _BOOKKEEPING = 1.1
-"""What GDAL counts for a block beyond its pixels: some 2 % of one that is a row of 6,000."""
+"""Factor for what GDAL's cache counts for a block beyond its pixels: some 2 % where it is one row of 6,000 pixels."""
 
 
 def check_blocks(uri: str, dataset: Any) -> None:
-    """Refuse blocks that no cache holds: a file of a kilobyte may claim one of 60 GB.
+    """Refuse blocks too large for any cache: a file of a kilobyte may claim one of 60 GB.
 
     Raises:
         SceneError: The scene has such blocks.
@@ -31,10 +31,10 @@ def check_blocks(uri: str, dataset: Any) -> None:
 
 
 def cache_bytes(dataset: Any, window: Window, transposed: bool) -> int:
-    """Room for the blocks under a row of tiles, and another row of blocks, for all bands where a block holds all.
+    """Cache size for the blocks under a row of tiles and one more row of blocks, of all bands where a block holds all.
 
-    A row of tiles as seen is a column as stored where rows and columns are changed for each other: 24 million pixels of
-    JPEG took 78 ms a tile before all its rows had room, and 13 ms since.
+    Where rows and columns are transposed, a row of tiles as seen is a column as stored: 24 million pixels of
+    JPEG took 78 ms a tile before all their rows had room, and have taken 13 ms since.
     """
     rows = dataset.height if transposed else window.height + 3 * max(height for height, _ in dataset.block_shapes)
     bands = dataset.count if dataset.interleaving == Interleaving.pixel else 3
@@ -48,4 +48,4 @@ def _block_bands(dataset: Any) -> int:
 
 def _item_bytes(dataset: Any) -> int:
     kind = dataset.dtypes[0]
-    return 16 if kind.startswith("complex") else np.dtype(kind).itemsize  # complex_int16 is none of NumPy's
+    return 16 if kind.startswith("complex") else np.dtype(kind).itemsize  # NumPy has no complex_int16

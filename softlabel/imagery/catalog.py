@@ -1,6 +1,6 @@
 """All scenes of a run: what each is, the truth drawn on it, its group and its split. A few numbers each, no pixels.
 
-What cannot be used goes as a row into a list of rejected ones: kind (scene or truth), file, row, reason, retryable.
+What cannot be used becomes a row in a list of rejections: kind (scene or truth), file, row, reason, retryable.
 """
 
 from collections import defaultdict
@@ -20,13 +20,13 @@ from softlabel.imagery.truth import RejectedTruth, SceneTruth, TruthSet, lookali
 from softlabel.terminal import progress
 
 MANY_SCENES = 200
-"""From here on progress is shown."""
+"""From this many scenes on, progress is shown."""
 _THREADS = 4
 
 
 @dataclass
 class Scene:
-    """A scene that can be read; ``truth`` is None where nobody drew boxes, ``split`` where it belongs to none."""
+    """A readable scene; ``truth`` is None where nobody drew boxes, ``split`` where the scene belongs to none."""
 
     scene_id: str
     uri: str
@@ -41,10 +41,10 @@ class Scene:
 
 
 def given_scenes(settings: Tiles) -> list[tuple[str, str]]:
-    """The scenes of a recipe that does not make them up, as `list_scenes` or `stac.list_items` gives them."""
+    """The scenes of a recipe without made-up ones, as `list_scenes` or `stac.list_items` returns them."""
     if settings.stac is None:
         return list_scenes(str(settings.scenes))
-    from softlabel.imagery.stac import list_items  # shapely takes a fifth of a second
+    from softlabel.imagery.stac import list_items  # importing shapely takes a fifth of a second
 
     return list_items(settings.stac)
 
@@ -60,7 +60,7 @@ def load_scenes(
 
     Raises:
         SceneError: None can be read.
-        TruthError: The truth is about none of them.
+        TruthError: The truth matches none of them.
     """
     names = _match(truth, listed, rejected) if truth else {}
     # xView's file lists boxes only: an image that it does not mention was looked at and is empty.
@@ -85,10 +85,10 @@ def load_scenes(
 
 
 def set_splits(recipe: Recipe, scenes: list[Scene], source: TruthSource | None) -> None:
-    """Deal out splits among the scenes with truth; with ``split: truth`` they have theirs already.
+    """Assign splits to the scenes with truth; with ``split: truth`` they already have theirs.
 
     Raises:
-        RecipeError: There are too few groups for the splits, or the truth was to name splits and does not.
+        RecipeError: There are too few groups for the splits, or the truth should name the splits and does not.
     """
     split = recipe.tiles.split
     if source is None and isinstance(split, Split):
@@ -102,12 +102,12 @@ def set_splits(recipe: Recipe, scenes: list[Scene], source: TruthSource | None) 
 
 
 def rejected_truth(row: RejectedTruth) -> dict:
-    """A truth row that cannot be used, as a row of the rejected ones."""
+    """A truth row that cannot be used, as a row of the list of rejections."""
     return {"kind": "truth", **asdict(row), "retryable": False}
 
 
 def groups_in_two_splits(scenes: list[Scene]) -> int:
-    """Groups that a truth file puts into two splits: near-duplicates that training and test share."""
+    """How many groups a truth file puts into several splits: near-duplicates that training and test share."""
     splits: dict[str, set[str | None]] = defaultdict(set)
     for scene in scenes:
         splits[scene.group].update({scene.split} - {None})
@@ -115,7 +115,7 @@ def groups_in_two_splits(scenes: list[Scene]) -> int:
 
 
 def _match(truth: TruthSet, listed: list[tuple[str, str]], rejected: list[dict]) -> dict[str, str]:
-    """scene_id to image name of the truth; images without a scene are rejected."""
+    """Map each scene_id to the truth's image name; images without a scene are rejected."""
     scene_ids = [scene_id for scene_id, _ in listed]
     found = match_scenes(truth.scenes, scene_ids)
     free = set(scene_ids) - set(found.values())
@@ -134,7 +134,7 @@ def _match(truth: TruthSet, listed: list[tuple[str, str]], rejected: list[dict])
 
 
 def _difference(name: str, scene_ids: Iterable[str]) -> str:
-    """What tells a name from a scene's that looks the same; escapes show what is no letter, or another's twin."""
+    """How a name differs from a scene's that looks the same; escapes expose blanks and look-alike letters."""
     other = lookalike(name, scene_ids)
     return "" if other is None else f" ({name!a} in the truth and {other!a} on disk are not the same)"
 
@@ -145,7 +145,7 @@ def _is_drawn_on_its_side(drawn: SceneTruth, info: SceneInfo) -> bool:
 
 
 def _describe(recipe: Recipe, listed: list[tuple[str, str]]) -> Iterator[tuple[str, str, SceneInfo | SceneError]]:
-    """Each scene with what it is or why it cannot be read, in order; reading is mostly waiting, so by threads."""
+    """Each scene with what it is or why it cannot be read, in order; in threads, as reading is mostly waiting."""
 
     def describe(scene: tuple[str, str]) -> tuple[str, str, SceneInfo | SceneError]:
         try:
@@ -159,7 +159,7 @@ def _describe(recipe: Recipe, listed: list[tuple[str, str]]) -> Iterator[tuple[s
 
 
 def _fit(drawn: SceneTruth, info: SceneInfo, uri: str, rejected: list[dict]) -> SceneTruth | None:
-    """The truth in the scene's pixels, None where it was drawn on an image of another size."""
+    """The truth in the scene's pixels; None where it was drawn on an image of another size."""
     size = info.width, info.height
     if drawn.size_wh not in (None, size):
         reason = f"drawn on {drawn.size_wh} px, scene {uri} has {size}: {len(drawn.boxes)} boxes left out"

@@ -1,6 +1,6 @@
-"""Shapes of made-up scenes and the brush that paints them; where they go is decided in synthetic.py.
+"""Shapes of made-up scenes and the brush that paints them; where they go is decided in layouts.py.
 
-Scene pixels are x right, y down, pixel k covers [k, k + 1). A shape is built around (0, 0) with its nose towards +x,
+In scene pixels, x is right, y down; pixel k covers [k, k + 1). A shape is built around (0, 0) with its nose towards +x,
 then turned by ``heading`` (radians, clockwise on screen) and moved. Colours are RGB in 0..255.
 """
 
@@ -62,7 +62,7 @@ class Thing:
 
 
 def place(parts: Sequence[Part], xy: Points, heading: float) -> tuple[Part, ...]:
-    """Turn and move a shape from around (0, 0) to scene pixels."""
+    """Turn a shape built around (0, 0) and move it to its place in scene pixels."""
     cos, sin = np.cos(heading), np.sin(heading)
     turn = np.array([[cos, sin], [-sin, cos]])
     return tuple(Part(part.polygon_N2 @ turn + xy, part.colour) for part in parts)
@@ -129,21 +129,21 @@ def wake(length: float) -> list[Part]:
 
 
 def container(rng: np.random.Generator, length: float) -> list[Part]:
-    """Like a car in size, but square, of one colour, ribbed, without windows."""
+    """Like a car in size, but square-cornered, of one colour, ribbed and without windows."""
     colour, width = tint(rng, _pick(rng, _PAINTS), 12), length * rng.uniform(0.36, 0.46)
     ribs = [rectangle(length * 0.05, width * 0.84, x * length) for x in (-0.3, -0.1, 0.1, 0.3)]
     return [Part(rectangle(length, width), colour), *(Part(rib, scaled(colour, 0.8)) for rib in ribs)]
 
 
 def roof_unit(rng: np.random.Generator, length: float) -> list[Part]:
-    """An air conditioner on a roof: a pale box with one or two dark fans."""
+    """An air conditioner on a roof: a pale box with two dark fans."""
     colour, width = tint(rng, (186, 190, 192), 18), length * rng.uniform(0.5, 0.9)
     fans = [np.add(blob(rng, width * 0.5, width * 0.5, 0), (x * length, 0)) for x in (-0.22, 0.22)]
     return [Part(rectangle(length, width), colour), *(Part(fan, (74, 78, 84)) for fan in fans)]
 
 
 def cross(rng: np.random.Generator, length: float) -> list[Part]:
-    """A painted cross, as on closed runways: a plane's plan without its body."""
+    """A painted cross, as on closed runways: a plane's outline from above, without the body."""
     colour, width, at = tint(rng, (232, 226, 196), 14), length * 0.09, rng.uniform(-0.05, 0.15)
     return [
         Part(rectangle(length, width), colour),
@@ -162,7 +162,7 @@ def crane(rng: np.random.Generator, length: float) -> list[Part]:
 
 
 def building(rng: np.random.Generator, length: float, width: float) -> list[Part]:
-    """A roof with a parapet and, for a gable, one half in another light."""
+    """A roof with a parapet; one narrower than 60 px is gabled, with one half darker."""
     colour = tint(rng, _pick(rng, ((170, 160, 150), (150, 96, 78), (206, 204, 198), (120, 124, 132))), 14)
     parts = [Part(rectangle(length, width), scaled(colour, 0.8)), Part(rectangle(length - 4, width - 4), colour)]
     if width < 60:
@@ -171,7 +171,7 @@ def building(rng: np.random.Generator, length: float, width: float) -> list[Part
 
 
 def tree(rng: np.random.Generator, length: float) -> list[Part]:
-    """A crown with its lit side."""
+    """A crown with a lit side."""
     colour = tint(rng, (46, 76, 36), 14)
     crown = blob(rng, length, length)
     return [Part(crown, colour), Part(crown * 0.55 + 0.12 * length, brightened(colour, 16))]
@@ -227,7 +227,7 @@ def paint_ground(rng: np.random.Generator, areas: Sequence[Area], size_px: int) 
 
 
 def paint_shadows(canvas: Image, things: Sequence[Thing], sun_xy: Points, darkness: float) -> None:
-    """Darken, in place, what ``things`` keep the sun from. ``sun_xy``: shadow in pixels per pixel of height."""
+    """Darken, in place, what ``things`` shade. ``sun_xy``: shadow offset in pixels per pixel of height."""
     mask = np.zeros(canvas.shape[:2], np.uint8)
     for thing in (thing for thing in things if thing.height_px > 0):
         offset = sun_xy * thing.height_px
@@ -240,7 +240,7 @@ def paint_shadows(canvas: Image, things: Sequence[Thing], sun_xy: Points, darkne
 
 
 def paint_thing(canvas: Image, thing: Thing) -> None:
-    """Paint a thing in place, averaged down from 4x, mixed with what is under it by its opacity."""
+    """Paint a thing in place, averaged down from 4x and blended with what is under it by its opacity."""
     size = np.array(canvas.shape[1::-1])
     x0, y0 = np.clip(np.floor(thing.points_N2.min(axis=0)) - 1, 0, size).astype(int)
     x1, y1 = np.clip(np.ceil(thing.points_N2.max(axis=0)) + 1, 0, size).astype(int)
@@ -270,12 +270,12 @@ def convex_hull(points_N2: Points) -> Points:
 
 
 def fixed_point(polygon_N2: Points) -> NDArray[np.int32]:
-    """Corners as cv2 takes them: pixel centres, not edges, at whole numbers, in 1/16 px."""
+    """Corners as cv2 takes them: whole numbers of pixels are pixel centres, not edges; in 1/16 px."""
     return np.round((polygon_N2 - 0.5) * 2**_SHIFT).astype(np.int32)
 
 
 def _waves(rng: np.random.Generator, size_px: int) -> NDArray[np.float32]:
-    """Noise (S, S) drawn out across the wind."""
+    """Noise (S, S) stretched across the wind."""
     large = int(size_px * 1.5)
     grid = rng.standard_normal((large // 4, large // 20), dtype=np.float32)
     crests = cv2.resize(grid, (large, large), interpolation=cv2.INTER_CUBIC)
@@ -285,7 +285,7 @@ def _waves(rng: np.random.Generator, size_px: int) -> NDArray[np.float32]:
 
 
 def _mirrored(side: Sequence[tuple[float, float]] | Points) -> Points:
-    """A polygon symmetric about the x axis from its y >= 0 side, given from stern to bow."""
+    """A polygon symmetric about the x axis, made from its y >= 0 side, which is given from stern to bow."""
     points = np.array(side, dtype=float)
     return np.concatenate([points, points[::-1] * (1, -1)])
 

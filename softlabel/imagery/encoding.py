@@ -1,4 +1,4 @@
-"""How an open rasterio dataset stores what a person sees: which way up, in which bands, in values of which meaning."""
+"""How an open rasterio dataset stores what a person sees: which way up, in which bands, and what its values mean."""
 
 import io
 import os
@@ -17,23 +17,23 @@ from softlabel.imagery.pixels import ORIENTATIONS, Encoding
 _ORIENTATION_TAG = 274
 _PNG_SIGNATURE_BYTES = 8
 _REQUEST_BYTES = 1_000_000
-# What it cannot read it skips, with a warning for each: damaged tags do not matter here, and have no file's name.
+# Pillow skips tags it cannot read, with a warning for each: damaged tags do not matter here, and it names no file.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 
 def has_mask(dataset: Any) -> bool:
-    """Whether it can lack pixels: by nodata, alpha or a mask."""
+    """Whether the dataset can have missing pixels: by nodata, alpha or a mask."""
     return any(MaskFlags.all_valid not in flags for flags in dataset.mask_flag_enums)
 
 
 def choose_bands(dataset: Any, bands: Sequence[int]) -> tuple[int, ...]:
-    """Those asked for; the one of a grey image in place of red, green, blue, so that a folder may hold both."""
+    """The bands asked for; a grey image's only band stands in for the usual 1, 2, 3, so that a folder may hold both."""
     coloured = [band for band in dataset.indexes if dataset.colorinterp[band - 1] != ColorInterp.alpha]
     return (1, 1, 1) if tuple(bands) == (1, 2, 3) and coloured == [1] else tuple(bands)
 
 
 def is_8_bit(dataset: Any, band: int) -> bool:
-    """Whether a band is shown as it is; the colours of a palette are of 8 bit, whatever its indices are."""
+    """Whether a band is shown as it is; the colours of a palette are 8-bit, whatever its indices are."""
     return dataset.dtypes[band - 1] == "uint8" or _is_palette(dataset, band)
 
 
@@ -43,7 +43,7 @@ def _is_palette(dataset: Any, band: int) -> bool:
 
 def encoding(dataset: Any, band: int) -> Encoding:
     """What the values of a band mean."""
-    if _is_palette(dataset, band):  # also what GDAL makes of 1 bit in a TIFF, black or white first
+    if _is_palette(dataset, band):  # GDAL gives a 1-bit TIFF one too, black or white first
         return Encoding(palette=dataset.colormap(band))
     bits = int(dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8))
     white_is_zero = dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
@@ -51,9 +51,9 @@ def encoding(dataset: Any, band: int) -> Encoding:
 
 
 def orientation(uri: str, dataset: Any) -> int:
-    """EXIF's, 1 where there is none; a scene that has a place on a map lies as that says.
+    """EXIF's orientation, 1 where there is none; a georeferenced TIFF lies as its transform says.
 
-    GDAL tells that of a JPEG only.
+    GDAL itself reports the orientation of JPEGs only.
     """
     if dataset.driver == "JPEG":
         found = dataset.tags().get("EXIF_Orientation", "1")
@@ -65,10 +65,10 @@ def orientation(uri: str, dataset: Any) -> int:
 
 
 def _stored_orientation(uri: str, driver: str) -> Any:
-    """The tag of a PNG or TIFF whose bytes can be had; http is left to GDAL, which does not read it."""
+    """The tag of a PNG or TIFF; None over http and /vsi, which are left to GDAL, and GDAL does not read it."""
     if uri.startswith(("http://", "https://", "/vsi")):
         return None
-    # Not by Pillow's images: ultralytics patches them, and some that GDAL reads are none of Pillow's (five bands).
+    # Not by Image.open: ultralytics patches it, and it cannot open all that GDAL reads (five bands).
     with _open_bytes(uri) as file:
         try:
             return (_png_exif(file) if driver == "PNG" else _tiff_tags(file)).get(_ORIENTATION_TAG)
@@ -84,7 +84,7 @@ def _open_bytes(uri: str) -> BinaryIO:
 
 
 def _png_exif(file: BinaryIO) -> Mapping[int, Any]:
-    """By a walk over the chunks: it may come after the pixels, and Pillow would decode them to get there."""
+    """Found by walking the chunks: EXIF may come after the pixels, which Pillow would decode to get there."""
     file.seek(_PNG_SIGNATURE_BYTES)
     while len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)

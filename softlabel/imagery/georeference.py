@@ -1,4 +1,4 @@
-"""Where on Earth, or elsewhere, a scene says that it lies; and why it has no place where it only seems to say so."""
+"""Where on Earth, or elsewhere, a scene says that it lies; and, if it only seems to say so, why it cannot be placed."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class Georeference(NamedTuple):
 def georeference(dataset: Any) -> Georeference:
     """The place of an open rasterio dataset.
 
-    A CRS without a geotransform says nothing of where the pixels are in it. Ground control points count where one
-    affine transform, GDAL's own least squares, puts each of them within half a pixel of where it is.
+    A CRS without a geotransform does not say where the pixels are in it. Ground control points count where one affine
+    transform, GDAL's own least-squares fit, puts each of them within half a pixel of where it is.
     """
     gcps, gcps_crs = dataset.gcps
     if dataset.transform != Affine.identity():

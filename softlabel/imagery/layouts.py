@@ -20,7 +20,7 @@ _PALETTE: dict[str, Colour] = {
     "grass": (92, 112, 62), "soil": (158, 134, 100), "sand": (204, 186, 146), "water": (34, 74, 98),
     "asphalt": (92, 94, 98), "concrete": (148, 146, 138), "paint": (214, 214, 204), "line": (196, 168, 62),
 }  # fmt: skip
-_MIN_INSIDE = 0.55  # of an object's hull: truth promises half, and pixel counts of small cars are coarse
+_MIN_INSIDE = 0.55  # of an object's hull: truth promises half, and the pixel counts of small cars are coarse
 
 UvBox = tuple[float, float, float, float]  # (u0, v0, u1, v1) in the frame of a `Plan`
 Spot = tuple[Points, float]  # centre (x, y) in scene pixels and heading in radians
@@ -28,7 +28,7 @@ Spot = tuple[Points, float]  # centre (x, y) in scene pixels and heading in radi
 
 @dataclass(frozen=True)
 class Layout:
-    """A scene before it is painted. ``sun_xy`` is the shadow in pixels per pixel of height."""
+    """A scene before it is painted. ``sun_xy`` is the shadow's offset in pixels per pixel of height."""
 
     kind: str
     areas: tuple[Area, ...]
@@ -37,20 +37,20 @@ class Layout:
 
 
 class Plan:
-    """A scene being laid out: what is ground for what, and what is taken.
+    """A scene being laid out: which ground is for what, and which is taken.
 
-    Layouts think in a frame (u, v) turned by ``theta`` about the scene's middle, in pixels; `at` leads to the scene.
+    Layouts use a frame (u, v), in pixels, turned by ``theta`` about the scene's centre; `at` converts to scene pixels.
     """
 
     def __init__(self, settings: Synthetic, rng: np.random.Generator) -> None:
-        """An empty plan, with colours and direction of its own."""
+        """An empty plan with its own colours and direction."""
         self.size_px, self.difficulty, self.rng = settings.scene_size_px, settings.difficulty, rng
         self.theta = rng.uniform(0, 2 * np.pi)
         self.areas: list[Area] = []
         self.things: list[Thing] = []
         self._zones = np.full((self.size_px, self.size_px), _LAND, np.uint8)
         self.colours = {name: drawing.tint(rng, colour, 16) for name, colour in _PALETTE.items()}
-        # crisp slot lines among faint cars would be what a detector sees first
+        # or crisp bay lines among faint cars would be what a detector sees first
         self.colours["paint"] = drawing.mixed(self.colours["paint"], self.colours["asphalt"], 0.6 * self.difficulty)
 
     def at(self, u: float, v: float) -> Points:
@@ -59,17 +59,17 @@ class Plan:
         return np.array([u * cos - v * sin, u * sin + v * cos]) + self.size_px / 2
 
     def count(self, low: float, high: float) -> int:
-        """A number for a 512 px scene, scaled to this scene's area; a stated minimum of 1 stays 1."""
+        """A random number for a 512 px scene, scaled to this scene's area; at least 1 if ``low`` is."""
         share = (self.size_px / 512) ** 2
         return max(round(self.rng.uniform(low, high) * share), 1 if low >= 1 else 0)
 
     def clutter(self, few: float, many: float) -> int:
-        """How many look-alikes: Poisson about ``few`` at difficulty 0 and ``many`` at 1, per 512 px scene."""
+        """How many look-alikes: Poisson with mean ``few`` at difficulty 0 and ``many`` at 1, per 512 px scene."""
         mean = few + (many - few) * self.difficulty
         return int(self.rng.poisson(mean * (self.size_px / 512) ** 2))
 
     def ground(self, name: str, uv_box: UvBox, zone: int, rough: float = 7, spread: float = 0) -> None:
-        """Lay a rectangle of the frame with a colour of the palette, its brightness moved by up to ``spread``."""
+        """Lay a rectangle of the frame in a colour of the palette, its brightness shifted by up to ``spread``."""
         u0, v0, u1, v1 = uv_box
         polygon = np.array([self.at(u0, v0), self.at(u1, v0), self.at(u1, v1), self.at(u0, v1)])
         colour = drawing.tint(self.rng, self.colours[name], spread)
@@ -87,7 +87,7 @@ class Plan:
         *,
         opacity: float = 1,
     ) -> bool:
-        """Put a shape where its whole hull lies on free ground of ``zone`` (None: anywhere); else return False."""
+        """Put a shape at ``spot`` if its whole hull is on free ground of ``zone`` (None: always), else return False."""
         faint = 0.62 * self.difficulty + self.rng.uniform(-0.1, 0.1) * min(1, 2 * self.difficulty)
         thing = Thing(drawing.place(shape, *spot), height_px, opacity * float(np.clip(1 - faint, 0.2, 1)), label)
         if zone is not None and not self._claim(drawing.convex_hull(thing.points_N2), zone, label):
@@ -96,7 +96,7 @@ class Plan:
         return True
 
     def fill(self, label: str, wanted: int, zone: int, propose: Callable[[], Spot]) -> None:
-        """Add ``wanted`` objects where ``propose`` says and there is room; gives up on a full scene."""
+        """Add ``wanted`` objects where ``propose`` says, if there is room; give up on a full scene."""
         for _ in range(wanted * 15):
             if not wanted:
                 return
@@ -114,11 +114,11 @@ class Plan:
             any(self.add(parts, self.anywhere(), zone, height_px) for _ in range(6))
 
     def anywhere(self) -> Spot:
-        """A spot drawn from the whole scene."""
+        """A random spot anywhere in the scene."""
         return self.rng.uniform(0, self.size_px, 2), self.rng.uniform(0, 2 * np.pi)
 
     def _claim(self, hull_N2: Points, zone: int, label: str | None) -> bool:
-        """Take a hull's pixels if all, and a gap around them, are free, and (objects) enough lies in the scene."""
+        """Take a hull's pixels if they and a gap around them are free and (objects) enough is in the scene."""
         gap = _GAPS_PX.get(label or "", 1) + (2 * (1 - self.difficulty) if label in ("plane", "ship") else 0)
         low = np.clip(np.floor(hull_N2.min(axis=0) - 4), 0, self.size_px).astype(int)
         high = np.clip(np.ceil(hull_N2.max(axis=0) + 4), 0, self.size_px).astype(int)
@@ -151,7 +151,7 @@ def lay_out(settings: Synthetic, seed: int, index: int) -> Layout:
 
 
 def _airport(plan: Plan) -> None:
-    """Runway, taxiway and apron in strips, planes by the terminal, cars behind it, at times a shore with ships."""
+    """Runway, taxiway and apron in strips, planes by the terminal, cars behind it, sometimes a shore with ships."""
     size, rng, apron = plan.size_px, plan.rng, plan.rng.uniform(-0.12, 0.02) * plan.size_px
     depth, runway = max(0.36 * size, 100), apron - 80
     plan.ground("asphalt", (-size, runway - 24, size, runway + 24), _APRON)
@@ -242,7 +242,7 @@ def _water(plan: Plan) -> None:
 
 
 def _lot(plan: Plan, uv_box: UvBox) -> list[Spot]:
-    """A car park and its marked slots, in rows along u."""
+    """A car park and its marked bays, in rows along u."""
     u0, v0, u1, v1 = uv_box
     plan.ground("asphalt", uv_box, _LOT)
     pitch, spots = 17 - 5 * plan.difficulty, []
@@ -254,7 +254,7 @@ def _lot(plan: Plan, uv_box: UvBox) -> list[Spot]:
 
 
 def _road(plan: Plan, offset: float, turn: float) -> list[Spot]:
-    """A road with a broken middle line, along u (``turn`` 0) or v (pi / 2), and spots in its two lanes."""
+    """A road with a broken centre line, along u (``turn`` 0) or v (pi / 2), and spots in its two lanes."""
     size, rng, along_u = plan.size_px, plan.rng, turn == 0
 
     def lay(name: str, start: float, end: float, width: float) -> None:
@@ -273,7 +273,7 @@ def _road(plan: Plan, offset: float, turn: float) -> list[Spot]:
 
 
 def _house(plan: Plan, spot: Spot, length: float, width: float) -> None:
-    """A building, if there is room, with units on its roof; the harder the scene the more of them."""
+    """A building, if there is room, with units on its roof; the harder the scene, the more of them."""
     if not plan.add(drawing.building(plan.rng, length, width), spot, _LAND, 12):
         return
     for _ in range(int(plan.rng.poisson(0.5 + 4 * plan.difficulty))):

@@ -1,4 +1,4 @@
-"""Which scenes there are: those of a folder, a glob or a table, or one alone, local or on an object store."""
+"""Which scenes there are: those of a folder, a glob or a table, or a single one, local or on an object store."""
 
 import glob
 import os
@@ -20,21 +20,22 @@ _URI_COLUMNS = ("uri", "location")  # location: as gdaltindex calls it
 
 
 def list_scenes(spec: str) -> list[tuple[str, str]]:
-    """All images of a folder (with those below it), a glob or a table, or one image, local or on an object store.
+    """All images of a folder (and of those below it), a glob or a table, or one image, local or on an object store.
 
-    A table (.csv, .parquet) has a row per scene with its ``uri`` (or ``location``, as gdaltindex calls it), relative
-    ones counting from the table's folder, and maybe its ``scene_id``.
+    A table (.csv, .parquet, .geoparquet) has a row per scene with its ``uri`` (or ``location``, as gdaltindex calls
+    it), which may be relative to the table's folder, and optionally its ``scene_id``.
 
-    Links to folders are followed. Hidden files and folders, whose names begin with a dot, are no scenes: notebooks and
+    Links to folders are followed. Hidden files and folders, whose names begin with a dot, are ignored: notebooks and
     file managers keep copies there.
 
     Returns:
-        (scene_id, uri) pairs sorted by scene_id, which is the path below the folder, below the glob's fixed part or
-        below the folder that all of a table share; for one image its name. Local uris are absolute paths. An image
-        alone or in a table may have any suffix, others are taken by theirs: .tif .tiff .jpg .jpeg .png in any case.
+        (scene_id, uri) pairs sorted by scene_id, which is the table's own, or the path below the folder, below the
+        glob's fixed part or below the folder that all of a table share; for one image, its name. Local uris are
+        absolute paths. A single local image, or one in a table, may have any suffix; others are chosen by theirs: .tif
+        .tiff .jpg .jpeg .png in any case.
 
     Raises:
-        SceneError: There is none, or a table does not say which.
+        SceneError: There are none, they cannot be listed, or a table does not say which they are.
     """
     try:
         if spec.lower().endswith(_TABLES) and not glob.has_magic(spec):
@@ -49,26 +50,26 @@ def list_scenes(spec: str) -> list[tuple[str, str]]:
 
 
 def has_scheme(spec: str) -> bool:
-    """Whether it is a URI and no path."""
+    """Whether it is a URI, not a path."""
     return "://" in spec
 
 
 def file_system(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow's file system for a URI, and the path in it; for Azure, whose az:// pyarrow does not know, that of run
-    folders."""
+    """pyarrow's file system for a URI, and the path in it; for Azure, whose az:// pyarrow does not know, the one
+    that run folders use."""
     scheme, _, path = uri.partition("://")
     if scheme != "az":
         return pyarrow.fs.FileSystem.from_uri(uri)
-    from softlabel.buckets import Bucket  # takes a fifth of a second
+    from softlabel.buckets import Bucket  # importing it takes a fifth of a second
 
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(Bucket(scheme))), path
 
 
 def walk_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Every file below a folder but hidden ones, sorted; links to folders are followed, but not round in a circle.
+    """Every file below a folder except hidden ones, sorted; links to folders are followed, but not in a loop.
 
     Args:
-        folder: Where to look; one that may not be read has no files.
+        folder: Where to look; one that may not be read counts as empty.
         above: The real paths of the folders that led here.
     """
     here = os.path.realpath(folder)
@@ -76,7 +77,7 @@ def walk_files(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError:  # lost+found, where a disk is mounted
+    except PermissionError:  # such as lost+found, where a disk is mounted
         return
     for entry in entries:
         if entry.name.startswith("."):
@@ -135,7 +136,7 @@ def _list_table(spec: str) -> list[tuple[str, str]]:
 
 
 def absolute(uri: str, folder: str) -> str:
-    """A path or URI that may count from a folder, local or on an object store, on its own."""
+    """A path or URI that may be relative to a folder, local or on an object store, made absolute."""
     if has_scheme(uri) or uri.startswith("/"):
         return uri
     if not has_scheme(folder):
@@ -145,7 +146,7 @@ def absolute(uri: str, folder: str) -> str:
 
 
 def _below(uris: list[str]) -> list[str]:
-    """Each one's path below the folder that all share."""
+    """Each URI's path below the folder that all share."""
     folders = zip(*(uri.split("/")[:-1] for uri in uris), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len({*names}) == 1, folders))
     return ["/".join(uri.split("/")[shared:]) for uri in uris]

@@ -1,4 +1,4 @@
-"""Raw values to what a person sees: three bands of 8 bit, the right way up. Arrays only, no files.
+"""From raw values to what a person sees: three 8-bit bands, the right way up. Arrays only, no files.
 
 Arrays are (bands, rows, columns) until `to_rgb8` puts the bands last.
 """
@@ -15,18 +15,18 @@ Window = tuple[int, int, int, int]
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become upright ones: rows and columns changed for each other, then turned about."""
+    """How stored pixels become upright ones: rows and columns are transposed, then flipped."""
 
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height as seen, of those stored (and the other way round)."""
+        """Width and height as seen, from those stored (or the other way round)."""
         return (height, width) if self.transpose else (width, height)
 
     def stored_window(self, seen: Window, width: int, height: int) -> Window:
-        """Where the pixels of a window are stored, in a raster of that width and height as seen."""
+        """Where the pixels of a window as ``seen`` are stored; ``width`` and ``height`` are the raster's, as seen."""
         column, row, across, down = seen
         column = width - column - across if self.flip_columns else column
         row = height - row - down if self.flip_rows else row
@@ -51,11 +51,11 @@ ORIENTATIONS = {
     7: Orientation(transpose=True, flip_rows=True, flip_columns=True),
     8: Orientation(transpose=True, flip_rows=True),
 }
-"""By the value of EXIF's Orientation, which is TIFF's (TIFF 6.0, section 8)."""
+"""By the value of EXIF's Orientation, which is the same as TIFF's (TIFF 6.0, section 8)."""
 
 
 class Encoding(NamedTuple):
-    """How a band's values mean what they mean: 1-bit to 7-bit values, white as 0, or indices of a colour table."""
+    """What a band's values mean: 1-bit to 7-bit values, white as 0, or indices into a colour table."""
 
     bits: int = 8
     white_is_zero: bool = False
@@ -63,9 +63,9 @@ class Encoding(NamedTuple):
 
 
 def valid_pixels(pixels: NDArray) -> NDArray[np.bool_]:
-    """(rows, columns): a pixel is missing only where all its bands are nodata, NaN or infinite.
+    """Which are valid, (rows, columns): a pixel is missing only where all its bands are nodata, NaN or infinite.
 
-    Band by band, (255, 40, 40) would lose its red under nodata 255, and a saturated roof turns dark.
+    Band by band, (255, 40, 40) would lose its red under nodata 255, and a saturated roof would turn dark.
     """
     valid = ~np.ma.getmaskarray(pixels)
     if pixels.dtype.kind == "f":
@@ -74,10 +74,10 @@ def valid_pixels(pixels: NDArray) -> NDArray[np.bool_]:
 
 
 def valid_values(pixels: NDArray) -> NDArray:
-    """(n,) those of the valid pixels, to find a range by.
+    """The values (n,) of the valid pixels, to find a range by.
 
-    The nodata value of an unsigned type is one that a sensor reaches, and counts in a valid pixel as any other; of the
-    others it is one that none reaches (-9999), which would spoil the range: there it is left out band by band.
+    The nodata value of an unsigned type is one that a sensor reaches, so in a valid pixel it counts as any other. That
+    of other types is one that none reaches (-9999), which would spoil the range: it is left out band by band.
     """
     if pixels.dtype.kind == "u":
         values = np.ma.getdata(pixels)
@@ -102,9 +102,9 @@ def to_rgb8(
 
     Args:
         pixels: Raw values, maybe masked.
-        stretch: The values that become 0 and 255; None: those of fewer than 8 bit by their range, others as they are.
-        valid: (H, W), None where all are; the others become 0.
-        encoding: Of the values; a palette has been applied already.
+        stretch: The values that become 0 and 255; None: values of fewer than 8 bits by their range, others as they are.
+        valid: (H, W), None where all are valid; the others become 0.
+        encoding: What the values mean; a palette has been applied already.
     """
     values = np.ma.getdata(pixels)
     if stretch is None and encoding.bits < 8:

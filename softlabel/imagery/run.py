@@ -1,7 +1,7 @@
-"""Scenes and truth to a table of tiles: the step that every other begins with.
+"""From scenes and truth to a table of tiles: the step that every other starts from.
 
-Two passes. The first describes all scenes and deals out splits (catalog.py), keeping a few numbers per scene; the
-second cuts windows, drops surplus background and writes, keeping one shard. No pixel is kept in either.
+Two passes. The first describes all scenes and assigns splits (catalog.py), keeping a few numbers per scene; the second
+cuts windows, drops surplus background and writes the tiles, keeping one shard. Neither keeps any pixels.
 """
 
 import json
@@ -57,20 +57,20 @@ class _Tally:
 
 
 def tile(recipe: Recipe, run_dir: Path) -> Path:
-    """Cut the recipe's scenes into tiles; done before, it is not done again.
+    """Cut the recipe's scenes into tiles, unless that was done before.
 
-    Bad scenes and truth rows are listed in ``rejected.jsonl`` and cost nothing else. Truth boxes partly outside their
-    image are clipped to it, those outside are rejected. Splits are dealt out among the scenes with truth; the others
-    have none. A scene without truth in an xView file has no objects (such a file lists boxes, not images); in other
+    Bad scenes and truth rows are listed in ``rejected.jsonl`` and stop nothing. Truth boxes partly outside their image
+    are clipped to it; those fully outside are rejected. Splits are assigned to the scenes with truth; the others have
+    none. A scene that an xView file does not mention has no objects (such a file lists boxes, not images); in other
     formats nobody has looked at it, and its truth is null.
 
     Returns:
-        The step's folder: the table of tiles (softlabel.tile_table; by scene_id, then row by row),
+        The step's folder: the table of tiles (softlabel.tile_table; sorted by scene_id, then row by row),
         ``rejected.jsonl``, ``recipe.yaml`` and ``done.json`` with the counts.
 
     Raises:
         SceneError: There are no scenes, or none can be read.
-        TruthError: The truth cannot be read, is about none of the scenes, or more of its rows than
+        TruthError: The truth cannot be read, matches none of the scenes, or a larger share of its rows than
             ``tiles.max_rejected_fraction`` cannot be used (the step is finished all the same).
         RecipeError: A split would be empty.
     """
@@ -99,7 +99,7 @@ def _inputs(recipe: Recipe, run_dir: Path) -> tuple[list[tuple[str, str]], Truth
         mapping: dict[str | int, str] = {
             type_id: name for name, type_id in synthetic.TYPE_IDS.items() if name in recipe.classes
         }
-        # What the recipe's classes leave out is left out on purpose.
+        # Types that the recipe's classes do not name are left out on purpose.
         return list_scenes(str(scenes)), TruthSource(
             format="xview", path=str(truth), mapping=mapping, other_classes="drop"
         )
@@ -113,13 +113,13 @@ def _check_stretch(recipe: Recipe) -> None:
 
 
 def _fingerprint(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSource | None) -> dict:
-    new = {"stac"} if recipe.tiles.stac is None else set()  # what earlier versions tiled keeps its name
+    new = {"stac"} if recipe.tiles.stac is None else set()  # so that what earlier versions tiled keeps its name
     return {
         "tiles": recipe.tiles.model_dump(mode="json", exclude={"max_rejected_fraction", *new}),
         "classes": recipe.classes,
         "seed": recipe.seed,
-        # Which scenes, not what is in them: one that is replaced later is a rejected row of labelling, and no reason to
-        # label all the others again.
+        # Which scenes, not what is in them: labelling rejects the tiles of one that is replaced later, and that is no
+        # reason to label all the others again.
         "scenes": store.digest([scene_id for scene_id, _ in listed]),
         "truth": truth_digest(source) if source else None,
     }
@@ -136,7 +136,7 @@ def _write_step(recipe: Recipe, listed: list[tuple[str, str]], source: TruthSour
         _check_splits(recipe, source, tally)
     except SoftlabelError as error:
         _write_rejected(step, rejected)
-        # Where a split stays empty, it may be for the truth that was refused: that is what its user must know.
+        # A split may be empty because of the truth that was refused: that is what the user must know.
         empty = isinstance(error, RecipeError)
         if truth and empty and (refusal := _refusal(recipe, truth.counts["rows"], step)):
             raise TruthError(refusal) from error
@@ -151,7 +151,7 @@ def _write_rejected(step: Path, rejected: list[dict]) -> None:
 
 
 def _refusal(recipe: Recipe, rows: int, step: Path) -> str | None:
-    """What to say of truth rows that cannot be used, if they are more than the recipe allows."""
+    """What to say about truth rows that cannot be used, if there are more than the recipe allows."""
     refused = [row["reason"] for row in _read_rejected(step) if row["kind"] == "truth" and row["row"] is not None]
     allowed = recipe.tiles.max_rejected_fraction
     if len(refused) <= allowed * rows:
@@ -168,7 +168,7 @@ def _read_rejected(step: Path) -> list[dict]:
 
 
 def _wanted_rows(recipe: Recipe, scenes: list[Scene], tally: _Tally) -> Iterator[dict]:
-    """The rows of all scenes, but for surplus background; they are counted on the way."""
+    """The rows of all scenes except surplus background, counted on the way."""
     chances = _background_chances(recipe, scenes)
     for scene in progress(scenes, desc="tiles", disable=len(scenes) < MANY_SCENES):
         for row in _rows(recipe, scene):
@@ -203,7 +203,7 @@ def _scene_columns(recipe: Recipe, scene: Scene) -> dict[str, Any]:
 
 
 def _windows_with_truth(recipe: Recipe, scene: Scene) -> Iterator[tuple[tiles.Window, tiles.TileTruth | None]]:
-    """Windows, and the truth in each with its indices into the scene's."""
+    """Windows, and the truth in each with its indices into the scene's truth."""
     if scene.truth is None:
         yield from ((window, None) for window in scene.windows(recipe))
         return
@@ -230,7 +230,7 @@ def _truth_column(scene: SceneTruth, truth: tiles.TileTruth, window: tiles.Windo
 
 
 def _background_chances(recipe: Recipe, scenes: list[Scene]) -> dict[str, float]:
-    """Per split, the share of its background tiles to keep so that they are ``tiles.background`` of what is left."""
+    """Per split, the share of its background tiles to keep for them to be ``tiles.background`` of what is left."""
     share = recipe.tiles.background
     if share is None:
         return {}
@@ -246,7 +246,7 @@ def _background_chances(recipe: Recipe, scenes: list[Scene]) -> dict[str, float]
 
 
 def _is_wanted(row: dict, seed: int, chances: dict[str, float]) -> bool:
-    """Whether a tile stays: all do but some of those whose truth says that nothing is there."""
+    """Whether a tile stays: all do, except some of those whose truth says that nothing is there."""
     if row["split"] not in chances or row["truth"] is None or any(not box["ignore"] for box in row["truth"]):
         return True
     return tiles.keep_background(row["tile_id"], seed, chances[row["split"]])

@@ -1,8 +1,8 @@
-"""Scenes: describing them, reading one tile's pixels.
+"""Scenes: describing them, and reading one tile's pixels.
 
-Pixels are read as a person sees them: upright (EXIF orientation), a palette by its colours, few bits scaled up, white
-as white. Truth is drawn on what is seen, and so other programs read them. Sidecar files (.aux.xml, .ovr, world files)
-are not looked for, so that a scene reads the same from a folder and from an object store.
+Pixels are read as a person sees them: upright (EXIF orientation), a palette as its colours, fewer than 8 bits scaled
+up, white as white. Truth is drawn on what is seen, and other programs read it so too. Sidecar files (.aux.xml, .ovr,
+world files) are ignored, so that a scene reads the same from a folder and from an object store.
 """
 
 import os
@@ -32,10 +32,10 @@ PERCENTILES = (2, 98)
 _SAMPLE_PX = 1024
 _GDAL = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # else each open lists the folder: a request per scene on S3
-    # Bytes: rasterio.Env takes no megabytes, and 64 would mean no cache, each tile decoding its JPEG anew. Per process:
-    # the default of 5 % of memory, times the readers, is too much.
+    # Bytes: rasterio.Env takes no megabytes, and 64 would mean no cache, so that each tile would decode its JPEG anew.
+    # Per process: the default of 5 % of memory, times the readers, is too much.
     "GDAL_CACHEMAX": blocks.CACHE_BYTES,
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a JPEG cut short reads as grey, with a warning only
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a JPEG cut short reads as grey, with only a warning
     # A remote scene that failed once must not be remembered as missing when it is tried again.
     "CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/",
     "GDAL_HTTP_TIMEOUT": 60,  # else a server that stops answering stops the run
@@ -46,7 +46,7 @@ _GDAL = {
 
 
 def _gdal() -> dict[str, Any]:
-    """What GDAL is told; also, in its own names, what the environment has for all else here."""
+    """GDAL's options, including what all else here takes from the environment, under GDAL's own names."""
     return {**_GDAL, **_gdal_s3(), **_gdal_azure()}
 
 
@@ -77,15 +77,15 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 @dataclass(frozen=True)
 class SceneInfo:
-    """What a tile row repeats of its scene, and what its user is told.
+    """What tile rows repeat about their scene, and what the user is told.
 
     Attributes:
-        width: In pixels, as seen, and so is ``height``.
-        crs: Null where it has no place that is known; then ``unplaced`` may say why.
+        width: In pixels, as seen; so is ``height``.
+        crs: Null where the scene's place is not known; then ``unplaced`` may say why.
         transform: (a, b, c, d, e, f), null without a CRS.
-        stretch: Raw values that become 0 and 255, null for 8 bit.
+        stretch: Raw values that become 0 and 255; null for 8 bit, unless the recipe gives them.
         stamp: `scene_stamp`.
-        bands: Those read as red, green, blue.
+        bands: The 1-based bands read as red, green, blue.
         orientation: EXIF's, 1 (upright) to 8.
     """
 
@@ -101,7 +101,7 @@ class SceneInfo:
 
 
 def scene_stamp(uri: str) -> str | None:
-    """Size and time of a scene's file, which stand for its content; None where they cannot be asked for (http).
+    """Size and modification time of a scene's file, which stand for its content; None where they cannot be had (http).
 
     Raises:
         SceneError: It is not there; ``retryable`` if it is remote.
@@ -122,20 +122,20 @@ def scene_stamp(uri: str) -> str | None:
 def describe_scene(uri: str, bands: Sequence[int], stretch: tuple[float, float] | None) -> SceneInfo:
     """Size, georeference and stretch of a scene, without reading it whole.
 
-    Reads its last pixel too: a file cut short fails here, and not at its last tile when labelling. (A JPEG or PNG is
+    Reads its last pixel too: a file cut short fails here, not at its last tile when labelling. (A JPEG or PNG is
     decoded, line by line, to get there.)
 
     Args:
-        uri: A local path or what GDAL can open.
-        bands: The 1-based bands that tiles will read; a grey image has one in place of the usual 1, 2, 3.
+        uri: A local path, or anything that GDAL can open.
+        bands: The 1-based bands that tiles will read; a grey image's only band stands in for the usual 1, 2, 3.
         stretch: Raw values mapped to 0 and 255. None leaves 8 bit as it is; other scenes get the 2nd and 98th
-            percentile over all ``bands`` of the valid pixels, seen at about 1,024 px: one range for the whole scene,
+            percentile of the valid pixels over all ``bands``, sampled at about 1,024 px: one range for the whole scene,
             or tiles and colours would not match.
 
     Raises:
         SceneError: It cannot be opened, is cut short, or lacks a band.
     """
-    stamp = scene_stamp(uri)  # before the first look: a scene replaced meanwhile must not pass for what was seen
+    stamp = scene_stamp(uri)  # before the first read: a scene replaced meanwhile must not pass for what was read
     with _open(uri) as dataset:
         chosen = choose_bands(dataset, bands)
         _check_bands(uri, dataset, chosen)
@@ -190,7 +190,7 @@ class TileReader:
         return to_rgb8(pixels, row["stretch"], valid, coded)
 
     def is_empty(self, row: dict) -> bool:
-        """Whether a tile has no valid pixel; its pixels are read only where the scene can lack some.
+        """Whether a tile has no valid pixel; its pixels are read only where the scene can have missing ones.
 
         Raises:
             SceneError: As for `read`.
@@ -214,11 +214,11 @@ class TileReader:
 
     @contextmanager
     def _dataset_of(self, row: dict) -> Iterator[Any]:
-        """The open scene of a tile that it still fits; after an error it is opened anew."""
+        """A tile's open scene, checked to be what was tiled; after an error it is opened anew."""
         uri = row["scene_uri"]
         try:
             self._check_stamp(uri, row["scene_stamp"])
-            # One Env, its cache sized by the tile before: leaving an inner one would shrink the cache, and empty it.
+            # One Env, its cache sized by the previous tile: leaving a nested one would shrink and so empty the cache.
             with _scene_errors(uri), rasterio.Env(**{**_gdal(), "GDAL_CACHEMAX": self._cache_bytes}):
                 if uri != self._uri:
                     self._open(uri)
@@ -254,7 +254,7 @@ class TileReader:
             )
 
     def _check_stamp(self, uri: str, tiled: str | None) -> None:
-        if tiled is None or (uri == self._uri and has_scheme(uri)):  # a remote one is asked once, it costs a request
+        if tiled is None or (uri == self._uri and has_scheme(uri)):  # a remote one only once, it costs a request
             return
         found = scene_stamp(uri)
         if found != tiled:
@@ -280,11 +280,11 @@ def read_tile(row: dict) -> NDArray[np.uint8]:
 
 @contextmanager
 def _scene_errors(uri: str) -> Iterator[None]:
-    """Whatever rasterio raises about a scene, as one SceneError line."""
+    """Turn whatever rasterio raises about a scene into a SceneError of one line."""
     try:
         yield
     except (RasterioError, CPLE_BaseError, OSError, ValueError, MemoryError, StorageError) as error:
-        # rasterio says "see previous exception"; that one has GDAL's own words.
+        # rasterio says "see previous exception"; the previous one has GDAL's own words.
         reason = " ".join(str(error.__cause__ or error).split())
         remote = has_scheme(uri) and not uri.startswith("file://")
         raise SceneError(f"cannot read scene {uri}: {reason}", retryable=remote) from error
@@ -339,6 +339,6 @@ def _valid_values(dataset: Any, bands: Sequence[int], **options: Any) -> NDArray
 
 
 def _first_valid_values(dataset: Any, bands: Sequence[int]) -> NDArray:
-    """Of the first block that has any: a few valid pixels fall through a sample."""
+    """The valid values of the first block that has any: a sample can miss a few valid pixels."""
     values = (_valid_values(dataset, bands, window=window) for _, window in dataset.block_windows(bands[0]))
     return next((found for found in values if len(found)), np.zeros(0))

@@ -34,15 +34,15 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "contains": lambda value, wanted: wanted in value,
     "in": lambda value, wanted: value in wanted,
 }
-"""Of STAC's query extension, which files are filtered by as an API does it."""
+"""The operators of STAC's query extension, to filter a file's items as an API would."""
 
 
 def list_items(settings: Stac) -> list[tuple[str, str]]:
     """The items that pass the filters, each a scene.
 
     Returns:
-        (scene_id, uri) pairs sorted by scene_id: an item's id and where its asset is. An id that two collections share
-        has its collection in front.
+        (scene_id, uri) pairs sorted by scene_id: an item's id and where its asset is. Where two collections share an
+        id, every id has its collection in front.
 
     Raises:
         SceneError: The API or the file cannot be read, finds nothing, or items lack the asset.
@@ -72,7 +72,7 @@ def _is_api(url: str) -> bool:
 
 
 def _search(settings: Stac) -> Any:
-    """pystac-client's ItemSearch, which checks the arguments and writes times out."""
+    """pystac-client's ItemSearch, which checks the arguments and writes datetimes out in full."""
     try:
         import pystac_client
         from pystac_client.stac_api_io import StacApiIO
@@ -94,7 +94,7 @@ def _search(settings: Stac) -> Any:
     io = StacApiIO(timeout=_TIMEOUT_S, max_retries=retry)
     client = pystac_client.Client.open(settings.url, stac_io=io)
     with warnings.catch_warnings():
-        # Without the query extension an API gives items that nobody filtered, and pystac-client warns.
+        # Without the query extension an API returns unfiltered items, and pystac-client only warns.
         warnings.simplefilter("error", DoesNotConformTo)
         return client.search(**asked)
 
@@ -115,10 +115,10 @@ def _of_file(settings: Stac) -> Iterator[Any]:
     try:
         asked = _search(settings).get_parameters()
         if "intersects" in asked:
-            shape(asked["intersects"]).bounds  # noqa: B018  or each item would be said to be at fault
+            shape(asked["intersects"]).bounds  # noqa: B018  or each item would be blamed
     except RecipeError:
         raise
-    except Exception as error:  # noqa: BLE001  which is what pystac-client raises of a time
+    except Exception as error:  # noqa: BLE001  which is what pystac-client raises for a bad datetime
         raise RecipeError(f"tiles.stac: {error}") from None
     for item in _read_items(settings.url):
         try:
@@ -169,7 +169,7 @@ def _is_within(item: Any, bbox: tuple[float, ...] | None, intersects: dict | Non
 
 
 def _boxes(west: float, south: float, east: float, north: float) -> list[Any]:
-    """One, or where it crosses the antimeridian (west > east, RFC 7946) the two on either side."""
+    """One box, or, where it crosses the antimeridian (west > east, RFC 7946), the two on either side."""
     if west <= east:
         return [box(west, south, east, north)]
     return [box(west, south, 180, north), box(-180, south, east, north)]
@@ -201,7 +201,7 @@ def _compare(item: Any, name: str, operator: str, wanted: Any) -> bool:
 
 
 def _uri(settings: Stac, item: Any) -> str:
-    """Where the asset is; a relative one counts from the item, or else from the file that has it."""
+    """Where the asset is; a relative href counts from the item, or else from the file that lists it."""
     asset = item.assets[settings.asset]
     href = asset.get_absolute_href() or absolute(asset.href, settings.url.rpartition("/")[0])
     if not has_scheme(href):

@@ -1,4 +1,4 @@
-"""Made-up satellite scenes with truth in xView's own form: airports, harbours, car parks, empty land and water.
+"""Made-up satellite scenes with truth in xView's own format: airports, harbours, car parks, empty land and water.
 
 A scene is first laid out (ground areas and things as data), then painted, so that it can be painted without its
 objects too. Scene i depends on (seed, i, settings) alone. ``difficulty`` makes objects smaller, fainter and closer
@@ -27,7 +27,7 @@ CRS = "EPSG:32631"
 
 
 def render(layout: Layout, settings: Synthetic, seed: int, index: int, *, objects: bool = True) -> Image:
-    """Paint a layout as RGB (S, S, 3) uint8. Without ``objects`` all else, noise included, stays as it was."""
+    """Paint a layout as RGB (S, S, 3) uint8. Without ``objects``, all else, noise included, stays the same."""
     rng = np.random.default_rng([seed, index, 1])
     things = [thing for thing in layout.things if objects or not thing.label]
     canvas = drawing.paint_ground(rng, layout.areas, settings.scene_size_px)
@@ -38,7 +38,7 @@ def render(layout: Layout, settings: Synthetic, seed: int, index: int, *, object
 
 
 def truth_boxes(layout: Layout, size_px: int) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Class and upright hull of each object in whole scene pixels, max edges exclusive, cut to the scene."""
+    """Class and upright bounding box of each object in whole scene pixels, max edges exclusive, cut to the scene."""
     boxes = []
     for thing in layout.things:
         if thing.label:
@@ -72,7 +72,7 @@ def write_scenes(folder: Path, settings: Synthetic, seed: int) -> tuple[Path, Pa
 
 
 def _write_each(scenes: Path, settings: Synthetic, seed: int) -> Iterator[dict]:
-    """Write scene after scene, and hand out the features of each."""
+    """Write one scene after another, yielding the features of each."""
     for index in range(settings.num_scenes):
         layout, name = lay_out(settings, seed, index), f"scene-{index:05d}.tif"
         image, transform = render(layout, settings, seed, index), _transform(index, settings)
@@ -95,7 +95,7 @@ def _write_tiff(path: Path, image: Image, transform: Affine) -> None:
 
 
 def _write_truth(path: Path, features: Iterator[dict], counts: dict[int, int]) -> None:
-    """Write features as they come, so that memory does not grow with the scenes; counts them by type_id."""
+    """Write features as they come, so that memory does not grow with the scenes; count them by type_id."""
     with open(path, "w") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         separator = "\n"

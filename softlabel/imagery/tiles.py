@@ -24,7 +24,7 @@ class TileTruth(NamedTuple):
     """The truth boxes that touch one tile."""
 
     kept_T: NDArray[np.int64]
-    """Which of the scene's boxes they are, ascending."""
+    """Their indices among the scene's boxes, ascending."""
     boxes_T4: NDArray[np.float32]
     """Clipped to the tile, in tile pixels."""
     visible_T: NDArray[np.float32]
@@ -48,8 +48,8 @@ def windows(width: int, height: int, size_px: int, overlap_px: int) -> list[Wind
 def clip_truth(boxes_N4: box_math.Floats, window: Window, min_visible: float) -> TileTruth:
     """The scene's truth boxes that touch a window; edges that only meet do not touch.
 
-    A box of which less than 0.005 px reach into the window does not touch it either: half of what a whole box must
-    have (softlabel.imagery.truth), so that rounding to float32 never loses one.
+    A box that reaches less than 0.005 px into the window does not touch it either: that is half the smallest side of a
+    whole box (softlabel.imagery.truth), so that rounding to float32 never loses one.
     """
     column, row, width, height = window
     boxes_N4 = np.asarray(boxes_N4, np.float64)
@@ -62,25 +62,25 @@ def clip_truth(boxes_N4: box_math.Floats, window: Window, min_visible: float) ->
 
 
 def split_names(split: Split) -> list[str]:
-    """The splits that have a share, largest share first."""
+    """The splits with a share above 0, largest first."""
     return list(_shares(split))
 
 
 def assign_splits(groups: dict[str, NDArray], split: Split, seed: int) -> dict[str, str]:
     """Deal groups out to train_1, val_1, train_2, val_2 and test, so that every count is shared as the recipe says.
 
-    Largest group first (equal ones in an order shuffled by ``seed``), each to the split that is furthest below its
-    share of what the group holds. The deficit is a share of each count's total, so a group of rare classes goes where
-    those are missing. Then a split that lacks a class gets a group with it, if another can spare one. The order of
-    ``groups`` does not matter.
+    Groups are dealt largest first (equal ones in an order shuffled by ``seed``), each to the split that is furthest
+    below its share of what the group holds. The deficit is a share of each count's total, so a group of rare classes
+    goes where those are missing. Then a split that lacks a class gets a group with it, if another split can spare one.
+    The order of ``groups`` does not matter.
 
     Args:
-        groups: Per group the counts (C,) to balance, >= 0: a size first (tiles), then boxes per class.
+        groups: Per group, the counts (C,) to balance, >= 0: first its size (tiles), then its boxes per class.
         split: The shares; validation is carved out of each training set.
-        seed: Of the shuffle.
+        seed: Seeds the shuffle.
 
     Raises:
-        RecipeError: There are fewer groups than splits with a share above 0; it names those that would be empty.
+        RecipeError: There are fewer groups than splits with a share above 0; it names the splits left empty.
     """
     shares = _shares(split)
     if len(groups) < len(shares):
@@ -96,7 +96,7 @@ def assign_splits(groups: dict[str, NDArray], split: Split, seed: int) -> dict[s
 
 
 def keep_background(tile_id: str, seed: int, probability: float) -> bool:
-    """Whether a tile without truth stays; depends on its arguments alone, so never on order or machine."""
+    """Whether a background tile stays; depends on its arguments alone, so never on order or machine."""
     head = hashlib.sha256(f"{seed}:{tile_id}".encode()).digest()[:8]
     return int.from_bytes(head) / 2**64 < probability
 
@@ -109,7 +109,7 @@ def _starts(length: int, size: int, stride: int) -> list[int]:
 
 
 def _shares(split: Split) -> dict[str, float]:
-    """Split name to its share of all tiles, those with a share only, largest first (so that ties favour it)."""
+    """Each split's share of all tiles, only where above 0, largest first (so that ties favour it)."""
     shares = {"test": split.test}
     for number, share in (("1", split.train_1), ("2", split.train_2)):
         shares[f"train_{number}"] = share * (1 - split.validation)
@@ -118,7 +118,7 @@ def _shares(split: Split) -> dict[str, float]:
 
 
 def _largest_first(groups: dict[str, NDArray], seed: int) -> tuple[list[str], NDArray[np.float64]]:
-    """Group names by size, and per group its share of each count's total."""
+    """Group names, largest group first, and each group's share of each count's total."""
     names = sorted(groups)
     counts = np.array([groups[name] for name in names], np.float64)
     total = counts.sum(axis=0)
@@ -141,9 +141,9 @@ def _deal(names: list[str], shares_C: NDArray[np.float64], shares: dict[str, flo
 
 
 def _fill_gaps(found: dict[str, str], holds_C: NDArray[np.bool_], splits: list[str]) -> None:
-    """Give a split that has none of a count the smallest group with some of it that its split can spare.
+    """Give a split that has none of a count the smallest group with some of it that another split can spare.
 
-    With few groups a class is otherwise missing from the small splits: eight groups of cars, none in validation.
+    With few groups, a class would otherwise be missing from the small splits: eight groups of cars, none in validation.
     ``found`` and ``holds_C`` are in order, largest group first.
     """
     names = list(found)
@@ -155,7 +155,7 @@ def _fill_gaps(found: dict[str, str], holds_C: NDArray[np.bool_], splits: list[s
             continue
         for name, holds in zip(reversed(names), holds_C[::-1], strict=True):
             left = have[found[name]] - holds
-            # An empty split (count 0, the size) is filled at any price, a class only where none is lost by it.
+            # Filling an empty split (count 0, the size) may cost another split a class; filling in a class may not.
             if holds[count] and left[0] and (count == 0 or left[holds].all()):
                 have[found[name]], have[split] = left, have[split] + holds
                 found[name] = split

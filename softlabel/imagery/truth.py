@@ -1,6 +1,6 @@
 """Boxes that people drew, read from xView GeoJSON, COCO JSON, YOLO txt or DOTA txt.
 
-truth_formats.py and truth_yolo.py have a reader per format. Boxes are xyxy (N, 4), x right, y down, max edges
+truth_formats.py and truth_yolo.py have one reader per format. Boxes are xyxy (N, 4), x right, y down, max edges
 exclusive, in scene pixels (YOLO gives shares of the image: `SceneTruth.fitted`).
 """
 
@@ -26,12 +26,12 @@ from softlabel.imagery.truth_yolo import read_yolo, yolo_images
 from softlabel.records import UNKNOWN_CLASS
 from softlabel.storage import is_remote, location
 
-_MIN_SIDE_PX = 0.01  # thinner is a slip of the mouse, and would lose its area in float32 tile pixels
+_MIN_SIDE_PX = 0.01  # anything thinner is a slip of the mouse, and would lose its area in float32 tile pixels
 
 
 @dataclass(frozen=True)
 class RejectedTruth:
-    """A row that cannot be used. ``row`` is as in `SceneTruth`; None where it is the whole file."""
+    """A row that cannot be used. ``row`` is as in `SceneTruth.rows`; None where it is the whole file."""
 
     file: str
     row: int | None
@@ -40,13 +40,14 @@ class RejectedTruth:
 
 @dataclass(frozen=True)
 class SceneTruth:
-    """The truth of one image. ``boxes`` (N, 4) float64; ``class_ids`` (N,) int32 count in the recipe's classes, and are
-    -1 where the class cannot be used.
+    """The truth of one image. ``boxes`` (N, 4) float64; ``class_ids`` (N,) int32 index the recipe's classes, and are -1
+    where the class cannot be used.
 
-    ``crowd`` (N,) bool marks those, COCO crowds and DOTA difficults: they are ignored. ``rows`` (N,) int64 lead back
-    into ``file``: the feature's index (xView), the annotation's id or else index (COCO), the line from 1 (YOLO, DOTA).
-    ``labelled_classes`` None is all. ``normalised``: boxes are shares of the image, in [0, 1]. ``xywhr`` (N, 5) float64
-    are the rotated boxes (softlabel.rotated) of which ``boxes`` are the hulls; None where the source has upright ones.
+    ``crowd`` (N,) bool marks those, COCO crowds and DOTA's difficult ones: they are ignored. ``rows`` (N,) int64 lead
+    back into ``file``: the feature's index (xView), the annotation's id or else index (COCO), the line from 1 (YOLO,
+    DOTA). ``labelled_classes`` None means all. ``normalised``: boxes are shares of the image, in [0, 1]. ``xywhr``
+    (N, 5) float64 are the rotated boxes (softlabel.rotated) whose bounding boxes are ``boxes``; None where the source
+    has upright ones.
     """
 
     file: str
@@ -62,7 +63,7 @@ class SceneTruth:
     xywhr: NDArray[np.float64] | None = None
 
     def fitted(self, width: int, height: int) -> tuple["SceneTruth", list[RejectedTruth]]:
-        """The truth in pixels of its image, boxes partly outside clipped to it, those outside rejected."""
+        """The truth in pixels of its image; boxes partly outside are clipped to it, those wholly outside rejected."""
         scale = np.array([width, height] * 2, np.float64) if self.normalised else 1.0
         clipped = box_math.clip(self.boxes * scale, (0, 0, width, height)).astype(np.float64)
         inside = ((clipped[:, 2:] - clipped[:, :2]) >= _MIN_SIDE_PX).all(axis=1)
@@ -76,9 +77,9 @@ class SceneTruth:
 
 @dataclass(frozen=True)
 class TruthSet:
-    """All truth of a source. ``scenes`` goes by image file name as the truth has it (DOTA: without a suffix).
+    """All truth of a source. ``scenes`` is keyed by image file name as the truth has it (DOTA: without a suffix).
 
-    ``counts`` has ``rows`` (boxes of all kinds, each once), ``dropped`` (of known classes left out on purpose,
+    ``counts`` has ``rows`` (boxes of all kinds, each once), ``dropped`` (of known classes, left out on purpose:
     ``other_classes: drop``), ``duplicates`` (exact ones, beyond the first) and ``polygons`` (YOLO's, read as their
     boxes). ``warnings`` are for the user.
     """
@@ -90,10 +91,10 @@ class TruthSet:
 
 
 def read_truth(source: TruthSource, classes: tuple[str, ...]) -> TruthSet:
-    """Read a truth source; each bad row is rejected by itself, whatever the rest is.
+    """Read a truth source; each bad row is rejected on its own, whatever the rest is.
 
-    A class without any row is no error: a later file may have some. A class that this format and mapping cannot
-    produce is one. Boxes are checked against their image later (`SceneTruth.fitted`), when its size is known.
+    A class without any row is not an error (a later file may have some); a class that this format and mapping cannot
+    produce is. Boxes are checked against their image later (`SceneTruth.fitted`), when its size is known.
 
     Raises:
         TruthError: The file is missing or broken, the mapping names a class that the source does not have, or one of
@@ -130,11 +131,11 @@ def truth_digest(source: TruthSource) -> str:
 
 
 def match_scenes(names: Collection[str], scene_ids: Iterable[str]) -> dict[str, str]:
-    """Which scene each image name of a truth source means: the one of that path, else the one of that file name.
+    """Which scene each image name of a truth source means: the one with that path, else the one with that file name.
 
-    A name without an image suffix (DOTA) matches without it. Where several scenes or several names share a file name,
-    one path must end in the other. A name that does not mean exactly one scene is left out, and so are two that mean
-    the same one. What is left is matched once more as `plain_name` has it.
+    A name without an image suffix (DOTA) is compared without the scenes' suffixes. Where several scenes or names share
+    a file name, one path must end in the other. A name that does not mean exactly one scene is left out, and so
+    are two that mean the same one. What is left is matched once more by `plain_name`.
     """
     scenes = list(scene_ids)
     found = _match_all(names, scenes)
@@ -146,13 +147,13 @@ def match_scenes(names: Collection[str], scene_ids: Iterable[str]) -> dict[str, 
 
 
 def plain_name(name: str) -> str:
-    """A name without what programs do to it: backslashes, percent-encoding, a query, other forms of Unicode."""
+    """A name with what programs do to it undone: backslashes, percent-encoding, a query, other forms of Unicode."""
     path = unquote(name.replace("\\", "/"))
     return unicodedata.normalize("NFC", PurePosixPath(path.partition("?")[0]).as_posix())
 
 
 def lookalike(name: str, scene_ids: Iterable[str]) -> str | None:
-    """A scene whose name a person takes for this one: equal but for case, blanks or characters that look the same."""
+    """A scene whose file name a person would take for this one: equal but for case, blanks or Unicode forms (NFKC)."""
     return next((scene for scene in scene_ids if _looks(scene) == _looks(name)), None)
 
 
@@ -162,7 +163,7 @@ def _looks(name: str) -> str:
 
 
 def _by_plain_name(names: Iterable[str]) -> dict[str, str]:
-    """Plain name to name, where only one has it."""
+    """Map each plain name to its name, where only one name has it."""
     plain: dict[str, list[str]] = defaultdict(list)
     for name in names:
         plain[plain_name(name)].append(name)
@@ -199,7 +200,7 @@ def _scene_truth(image: Image, num_classes: int) -> SceneTruth:
 def _match(
     name: PurePosixPath, by_stem: dict[str, list[PurePosixPath]], namesakes: Counter[str]
 ) -> tuple[PurePosixPath | None, bool]:
-    """The one scene that ``name`` means, if there is one, and whether by its whole path."""
+    """The one scene that ``name`` means, if there is one, and whether its whole path matches."""
     bare = _without_suffix(name) == name
     paths = {scene: _without_suffix(scene) if bare else scene for scene in by_stem.get(_without_suffix(name).name, ())}
     exact = [scene for scene, path in paths.items() if path == name]

@@ -1,7 +1,7 @@
-"""Rows of a truth file sorted into images, rejected ones and ones left out on purpose, their classes named.
+"""Rows of a truth file sorted into images, rejections and those left out on purpose, their classes mapped to ours.
 
-A row is one box in a truth file. A reader (truth_formats.py) turns each into a `Row`, or raises `BadRow`; truth.py
-makes the public types of what was collected.
+A row is one box in a truth file. A reader (truth_formats.py, truth_yolo.py) turns each into a `Row` or raises `BadRow`;
+truth.py turns what was collected into the public types.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ Rejected = tuple[str, int | None, str]
 
 
 class Row(NamedTuple):
-    """One box: its image, its class as the source has it, xyxy; of the last two each may be why it cannot be had.
+    """One box: its image, its class as the source has it, and xyxy; either of the last two may be why it is unusable.
 
     ``corners`` are those of a rotated box, x, y, x, y, ...
     """
@@ -34,9 +34,9 @@ class Row(NamedTuple):
 
 @dataclass
 class Image:
-    """What is known of one image; ``facts`` are further fields of `SceneTruth` (truth.py), as are the lists.
+    """What is known about one image; ``facts`` are further fields of `SceneTruth` (truth.py), and so are the lists.
 
-    ``unsure`` are the classes of objects of which nobody can say where they are, UNKNOWN_CLASS if it may be any.
+    ``unsure`` has the classes of objects whose place is not known, UNKNOWN_CLASS where it may be any class.
     """
 
     facts: dict[str, Any]
@@ -50,10 +50,10 @@ class Image:
 
 
 class Collector:
-    """Takes rows in, naming their classes. ``targets`` maps source class to ours, None where none is mapped.
+    """Takes in rows and maps their classes. ``targets`` maps each source class to ours, None where it is not mapped.
 
-    A row that is refused was drawn by somebody all the same. Where its box is known, that box is kept, of
-    UNKNOWN_CLASS; where it is not, its class is unsure in its image. Else the object would pass for background.
+    Somebody drew a rejected row all the same. Where its box is known, that is kept as UNKNOWN_CLASS; where it is not,
+    its class is unsure in its image. Otherwise the object would pass for background.
     """
 
     def __init__(self, drop_others: bool, targets: dict[int | str, int | None]) -> None:
@@ -64,18 +64,18 @@ class Collector:
         self.counts: Counter[str] = Counter()
 
     def image(self, name: str, **facts: Any) -> Image:
-        """The image of that name; ``facts`` count where it is new."""
+        """The image of that name; ``facts`` count only where it is new."""
         return self.images.setdefault(name, Image(facts))
 
     def reject(self, file: str, row: int | None, reason: object) -> None:
         self.rejected.append((file, row, str(reason)))
 
     def read(self, file: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Row]) -> None:
-        """Take each (number, raw row) as ``parse`` reads it; one that cannot be used is rejected by itself."""
+        """Take each (number, raw row) as ``parse`` reads it; one that cannot be used is rejected on its own."""
         for number, raw in rows:
             try:
                 self._add(file, number, parse(raw))
-            except BadRow as reason:  # of no image that is known
+            except BadRow as reason:  # and its image is not known
                 self.counts["rows"] += 1
                 self.reject(file, number, reason)
 
@@ -136,7 +136,7 @@ def listed_collector(source: TruthSource, classes: tuple[str, ...], known: dict[
 def targets_of(
     source: TruthSource, classes: tuple[str, ...], known: Mapping[int, str] | Mapping[str, str]
 ) -> dict[int | str, int | None]:
-    """Source class (id or, in DOTA, name) to our class; None for a known class that is not mapped."""
+    """Map source class (id or, in DOTA, name) to our class; None for a known class that is not mapped."""
     mapping = {str(key): name for key, name in source.mapping.items()}
     targets: dict[int | str, int | None] = {}
     for key, name in known.items():
@@ -148,7 +148,7 @@ def targets_of(
 def require_all(
     source: TruthSource, classes: tuple[str, ...], made: Collection[int | None], known: Iterable[str]
 ) -> None:
-    """Refuse classes that nothing can become; ``made`` are those that something can, by index."""
+    """Refuse classes that no source class can become; ``made`` has the indices of those that one can."""
     missing = [name for index, name in enumerate(classes) if index not in made]
     if missing:
         raise TruthError(
@@ -158,14 +158,14 @@ def require_all(
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first names of a source, in quotes, as they may hold lines and half characters."""
+    """The first ten names of a source, in quotes, as they may hold line breaks and half characters."""
     return ", ".join(show(name) for name in list(names)[:10])
 
 
 def read_lines(
     collector: Collector, file: Path, image: str, parse: Callable[[str], Row], skip: tuple[str, ...] = ()
 ) -> None:
-    """Every line of an image's label file but empty ones and headers; an unreadable file is one rejection, and nobody
+    """Read an image's label file, all lines but empty ones and headers; an unreadable file is one rejection, and nobody
     can say what is in its image."""
     try:
         lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()

@@ -16,7 +16,7 @@ _FAR_PX = 1e9
 _WHOLE = re.compile(r"[+-]?\d{1,40}(\.0*)?([eE][+-]?\d{1,2})?")
 T = TypeVar("T")
 Box = tuple[float, float, float, float]
-# What parsers raise on arbitrary bytes: yaml.safe_load lets KeyError, IndexError and AttributeError out of bad tags.
+# What parsers raise on arbitrary bytes: bad tags make yaml.safe_load raise KeyError, IndexError, AttributeError.
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, MemoryError),
     yaml.YAMLError,
@@ -28,7 +28,7 @@ class BadRow(ValueError):
 
 
 def attempt(check: Callable[[], T]) -> T | BadRow:
-    """What a check returns, or why it fails: one field of a row can be unusable, and the others known."""
+    """What a check returns, or why it fails: one field of a row can be unusable while the others are known."""
     try:
         return check()
     except BadRow as reason:
@@ -105,7 +105,7 @@ def as_whole(value: Any, what: str) -> int:
 
 
 def as_flag(value: Any, what: str) -> bool:
-    """True or false, 1 or 0; nothing is false."""
+    """True or false, 1 or 0; None is false."""
     return bool(value) if value is None or isinstance(value, bool) else as_whole(value, what) != 0
 
 
@@ -129,13 +129,13 @@ def as_box(x0: float, y0: float, x1: float, y1: float) -> Box:
 
 
 def as_hull(points: Sequence[float]) -> Box:
-    """The upright box around x, y, x, y, ..."""
+    """The upright box around the points x, y, x, y, ..."""
     xs, ys = points[::2], points[1::2]
     return as_box(min(xs), min(ys), max(xs), max(ys))
 
 
 def show(value: Any) -> str:
-    """A value in an error message, short; never raises, as repr does on huge or deeply nested ones."""
+    """A value for an error message, shortened; never raises, unlike repr on huge or deeply nested ones."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -1,7 +1,7 @@
 """Formats of truth: xView GeoJSON, COCO JSON and DOTA txt, one reader each; YOLO's is in truth_yolo.py.
 
-A reader takes the recipe's truth source and classes and returns a `Collector` with all that the source says, bad rows
-rejected by themselves. Boxes are xyxy in scene pixels.
+A reader takes the recipe's truth source and classes and returns a `Collector` with all that the source says, each bad
+row rejected on its own. Boxes are xyxy in scene pixels.
 """
 
 import os
@@ -58,7 +58,7 @@ XVIEW_CLASSES = {
     76: "Damaged Building", 77: "Facility", 79: "Construction Site", 83: "Vehicle Lot", 84: "Helipad",
     86: "Storage Tank", 89: "Shipping container lot", 91: "Shipping Container", 93: "Pylon", 94: "Tower",
 }
-"""xView's 60 type ids. Its files also hold a few boxes of 75 and 82, which have no name: they are rejected by row."""
+"""xView's 60 type ids. Its files also hold a few boxes of 75 and 82, which have no name: those rows are rejected."""
 
 DOTA_CLASSES = (
     "plane", "ship", "storage-tank", "baseball-diamond", "tennis-court", "basketball-court", "ground-track-field",
@@ -89,7 +89,7 @@ def _xview_box(bounds: Any) -> Box:
 
 
 def read_coco(source: TruthSource, classes: tuple[str, ...]) -> Collector:
-    """Also ``group``, ``split`` and ``labelled_categories`` of an image, where it has them."""
+    """Boxes, and an image's ``group``, ``split`` and ``labelled_categories`` where it has them."""
     lists = lists_in(load_json(source.path), ("images", "annotations", "categories"), source.path)
     images, annotations, categories = lists
     known, bad_categories = _coco_categories(source.path, categories)
@@ -116,7 +116,7 @@ def _coco_categories(path: str, categories: list[Any]) -> tuple[dict[int, str], 
 
 
 def _coco_images(path: str, images: list[Any], collector: Collector, known: dict[int, str]) -> dict[int | str, str]:
-    """Image id to name; puts each image into the collector, so that those without boxes are there too."""
+    """Map image ids to names, and put each image into the collector, so that those without boxes are there too."""
     names: dict[int | str, str] = {}
     for index, raw in enumerate(images):
         try:
@@ -127,7 +127,7 @@ def _coco_images(path: str, images: list[Any], collector: Collector, known: dict
                 "labelled_classes": _coco_labelled(raw.get("labelled_categories"), known, collector),
                 **{key: as_label(raw.get(key), key) for key in ("group", "split")},
             }
-            # One file may have two ids, as where annotations of several people were put together.
+            # One file may have two ids, as where several people's annotations were merged.
             if names.get(image_id, name) != name or collector.image(name, **facts).facts != facts:
                 raise BadRow(f"image {show(image_id)} or its file {show(name)} is there twice, and not the same")
             names[image_id] = name
@@ -137,7 +137,7 @@ def _coco_images(path: str, images: list[Any], collector: Collector, known: dict
 
 
 def _coco_labelled(listed: Any, known: dict[int, str], collector: Collector) -> tuple[int, ...] | None:
-    """Our classes that are drawn in an image: those all of whose source classes are listed, by name or id."""
+    """Our classes that are labelled in an image: those whose source classes are all listed, by name or id."""
     if listed is None:
         return None
     names = set(known.values())
@@ -160,7 +160,7 @@ def _coco_category(entry: Any, names: set[str]) -> int | str | None:
 
 
 def _coco_image_id(value: Any) -> int | str:
-    """A number, also where it is written as a text; other texts stay what they are, "007" too."""
+    """A number, even where it is written as text; other texts stay as they are, "007" too."""
     if isinstance(value, str) and not re.fullmatch(r"-?(0|[1-9]\d*)(\.0+)?", value):
         return value
     return as_whole(value, "image id")
@@ -183,13 +183,13 @@ def _coco_row(names: dict[int | str, str], raw: Any) -> Row:
         raise BadRow(f"no image has id {show(image_id)}")
     source_class = attempt(lambda: as_whole(raw.get("category_id"), "category_id"))
     crowd = attempt(lambda: as_flag(raw.get("iscrowd"), "iscrowd"))
-    if isinstance(crowd, BadRow):  # an object, or many: as good as of no class
+    if isinstance(crowd, BadRow):  # one object or many, nobody knows: as good as of no class
         source_class, crowd = crowd, False
     return Row(names[image_id], source_class, attempt(lambda: _coco_box(raw)), crowd)
 
 
 def _coco_box(raw: dict) -> Box:
-    """The bbox; of an annotation without one that of its polygons or of its mask."""
+    """The bbox; for an annotation without one, that of its polygons or its mask."""
     outline = raw.get("segmentation")
     if raw.get("bbox") is not None or not outline:
         x, y, width, height = as_numbers(raw.get("bbox"), 4, "bbox")
@@ -224,7 +224,7 @@ def _rle_box(mask: dict) -> Box:
 
 
 def read_dota(source: TruthSource, classes: tuple[str, ...]) -> Collector:
-    """A folder of txt files, one per image: four corners, kept beside their upright hull."""
+    """A folder of txt files, one per image: four corners per box, kept beside their upright bounding box."""
     root = Path(source.path)
     named = [str(key) for key in source.mapping] or list(classes)
     targets = targets_of(source, classes, {name: name for name in (*DOTA_CLASSES, *named)})
@@ -259,6 +259,6 @@ def _dota_row(image: str, line: str) -> Row:
         corners = tuple(as_numbers(parts[:8], 8, "corners"))
     difficult = parts[9] if len(parts) == 10 else "0"
     if difficult not in ("0", "1", "2"):
-        problem = BadRow(f"difficult must be 0 or 1, it is {show(difficult)}")
+        problem = BadRow(f"difficult must be 0, 1 or 2, it is {show(difficult)}")
         return Row(image, problem, box, corners=corners)
     return Row(image, parts[8], box, difficult != "0", corners)

@@ -1,4 +1,4 @@
-"""YOLO's truth: data.yaml, its images, and a label file for each, as ultralytics takes them, and darknet's lists."""
+"""YOLO truth: data.yaml, its images and a label file for each, as ultralytics reads them, and darknet's lists."""
 
 import os
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def read_yolo(source: TruthSource, classes: tuple[str, ...]) -> Collector:
     splits = yolo_images(path, data, collector)
     for split, images in splits.items():
         labels = [label for label, _ in images.values()]
-        # An image without a label file is background, by YOLO's convention; but not all of them.
+        # An image without a label file is background, by YOLO's convention; but hardly all of them.
         if labels and not any(map(os.path.isfile, labels)):
             collector.warnings.append(f"none of the {len(labels)} images of {split} has labels, as {labels[0]}")
         for label, image in images.values():
@@ -46,7 +46,7 @@ def read_yolo(source: TruthSource, classes: tuple[str, ...]) -> Collector:
 
 
 def _yolo_names(path: Path, data: dict) -> dict[int, str]:
-    """Class names by number, as ultralytics takes them: a list, a mapping with numbers or texts as keys, or ``nc``."""
+    """Class names by number, as ultralytics reads them: a list, a mapping with numbers or texts as keys, or ``nc``."""
     listed, count = data.get("names"), data.get("nc")
     if listed is None and count is not None:
         number = attempt(lambda: as_whole(count, "nc"))
@@ -64,14 +64,14 @@ def _yolo_name(name: Any) -> str | None:
 
 
 def yolo_images(path: Path, data: dict, collector: Collector | None = None) -> dict[str, dict[str, tuple[Path, str]]]:
-    """By split (train, val, test) and image: label file and image name, which counts from the data set's folder.
+    """By split (train, val, test) and image name, relative to the data set's folder: label file and image name.
 
-    An image that is listed and not there is rejected by ``collector``.
+    An image that is listed but not there becomes a rejection in ``collector``.
     """
     folder = data.get("path") or "."
     if not isinstance(folder, str):
         raise TruthError(f"{path}: path must be a folder, it is {show(folder)}")
-    # As exported, `path` often names a folder of the machine it was made on.
+    # In an exported data set, `path` often names a folder of the machine it was made on.
     root = path.parent / folder if os.path.isdir(path.parent / folder) else path.parent
     found: dict[str, dict[str, tuple[Path, str]]] = {}
     for split in ("train", "val", "test"):
@@ -91,7 +91,7 @@ def _yolo_split(path: Path, root: Path, split: str, listed: Any, collector: Coll
         # Roboflow writes ../train/images and puts the folder beside data.yaml.
         candidates = (root / entry, root / entry.removeprefix("../"))
         place = next((place for place in candidates if os.path.exists(place)), None)
-        if place is None and split == "test":  # which ultralytics does not look for before it is asked to
+        if place is None and split == "test":  # ultralytics does not look for it until asked to
             if collector:
                 collector.warnings.append(f"{path} names {show(entry)} as test, and it is not there")
         elif place is None:
@@ -117,10 +117,10 @@ def _yolo_listed(root: Path, place: Path, collector: Collector | None) -> Iterat
 
 
 def _yolo_image(root: Path, folder: Path, line: str) -> Path | None:
-    """``./`` counts from the list's folder, as in ultralytics, all else from the data set's; darknet's data/obj/a.png,
-    and absolute paths of another machine, from wherever their end is found there.
+    """The image of a list's line: ``./`` counts from the list's folder, as in ultralytics, all else from the data
+    set's, where the end of darknet's data/obj/a.png, or of another machine's absolute path, is looked for too.
 
-    That end has a folder in common, or any image of that name would do: train/1.png is not val/1.png.
+    That end includes a folder, or any image of that name would do: train/1.png is not val/1.png.
     """
     if line.startswith("./"):
         candidates = [folder / line, root / line]
@@ -146,7 +146,7 @@ def _yolo_row(collector: Collector, image: str, line: str) -> Row:
 
 
 def _yolo_box(numbers: list[str]) -> Box:
-    """Centre, width and height; or the corners of a polygon, whose box it is."""
+    """The box of a centre, width and height, or around the corners of a polygon."""
     if len(numbers) >= 6 and len(numbers) % 2 == 0:
         return as_hull(as_numbers(numbers, len(numbers), "polygon"))
     if len(numbers) != 4:

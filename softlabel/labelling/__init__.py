@@ -1,1 +1,1 @@
-"""Tiles to soft labels, on Ray Data."""
+"""From tiles to soft labels, on Ray Data."""

@@ -9,8 +9,8 @@ _GEOD = Geod(ellps="WGS84")
 
 
 def tile_km2(row: dict) -> float:
-    """The area of a tile on the ellipsoid, whatever its CRS; 0 where the scene has none, or one that is not known or
-    leads to no place on Earth, as that of a building site or of the Moon.
+    """The area of a tile on the ellipsoid, whatever its CRS; 0 where the scene has no CRS, or one that is unknown or
+    leads to no place on Earth, such as a building site's or the Moon's.
 
     Args:
         row: A row of the tiles table; ``window``, ``crs`` and ``transform`` are used.

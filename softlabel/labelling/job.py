@@ -1,6 +1,6 @@
-"""What a labelling job is: one teacher over some splits of one tile set, and which rows it is asked for.
+"""What a labelling job is: one teacher over some splits of one tile set, and the rows it is asked to label.
 
-Reading tasks get one: nothing here may import torch, which would cost each of them seconds and half a gigabyte.
+Reading tasks get a job, so nothing here may import torch, which would cost each of them seconds and half a gigabyte.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class LabelJob:
     with_losses: bool = False
 
     def identity(self) -> dict:
-        """All that determines the store."""
+        """All that determines what the store holds."""
         return {
             "teacher": self.teacher.fingerprint,
             "tiles": self.tiles.name,
@@ -41,7 +41,7 @@ class LabelJob:
         return step_dir(run_dir, f"label-{self.name}", self.identity())
 
     def shards(self) -> list[tuple[int, int]]:
-        """(shard, tiles asked for in it) of the shards that hold any."""
+        """(shard, number of tiles asked for in it) of each shard that holds any."""
         counts = shard_counts(self.tiles, self.splits)
         return [(int(shard), int(counts[shard])) for shard in np.flatnonzero(counts)]
 
@@ -60,8 +60,8 @@ def label_job(
     with_losses: bool = False,
     teaches: bool = False,
 ) -> LabelJob:
-    """The job of a trained detector under a recipe's settings: one that is judged, or that ``teaches`` and so looks at
-    tiles in the views of ``label.augment`` too.
+    """The job of a trained detector under a recipe's settings: one to evaluate, or one that ``teaches`` and so also
+    looks at tiles in the views of ``label.augment``.
 
     Raises:
         WeightsError: The weights cannot be read.

@@ -1,9 +1,9 @@
-"""Which tile killed its process: a note while tiles are in hand, on disk or in a bucket, where it outlives the process.
+"""Which tile killed its process: a note of the tiles in hand, on disk or in a bucket, where it outlives the process.
 
-Each shard has a file for each stage, from before its tiles are touched until after that. What it still says was in hand
-when another process comes is of one that died. The shard is then taken tile by tile. One death may be chance (a machine
-reclaimed, a worker killed from outside); a tile that was then alone in hand at several deaths is taken for the cause,
-and is left out with that reason.
+Each shard has a file for each stage, from before its tiles are touched until they are done. If it still has tiles in
+hand when another process takes the shard, the process that noted them has died. The shard is then taken tile by tile.
+One death may be chance (a machine reclaimed, a worker killed from outside); a tile that was alone in hand at several
+deaths is taken for the cause, and is left out with that reason.
 """
 
 import json
@@ -36,13 +36,13 @@ class Journal:
         return bool(self._deaths)
 
     def groups(self, tile_ids: Sequence[str]) -> list[list[int]]:
-        """Indices of the tiles to take at once: all of them, or each alone once a process died on one of them."""
+        """Indices of the tiles to take together: all of them, or each alone once a process has died on one of them."""
         if {tile_id for note in self._deaths for tile_id in note["tiles"]}.isdisjoint(tile_ids):
             return [list(range(len(tile_ids)))]
         return [[index] for index in range(len(tile_ids))]
 
     def verdict(self, tile_id: str) -> str:
-        """The reason to leave a tile out, or nothing."""
+        """The reason to leave a tile out, empty if there is none."""
         deaths = Counter(note["tiles"][0] for note in self._deaths if note["alone"])[tile_id]
         if deaths < MAX_DEATHS:
             return ""
@@ -50,11 +50,11 @@ class Journal:
 
     @contextmanager
     def in_hand(self, tile_ids: Sequence[str]) -> Iterator[None]:
-        """Note that these tiles are being worked on, and afterwards, however that ended, that the process lives."""
+        """Note that these tiles are being worked on and, afterwards, however that ended, that the process survived."""
         if not tile_ids:
             yield
             return
-        # The only tile of its shard may have others beside it, of another shard, until that has suspects.
+        # The only tile of its shard may share the process with tiles of another shard, until its own has suspects.
         alone = self.has_suspects and len(tile_ids) == 1
         try:
             self._write({"tiles": list(tile_ids), "alone": alone, "at": time.time()})
@@ -71,12 +71,12 @@ class Journal:
 
 
 def forget_all(store: Path) -> None:
-    """A store is finished."""
+    """Remove the notes of a finished store."""
     remove_tree(store / FOLDER)
 
 
 def deaths(store: Path) -> int:
-    """How many processes have died with tiles of this store in hand: whether a crash led any further."""
+    """How many processes died, or still live, with tiles of this store in hand: only a new maximum is progress."""
     return sum(len(_notes(path)) for path in _paths(store))
 
 
@@ -88,17 +88,17 @@ def in_hand(store: Path) -> list[tuple[str, str, float]]:
 
 
 def _paths(store: Path) -> list[Path]:
-    return list((store / FOLDER).glob("*.json"))  # not the folders that were here before
+    return list((store / FOLDER).glob("*.json"))  # not the folders that earlier versions kept here
 
 
 def _notes(path: Path) -> list[dict[str, Any]]:
-    """The notes on a shard that are there when another process takes it."""
+    """The notes that are left on a shard when another process takes it."""
     read = _read(path)
     return [*read["deaths"], *([read["in_hand"]] if read["in_hand"] else [])]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file says; of a machine that lost its power it may be empty."""
+    """What a file says; it may be empty if its machine lost power."""
     with suppress(FileNotFoundError, ValueError):
         return dict(json.loads(path.read_text()))
     return {"deaths": [], "in_hand": None}

@@ -1,4 +1,4 @@
-"""Pixels of one shard to soft labels, committed to the store: what a labelling actor does, without Ray."""
+"""From the pixels of one shard to soft labels committed to the store: what a labelling actor does, without Ray."""
 
 import os
 import socket
@@ -29,8 +29,8 @@ _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32)
 
 
 class Labeller:
-    """Holds one teacher at a time, labels whole shards and commits them; from several threads, if they like: while the
-    last tiles of one shard are in the model the next shard's follow, and others are committed. A model that waits
+    """Holds one teacher at a time, labels whole shards and commits them. Several threads may call it: while the last
+    tiles of one shard are in the model, the next shard's follow, and other shards are committed. A model that waits
     between shards leaves cores idle."""
 
     def __init__(
@@ -39,24 +39,24 @@ class Labeller:
         self._jobs, self._stores = jobs, stores
         self._threads, self._batch_size = threads, batch_size
         self._loaded: tuple[int, Detector] | None = None
-        # A shard has the first while its tiles are handed to the model, the second while it waits for the last of them.
+        # A shard holds the first while its tiles are handed to the model, the second while it waits for the last ones.
         self._entrance, self._exit = threading.Lock(), threading.RLock()
         self._busy_until = 0.0
 
     def __call__(self, read: pa.Table) -> pa.Table:
-        """Label one shard, the row that ``read_shard`` made of it, and say in one row what was done in what time."""
+        """Label one shard, the row that ``read_shard`` made of it, and report in one row what was done, and when."""
         index, shard, table = read["job"][0].as_py(), read["shard"][0].as_py(), tiles_of(read)
         journal = Journal(self._stores[index], shard, LABELLING)
-        # Noted before its turn comes: a bucket takes a while to write it, and the model is not to wait for that.
+        # Noted before its turn comes: writing to a bucket takes a while, and the model should not wait for that.
         noted = nullcontext() if journal.has_suspects else journal.in_hand(_readable(table))
         alone = journal.has_suspects or self._jobs[index].with_losses
         with noted, self._turn(alone=alone) as handed_over:
             labels, began, device = self._label(table, index, shard, journal, handed_over)
-            handed_over()  # for a shard without a tile that can be read
+            handed_over()  # for a shard without readable tiles
             ended = time.time()
             busy_s, self._busy_until = ended - max(began, self._busy_until), ended
         self._commit(labels, index, shard, again=read["again"][0].as_py())
-        seen = table.select(["height", "width", "km2"])  # to filter pixels would be to copy them
+        seen = table.select(["height", "width", "km2"])  # filtering the pixels would copy them
         seen = seen.filter(pc.and_(pc.is_null(table["reason"]), pc.invert(table["empty"])))
         pixels = pc.sum(pc.multiply(seen["height"].cast(pa.int64()), seen["width"].cast(pa.int64()))).as_py()
         row = {
@@ -78,10 +78,10 @@ class Labeller:
 
     @contextmanager
     def _turn(self, *, alone: bool) -> Iterator[Callable[[], None]]:
-        """In the model, behind the shards that came before; what it yields lets the next shard in.
+        """A shard's turn in the model, after those that came before; calling what it yields lets the next one in.
 
-        Alone, nothing else is in the model until the end: so a tile that kills the process is known, and losses are
-        computed by one thread.
+        With ``alone``, nothing else is in the model until the end, so that a tile that kills the process is known, and
+        losses are computed by one thread.
         """
         with ExitStack() as at_exit, ExitStack() as at_entrance:
             at_entrance.enter_context(self._entrance)
@@ -98,7 +98,7 @@ class Labeller:
     def _label(
         self, table: pa.Table, index: int, shard: int, journal: Journal, handed_over: Callable[[], None]
     ) -> tuple[pa.Table, float, str]:
-        """Soft labels of a shard, since when the model had it, and where that is."""
+        """Soft labels of a shard, the time when the model got it, and the model's device."""
         job, detector = self._jobs[index], self._detector(index)
         began = time.time()
         tile_ids, images = table["tile_id"].to_pylist(), images_of(table)
@@ -126,7 +126,7 @@ class Labeller:
         return labels, began, _device(detector)
 
     def _commit(self, labels: pa.Table, index: int, shard: int, *, again: bool) -> None:
-        """Write a shard whole; of one that is there, the rows that were taken again are replaced."""
+        """Write a whole shard; if it is there already, replace the rows that were labelled again."""
         before = read_shard(self._stores[index], shard) if again else None
         if before is not None:
             metadata = before.schema.metadata
@@ -139,7 +139,7 @@ class Labeller:
 
     def _detector(self, index: int) -> Detector:
         if self._loaded is None or self._loaded[0] != index:
-            # Two at once may not fit on a GPU: first the last shard of the one before leaves it.
+            # Two at once may not fit on a GPU: first wait for the last shard to leave the previous one.
             with self._exit:
                 self._loaded = None
                 self._loaded = (
@@ -155,7 +155,7 @@ def _readable(table: pa.Table) -> list[str]:
 
 
 def _together(before: pa.Table, after: pa.Table) -> pa.Table:
-    """The rows of two tables; one of format 4 lacks rotated boxes, one of format 5 agreement."""
+    """The rows of two tables; one of format 4 lacks rotated boxes, one of format 5 lacks agreement."""
     tables = [before.replace_schema_metadata(), after.replace_schema_metadata()]
     return pa.concat_tables(tables, promote_options="default").select(after.column_names)
 
@@ -179,11 +179,11 @@ def _detect(
         return list(cast(YoloDetector, detector).detect_with_losses(images, truths))
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):  # PyTorch has no class for it on a CPU
+        if not known and "can't allocate memory" not in str(error):  # PyTorch has no exception class for it on a CPU
             raise
         raise RecipeError(f"a batch does not fit in memory ({error}): lower execution.batch_size") from None
 
 
 def _device(detector: Detector) -> str:
-    # Ray shows each actor its own GPUs alone, by this variable.
+    # Ray shows each actor only its own GPUs, through this variable.
     return f"{detector.device.type} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}".strip()

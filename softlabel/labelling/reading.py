@@ -1,8 +1,8 @@
-"""Tiles of one shard to pixels, in one row of Arrow: uint8 in one buffer, which no process on the way copies.
+"""From the tiles of one shard to pixels, in one Arrow row: uint8 in one buffer, which no process on the way copies.
 
-A row, since Ray Data may put together several blocks, and cut blocks in two, but never a row.
+One row, since Ray Data may merge blocks, or cut one in two, but never cuts a row.
 
-A tile that cannot be read carries its reason instead, and so does one that killed its process before. One without a
+A tile that cannot be read carries the reason instead, and so does one that killed its process before. One without a
 valid pixel is empty: nothing is wrong with it, and there is nothing to see.
 """
 
@@ -30,7 +30,7 @@ _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 def read_item(
     jobs: Sequence[LabelJob], stores: Sequence[Path], read: Callable[[dict], Image], item: pa.Table
 ) -> pa.Table:
-    """``read_shard`` of the job and shard in the one row of ``item``."""
+    """``read_shard`` for the job and shard in the one row of ``item``."""
     index, shard, again = (item[name][0].as_py() for name in ("job", "shard", "again"))
     return read_shard(index, jobs[index], stores[index], shard, read, again=again)
 
@@ -43,13 +43,13 @@ def read_shard(
     Args:
         index: The job's number, passed on.
         job: Which tiles are asked for.
-        store: Its folder, with the journal.
-        shard: The shard.
-        read: One tile row to uint8 (H, W, 3); raises SceneError, NoValidPixelError for an empty tile.
-        again: The shard is there already: only its tiles that are to be retried are read.
+        store: The job's folder, with the journal.
+        shard: The shard's number.
+        read: Reads one tile row as uint8 (H, W, 3); raises SceneError, or NoValidPixelError for an empty tile.
+        again: The shard is there already: only those of its tiles that are to be retried are read.
 
     Returns:
-        One row: job, shard, again, and for `tiles_of` lists with a value per tile: its id, height, width, pixels, km2,
+        One row: job, shard, again and, for `tiles_of`, lists with a value per tile: its id, height, width, pixels, km2,
         reason (null where it was read), retryable and empty.
     """
     rows = job.tile_rows(shard, _COLUMNS).to_pylist()
@@ -77,7 +77,7 @@ def read_shard(
 
 
 def tiles_of(row: pa.Table) -> pa.Table:
-    """A row per tile, of the one row that ``read_shard`` made; nothing is copied."""
+    """A table with a row per tile, from the one row that ``read_shard`` made; nothing is copied."""
     lists = (name for name in row.column_names if name not in ("job", "shard", "again"))
     return pa.table({name: row[name].chunk(0).flatten() for name in lists})
 
@@ -88,7 +88,7 @@ def _as_list(column: pa.Array) -> pa.Array:
 
 def images_of(table: pa.Table) -> list[Image]:
     """The pixels of a table that ``tiles_of`` gave, uint8 (H, W, 3) each, not copied."""
-    (pixels,) = table["pixels"].chunks  # one shard's; a scalar of it would be a copy
+    (pixels,) = table["pixels"].chunks  # one shard is one chunk; taking scalars from it would copy
     _, offsets, data = pixels.buffers()
     starts = np.frombuffer(offsets, np.int64)[pixels.offset : pixels.offset + len(pixels)]
     sizes = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)

@@ -1,4 +1,4 @@
-"""How actors and readers share a cluster: plain arithmetic on the recipe's ``execution`` and what is there."""
+"""How actors and readers share a cluster: plain arithmetic on the recipe's ``execution`` and on what is there."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from softlabel.errors import RecipeError
 
 @dataclass(frozen=True)
 class Resources:
-    """A cluster of nodes with so many CPUs each, and so many GPUs in all."""
+    """The recipe's ``execution`` on a cluster: the CPUs of each node, and the GPUs of all together."""
 
     execution: Execution
     node_cpus: tuple[float, ...]
@@ -27,8 +27,8 @@ class Resources:
 
     @property
     def reader_cpus_per_actor(self) -> float:
-        """As the recipe says; else without GPUs little, since the model needs the CPUs, and with them all that the
-        actors leave: one core decodes some hundred tiles of 512 px a second, and a GPU labels thousands. Ray Data lets
+        """As the recipe says; otherwise little without GPUs, since the model needs the CPUs, and with GPUs all that the
+        actors leave: one core decodes some hundred tiles of 512 px a second, and a GPU labels thousands. Ray Data makes
         readers wait where the model is slower."""
         if self.execution.reader_cpus_per_actor is not None:
             return self.execution.reader_cpus_per_actor
@@ -38,17 +38,17 @@ class Resources:
 
     @property
     def cpus_per_reader(self) -> float:
-        """Of one reading task."""
+        """CPUs of one reading task."""
         return min(1.0, self.reader_cpus_per_actor)
 
     @property
     def readers(self) -> int:
-        """Reading tasks at once."""
+        """How many reading tasks run at once."""
         return max(1, round(self.reader_cpus_per_actor / self.cpus_per_reader)) * self.most_actors
 
     @property
     def cpus_per_actor(self) -> float:
-        """As the recipe says; else 1 beside a GPU, and without GPUs all that the readers leave, shared evenly."""
+        """As the recipe says; otherwise 1 with GPUs, and without them an even share of all that the readers leave."""
         if self.execution.cpus_per_actor is not None:
             return self.execution.cpus_per_actor
         if self.execution.gpus_per_actor:
@@ -59,25 +59,25 @@ class Resources:
         return max(0.25, math.floor((share - self.reader_cpus_per_actor) * 100) / 100)
 
     def _places(self, cpus: float) -> int:
-        """For how many actors of so many CPUs there is room: each is on one node."""
+        """How many actors of ``cpus`` CPUs there is room for, each on one node."""
         return sum(math.floor(node / cpus + 1e-9) for node in self.node_cpus)
 
     @property
     def threads(self) -> int:
-        """Of one actor's forward pass: what it reserves, rounded up."""
+        """Threads of one actor's forward pass: the CPUs it reserves, rounded up."""
         return math.ceil(self.cpus_per_actor)
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What has to be there at least, each on one node: the actors to start with, and a reader."""
+        """What has to be there at least: the actors to start with and a reader, each on one node."""
         actor = {"CPU": self.cpus_per_actor, "GPU": self.execution.gpus_per_actor}
         return [*[actor] * self.least_actors, {"CPU": self.cpus_per_reader}]
 
     def check(self) -> None:
-        """Refuse what could never start: an actor pool that takes every CPU starves the readers, without a word.
+        """Refuse what could never start: an actor pool that takes every CPU silently starves the readers.
 
         Raises:
-            RecipeError: Saying what is needed, what is there and which key to lower.
+            RecipeError: It says what is needed, what is there and which key to lower.
         """
         for resource, needed, there in (
             ("CPU", self.least_actors * self.cpus_per_actor + self.cpus_per_reader, sum(self.node_cpus)),

@@ -1,10 +1,10 @@
-"""The labelling step: tiles to soft labels, as one Ray Data job.
+"""The labelling step: from tiles to soft labels, as one Ray Data job.
 
-Work is dealt out in shards, the row groups of the tiles' files. A shard's rows are committed to a file of that shard's
-name by rename, so a shard done twice (a retried task, a rerun) is still there once, and a rerun does what is missing.
+Work is handed out in shards, the row groups of the tiles' files. A shard's rows are committed, by rename, to a file
+named after the shard, so a shard done twice (a retried task, a rerun) is there once, and a rerun does what is missing.
 In the end all are packed into a few large files (softlabel.shards).
-What ends Ray's job from outside (a process, actor or node lost more often than Ray itself retries) starts another for
-what is left, as long as each gets further than the last.
+If Ray's job is ended from outside (a process, actor or node lost more often than Ray itself retries), another starts
+for what is left, until more than ``execution.max_failures`` in a row get no further than the one before.
 """
 
 import os
@@ -43,14 +43,15 @@ from softlabel.storage import is_remote
 from softlabel.store import DONE, STORE, finish, is_done, read_json, summary, write_json, write_text
 from softlabel.terminal import progress, say
 
-# A Ray started from here lets a reader wait for the model. Of more idle processes than CPUs, as on a laptop, Ray
-# ends those that wait for a second, and the next shard pays seconds for another. (On a cluster see docs/cluster.md.)
+# A Ray started from here lets a reader wait for the model. Otherwise, with more idle processes than CPUs, as on a
+# laptop, Ray ends those idle for a second, and the next shard pays seconds for another. (On a cluster see
+# docs/cluster.md.)
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-# The only way to tell Ray Data how often to restart an actor, and its name; their replacement is still to come.
+# They are the only way to tell Ray Data an actor's name and how often to restart it; Ray has yet to replace them.
 warnings.filterwarnings("ignore", message="`ray_remote_args")
-_RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its own default for actors is to restart for ever
-# Of an actor on a CPU, whose every pass asks for some 100 MB of activations: glibc gives them back and fetches them
-# anew, page by page. Kept, and in huge pages, they are there: PyTorch labels 4 % more tiles.
+_RAY_RETRIES = 5  # of a task or an actor, by Ray itself; its default for actors is to restart them for ever
+# For an actor on a CPU, whose every pass asks for some 100 MB for activations: glibc gives that memory back and fetches
+# it anew, page by page. Kept, and in huge pages, it is there at once: PyTorch labels 4 % more tiles.
 KEEP_MEMORY = ":".join(
     (
         "glibc.malloc.hugetlb=1",
@@ -59,23 +60,23 @@ KEEP_MEMORY = ":".join(
         f"glibc.malloc.top_pad={1 << 26}",
     )
 )
-# Of an actor at once: the last tiles of one shard are labelled, and it is committed, beside the next. A GPU has several
-# shards on their way to it and back.
+# Concurrent calls of an actor: the last tiles of one shard are labelled, and it is committed, alongside the next. A GPU
+# has several shards on their way to it and back.
 _CALLS_OF_CPU, _CALLS_OF_GPU = 2, 4
-# Shards that one task reads, and tasks for each reader at least: at the end some wait for the longest of them.
+# At most so many shards per task, at least so many tasks per reader: at the end readers wait for the longest task.
 _MAX_SHARDS, _TASKS_PER_READER = 16, 32
 
 Shard = tuple[int, int]
 """A job and one of its shards."""
 Work = dict[Shard, int]
-"""The number of tiles to label in each."""
+"""The number of tiles to label in each shard."""
 
 
 def finished_store(job: LabelJob, run_dir: Path) -> Path:
     """The store that a job has filled.
 
     Raises:
-        StoreError: It has not, or not all of it.
+        StoreError: It has not been filled, or not completely.
     """
     folder = job.folder(run_dir)
     if not is_done(folder):
@@ -94,7 +95,7 @@ def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path, *, retry_reje
 
     Raises:
         StoreError: A store was made by something else, another run is writing it, its counts do not balance, too many
-            tiles were rejected, no shard was finished for long, or there is no space left.
+            tiles were rejected, no shard was finished for a long time, or there is no space left.
     """
     folders = [job.folder(run_dir) for job in jobs]
     for job, folder in zip(jobs, folders, strict=True):
@@ -102,7 +103,7 @@ def label(recipe: Recipe, jobs: Sequence[LabelJob], run_dir: Path, *, retry_reje
     opened = [i for i, folder in enumerate(folders) if _is_open(folder, retry_rejected)]
     with ExitStack() as held:
         leases = [held.enter_context(Lease(folders[i])) for i in opened]
-        opened = [i for i in opened if _is_open(folders[i], retry_rejected)]  # whoever held one may have finished it
+        opened = [i for i in opened if _is_open(folders[i], retry_rejected)]  # its last holder may have finished it
         for i in opened:
             (folders[i] / DONE).unlink(missing_ok=True)
         work, again = _work(jobs, folders, opened, retry_rejected)
@@ -134,7 +135,7 @@ def _is_open(folder: Path, retry_rejected: bool) -> bool:
 def _work(
     jobs: Sequence[LabelJob], folders: Sequence[Path], opened: Sequence[int], retry_rejected: bool
 ) -> tuple[Work, set[Shard]]:
-    """What is to be labelled, and those that are there and have tiles to read again."""
+    """What is to be labelled, and which of those shards are there already and have tiles to read again."""
     work: Work = {}
     again: Work = {}
     for i in opened:
@@ -153,7 +154,7 @@ def _label_missing(
     again: set[Shard],
     leases: Sequence[Lease],
 ) -> Speed:
-    """Label until nothing is left: ``work`` is emptied on the way, ``again`` grows by what has to be looked at."""
+    """Label until nothing is left: ``work`` is emptied on the way, ``again`` gains what has tiles to retry."""
     speed = Speed()
     if not work:
         return speed
@@ -175,7 +176,7 @@ def _label_missing(
                 _end_actors(actors)
                 _raise_unless_lost(error, folders)
                 _drop_committed(folders, work, again, bar)
-                deaths = _deaths(folders)  # of readers that live, too: only more than ever is a step towards a culprit
+                deaths = _deaths(folders)  # counts living readers too: only a new maximum is a step towards a culprit
                 failures = 0 if len(work) < before or deaths > most_deaths else failures + 1
                 most_deaths = max(deaths, most_deaths)
                 if failures > execution.max_failures:
@@ -193,7 +194,7 @@ def _end_actors(prefix: str) -> None:
     """Kill the actors whose names begin with ``prefix``.
 
     When a run of Ray Data fails, Ray Data only drops its references to them. As long as anything refers to its error,
-    and so to them, they keep CPUs and GPUs that the next run and the packing wait for.
+    and so to the actors, they keep CPUs and GPUs that the next run and the packing wait for.
     """
     for name in ray.util.list_named_actors():
         if name.startswith(prefix):
@@ -206,7 +207,7 @@ def _deaths(folders: Sequence[Path]) -> int:
 
 
 def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar: tqdm) -> None:
-    """A shard may be committed and its process die before it could say so. (One that is retried is retried again.)"""
+    """Drop shards whose process died after committing but before saying so. (One that is retried is retried again.)"""
     done = [committed(folder) for folder in folders]
     for (i, shard), count in list(work.items()):
         if shard in done[i] and (table := read_shard(folders[i], shard)) is not None:
@@ -220,14 +221,14 @@ def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar:
 def _results(
     resources: Resources, actors: str, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
 ) -> Iterator[dict]:
-    """One Ray Data job over what is left, yielding what its actors say of each shard; ``actors`` begins their names."""
+    """One Ray Data job over what is left, yielding its actors' reports on shards; ``actors`` prefixes their names."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
-    context.raise_original_map_exception = True  # else a full disk is a line in a traceback, and no error to know
+    context.raise_original_map_exception = True  # else a full disk is a line in a traceback, not an error to recognise
     context.custom_execution_callback_classes = [_Forgetting]
     context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
-    # Ray counts shards in hand per call that an actor may take, and would let a pool grow at half of what it did.
+    # Ray divides shards in hand by concurrent calls per actor: a pool would grow only at that many times the shards.
     growth = AutoscalingConfig()
     calls = _CALLS_OF_GPU if resources.execution.gpus_per_actor else _CALLS_OF_CPU
     growth.actor_pool_util_upscaling_threshold /= calls
@@ -246,10 +247,10 @@ def _results(
         )
         .map_batches(
             _Labeller,
-            batch_size=1,  # row: a shard
+            batch_size=1,  # one row, that is one shard
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=max(1, resources.least_actors),  # 0 waits for no GPU, but Ray Data knows no 0
+                min_size=max(1, resources.least_actors),  # 0 waits for no GPU, but Ray Data takes no 0
                 max_size=resources.most_actors,
                 max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=True,
@@ -267,7 +268,7 @@ def _results(
 
 
 class _Forgetting(ExecutionCallback):
-    """Drops what Ray Data notes of each block for the statistics of a Dataset, which nobody asks for here: kilobytes a
+    """Drops what Ray Data notes about each block for a Dataset's statistics, which nobody asks for here: kilobytes a
     shard, kept until the end."""
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
@@ -279,7 +280,7 @@ class _Forgetting(ExecutionCallback):
 
 def _num_blocks(num_shards: int, readers: int) -> int:
     """How many tasks read the shards: each costs the driver memory for as long as the run lasts, and one that is lost
-    is done anew."""
+    is redone."""
     per_task = min(_MAX_SHARDS, max(1, num_shards // (_TASKS_PER_READER * readers)))
     return -(-num_shards // per_task)
 
@@ -296,7 +297,7 @@ def _there(execution: Execution) -> Resources:
 
 
 class _Labeller:
-    """A Labeller, in an actor, whose counts show on Ray's dashboard."""
+    """A Labeller in an actor, whose counts show on Ray's dashboard."""
 
     def __init__(self, jobs: Sequence[LabelJob], stores: Sequence[Path], threads: int, batch_size: int | None) -> None:
         from softlabel.labelling.labeller import Labeller  # imports torch, which the driver does without
@@ -311,7 +312,7 @@ class _Labeller:
     def __call__(self, read: pa.Table) -> pa.Table:
         result = self._labeller(read)
         (row,) = result.to_pylist()
-        tags = {"store": self._names[row["job"]]}  # "job" is what Prometheus calls whom it asks
+        tags = {"store": self._names[row["job"]]}  # "job" is Prometheus's own label for what it scrapes
         for key, counter in self._counters.items():
             if row[key] > 0:
                 counter.inc(row[key], tags)
@@ -321,7 +322,7 @@ class _Labeller:
 def _raise_unless_lost(error: RayError, folders: Sequence[Path]) -> None:
     """Raise what another try would meet again; return if Ray lost a process, an actor, a node or an object."""
     for cause in _causes(error):
-        if isinstance(cause, RayTaskError):  # may be of its cause's class too, with a traceback for a message
+        if isinstance(cause, RayTaskError):  # may also be of its cause's class, with a traceback for a message
             continue
         if isinstance(cause, StorageError):  # which may be over by the next try
             return
@@ -343,7 +344,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _stalled(execution: Execution, folders: Sequence[Path], error: ExecutionTimeoutError) -> str:
-    """What waited for what: Ray Data's own words on its stages, and what the journal says is in hand."""
+    """What waited for what: Ray Data's own words about its stages, and what the journal says is in hand."""
     stages = "; ".join(line.strip(" -") for line in str(error).splitlines() if line.startswith("  - "))
     hands = [found for folder in folders for found in journal.in_hand(folder)]
     busy = [f"{stage} {tile_id} for {seconds:.0f} s" for stage, tile_id, seconds in hands]
@@ -367,8 +368,8 @@ def _finish(job: LabelJob, folder: Path, speed: Speed) -> None:
     if sum(counts[status] for status in STATUSES) != requested:
         raise StoreError(f"{folder} does not balance ({dict(counts)} of {requested}): delete it and label again")
     journal.forget_all(folder)
-    if not is_remote(folder):  # where there are no half files
-        for left in folder.glob("**/.*.*"):  # by processes that died while they committed
+    if not is_remote(folder):  # a bucket has no half-written files
+        for left in folder.glob("**/.*.*"):  # by processes that died while committing
             left.unlink(missing_ok=True)
     told = {"name": job.name, "requested": requested, **counts}
     finish(folder, {**told, "speed": speed.summary() if speed.tiles else None})

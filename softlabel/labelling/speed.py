@@ -7,7 +7,7 @@ _BUSY = 0.85  # above it the model is what the run waits for
 
 @dataclass
 class Speed:
-    """Adds up what the actors say of each shard (softlabel.labelling.labeller)."""
+    """Adds up what the actors report on each shard (softlabel.labelling.labeller)."""
 
     tiles: int = 0
     pixels: int = 0
@@ -19,7 +19,7 @@ class Speed:
     devices: set[str] = field(default_factory=set)
 
     def add(self, row: dict) -> None:
-        """One shard."""
+        """Add one shard."""
         self.tiles += row["tiles"] - row["empty"] - row["rejected"]
         self.pixels += row["pixels"]
         self.km2 += row["km2"]
@@ -31,22 +31,22 @@ class Speed:
 
     @property
     def seconds(self) -> float:
-        """From the first shard in an actor's hands to the last one committed: Ray's and the model's start left out."""
+        """From the first shard in an actor's hands to the last one committed; excludes starting Ray and the model."""
         return max(self.last - self.first, 1e-9)
 
     @property
     def busy(self) -> float:
-        """Share in [0, 1] of the time from each actor's first shard to its last in which its model worked on tiles."""
+        """Share in [0, 1] of each actor's time, from its first shard to its last, that its model spent on tiles."""
         present = sum(end - begin for begin, end in self.spans.values())
         return min(1.0, self.busy_s / max(present, 1e-9))
 
     @property
     def limit(self) -> str:
-        """The stage that the other waited for."""
+        """The stage that the other one waited for."""
         return "model" if self.busy >= _BUSY else "reading"
 
     def summary(self) -> dict:
-        """For the store's summary."""
+        """The numbers for the store's summary."""
         return {
             "seconds": round(self.seconds, 3),
             "tiles_per_s": round(self.tiles / self.seconds, 3),
@@ -59,7 +59,7 @@ class Speed:
         }
 
     def line(self) -> str:
-        """For a person."""
+        """One line for a person to read."""
         found = self.summary()
         ground = f", {found['km2_per_s']:.3g} km2/s" if self.km2 else ""
         return (

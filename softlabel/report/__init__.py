@@ -1,1 +1,1 @@
-"""Numbers to what a person looks at."""
+"""From numbers to what a person looks at."""

@@ -1,4 +1,4 @@
-"""What a vocabulary found: objects per class and scene, and how that fits truth where there is some. No pixels here.
+"""What a vocabulary found: objects per class and scene, and how well they fit truth, where there is any. No pixels.
 
 Shape suffixes: N counts objects of a scene, K the vocabulary's classes.
 """
@@ -41,11 +41,11 @@ class Census:
 
     @property
     def examples(self) -> list[list[Example]]:
-        """Best first."""
+        """Per class, best first."""
         return [sorted(heap, reverse=True) for heap in self._examples]
 
     def add_scene(self, scene_id: str, scores_NK: NDArray[np.float32]) -> None:
-        """Count the objects of a scene, each there once."""
+        """Count the objects of a scene, each of them given once."""
         self.num_scenes += 1
         if not len(scores_NK):
             return
@@ -68,7 +68,7 @@ class Census:
             heapq.heappushpop(heap, example)
 
     def table(self) -> list[dict[str, Any]]:
-        """Per class: class, objects, scenes, per_scene (where there are any), median (score); most scenes first."""
+        """Per class: class, objects, scenes, per_scene (over those with any), median (score); most scenes first."""
         found = []
         for k, name in enumerate(self.classes):
             counts = [row["count"] for row in self.rows if row["class"] == name]
@@ -85,7 +85,7 @@ class Census:
         return sorted(found, key=lambda row: (-row["scenes"], -row["objects"], row["class"]))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By class, then by scene."""
+        """Objects by class, then by scene."""
         found: dict[str, dict[str, int]] = {name: {} for name in self.classes}
         for row in self.rows:
             found[row["class"]][row["scene_id"]] = row["count"]
@@ -95,16 +95,16 @@ class Census:
 def against_truth(
     counts: Mapping[str, Mapping[str, int]], truth: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, Any]]:
-    """How well what was found fits what is there, per class that truth knows.
+    """How well what was found fits what is there, for each class that truth knows.
 
     Args:
         counts: Objects found by class and scene.
         truth: Objects that are there, by class and by every scene where somebody looked for that class.
 
     Returns:
-        Of those scenes, per class: class, scenes (that have it), presence_precision and presence_recall (None of
-        nothing), truth and found (objects), count_error (the mean over scenes of |found - truth|, over the mean of
-        truth; None without truth).
+        Per class, over those scenes: class, scenes (that have it), presence_precision and presence_recall (None if
+        undefined), truth and found (objects), count_error (the mean over scenes of |found - truth|, divided by the mean
+        of truth; None without truth).
     """
     rows = []
     for name, there in truth.items():
@@ -128,6 +128,6 @@ def against_truth(
 
 
 def _median(histogram_B: NDArray[np.int64]) -> float:
-    """To the middle of a bin."""
+    """The median, as the middle of its bin."""
     half = int(np.searchsorted(np.cumsum(histogram_B), histogram_B.sum() / 2))
     return (half + 0.5) / _SCORE_BINS

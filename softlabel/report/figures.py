@@ -35,7 +35,7 @@ _LOG_ZERO = 0.7
 """What stands for an empty bin on a logarithmic scale: just below one box."""
 _GAP_PX, _CAPTION_PX, _LEGEND_PX = 8, 17, 20
 _THIN_FROM = 60
-"""Soft labels from which an overlay's labels show the score alone."""
+"""From so many soft labels on, an overlay's tags show the score alone."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def class_rgb(class_id: int) -> tuple[int, int, int]:
 def draw_soft_labels(image: Pixels, found: Detections, classes: Sequence[str], side_px: int, *, scores: bool) -> Pixels:
     """Soft labels in the colours of their best classes on a tile whose longer side becomes ``side_px``.
 
-    Boxes above 0.5 are thick, the best ones on top. With ``scores`` each carries its best score, where there is room
-    beside those of better boxes, and a strip below the tile names the colours.
+    Boxes above 0.5 are thick, the best ones on top. With ``scores`` each carries its best score, clear of those of
+    better boxes where there is room, and a strip below the tile names the colours.
 
     Returns:
         (H', W', 3) uint8.
@@ -99,7 +99,7 @@ def draw_soft_labels(image: Pixels, found: Detections, classes: Sequence[str], s
 
 
 def contact_sheet(pictures: Sequence[Pixels], captions: Sequence[str], side_px: int) -> Pixels:
-    """Small pictures (at most ``side_px`` wide) in rows, each over its caption, (H, W, 3) uint8; 4 beside 3 rows."""
+    """Small pictures (at most ``side_px`` wide), each over its caption, 4 columns to 3 rows; (H, W, 3) uint8."""
     columns = math.ceil(math.sqrt(len(pictures) * 4 / 3))
     rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
     heights = [max(len(pictures[i]) for i in row) + 2 * _GAP_PX + _CAPTION_PX for row in rows]
@@ -124,12 +124,12 @@ def enlarged(image: Pixels, side_px: int) -> Pixels:
 def png(pixels: Pixels) -> bytes:
     """Pixels (H, W, 3) as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)  # 6, the default: thrice the time, 8 % less
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)  # 6, the default: three times as long, 8 % less
     return buffer.getvalue()
 
 
 def jpeg(pixels: Pixels, max_bytes: int) -> bytes:
-    """Pixels (H, W, 3) as JPEG: the best of some that fits ``max_bytes``, else the smallest."""
+    """Pixels (H, W, 3) as JPEG: the best of several renderings that fits ``max_bytes``, else the smallest."""
     data, photo = b"", Image.fromarray(pixels)
     for shrink, quality in ((1.0, 85), (1.0, 70), (0.75, 70), (0.5, 70), (0.5, 50), (0.3, 50)):
         buffer = io.BytesIO()
@@ -147,7 +147,7 @@ def histograms_png(histograms: Sequence[tuple[str, NDArray[np.int64], tuple[int,
 
     Args:
         histograms: Per panel its title, its counts (B,) in bins of equal width, and its colour.
-        x_label: Under each column.
+        x_label: What stands under each column.
     """
     columns = min(4, len(histograms))
     rows = math.ceil(len(histograms) / columns)
@@ -184,7 +184,7 @@ def _draw_histogram(axes: Axes, counts: NDArray[np.int64], rgb: tuple[float, ...
 
 
 def overlay_png(overlay: Overlay, max_bytes: int) -> bytes:
-    """The drawn overlay as PNG: the best rendering of some that fits ``max_bytes``, else the smallest.
+    """The drawn overlay as PNG: the best of several renderings that fits ``max_bytes``, else the smallest.
 
     Only the photograph loses colours and size, never boxes and text.
     """
@@ -208,7 +208,7 @@ def _renderings(overlay: Overlay) -> Iterator[bytes]:
 
 
 def _indexed(image: Image.Image) -> Image.Image:
-    """The same colours by palette where 256 are enough (a third of the bytes), else the image as it is."""
+    """The same colours as a palette where 256 are enough (a third of the bytes), else the image as it is."""
     pixels = np.asarray(image)
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
     if len(colours) > 256:
@@ -254,7 +254,7 @@ def _outline(
     rgb: tuple[int, int, int],
     offsets: tuple[int, ...],
 ) -> None:
-    """One-pixel frames of a box, or as thick a polygon where it is rotated."""
+    """One-pixel frames of a box, or a polygon of the same thickness where it is rotated."""
     if of.xywhr is None:
         _rectangle(draw, of.boxes[i] * factor, rgb, offsets)
         return
@@ -272,7 +272,7 @@ def _rectangle(draw: ImageDraw.ImageDraw, box: NDArray, rgb: tuple[int, int, int
 
 
 def _tag(draw: ImageDraw.ImageDraw, box: NDArray, text: str, size_wh: tuple[int, int]) -> None:
-    """White text on red above the box, below its top edge where the image ends."""
+    """White text on red above the box, or below its top edge at the top of the image."""
     width, height = _tag_size(text)
     x = int(np.clip(round(box[0]), 0, max(0, size_wh[0] - width)))
     y = round(box[1]) - height
@@ -298,7 +298,7 @@ def _tag_at(draw: ImageDraw.ImageDraw, xy: tuple[int, int], text: str, rgb: tupl
 
 
 def _tag_places(boxes: NDArray, texts: Sequence[str], size_wh: tuple[int, int]) -> list[tuple[int, int]]:
-    """Top left corners of tags at the boxes' corners, clear of those before them where one of eight places is."""
+    """Top left corners of tags at the boxes' corners: of eight places, the one that overlaps the fewest tags before."""
     taken = np.zeros((0, 4))
     for box, text in zip(boxes, texts, strict=True):
         width, height = _tag_size(text)
@@ -315,7 +315,7 @@ def _tag_places(boxes: NDArray, texts: Sequence[str], size_wh: tuple[int, int]) 
 
 
 def _text_rgb(rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever is read on a colour (ITU-R BT.601 luma)."""
+    """Black or white, whichever is legible on a colour (ITU-R BT.601 luma)."""
     luma = float(np.dot(rgb, (0.299, 0.587, 0.114)))
     return (0, 0, 0) if luma > 140 else (255, 255, 255)
 
@@ -341,7 +341,7 @@ def _with_legend(photo: Image.Image, entries: Sequence[tuple[str, tuple[int, int
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> str:
-    """A text that is too wide loses its middle: names of tiles differ at their ends."""
+    """Cut the middle out of a text that is too wide: names of tiles differ at their ends."""
     start, end = text[: len(text) // 2], text[len(text) // 2 :]
     while len(end) > 1 and font.getlength(text) > width_px:
         start, end = (start[:-1], end) if len(start) > len(end) / 4 else (start, end[1:])

@@ -1,4 +1,4 @@
-"""compare.json to words for the terminal and one self-contained HTML page."""
+"""From compare.json to words for the terminal and one self-contained HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _ALL = "all"
 
 
 def format_methods(results: dict) -> str:
-    """A table as aligned plain text, one line per method and training set, and what it says."""
+    """A table as aligned plain text, one line per method and training set, and sentences on what it says."""
     header = ["method", "train set", "mAP50", "gain over plain", "gap closed", "mAP50-95"]
     lines = wording.aligned([header, *(_cells(row) for row in results["rows"])])
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *sentences(results)])

@@ -1,6 +1,6 @@
-"""results.json to one self-contained HTML page.
+"""From results.json to one self-contained HTML page.
 
-Here are the views: what each part of the page shows. wording.py makes every sentence with a number from the numbers;
+The views are here: what each part of the page shows. wording.py makes every sentence with a number from the numbers;
 page.html.j2 holds the layout and the words that never change.
 """
 
@@ -46,7 +46,7 @@ def write_report(path: Path, results: dict, curves: dict[str, dict], overlays: l
         path: Where to; appears whole or not at all.
         results: What results.json holds: name, classes, models, label_quality, tiles, times_s, machine.
         curves: By model name, then by class name or ``all``: recall and precision at IoU 0.5, confidence and f1.
-        overlays: Tiles to show; photographs lose colours, then size, where all together pass 3 MB.
+        overlays: Tiles to show; photographs lose colours, then size, to fit 375 kB each and 3 MB together.
     """
     store.write_text(path, render("page.html.j2", _view(results, curves, overlays)))
 
@@ -199,7 +199,7 @@ def _f1_peaks(models: list[dict]) -> dict[str, str]:
 
 
 def _quality_view(results: dict) -> dict[str, Any] | None:
-    """Precision and recall of the soft labels over the threshold, a panel per measure and labelling."""
+    """Precision and recall of the soft labels against the threshold, a panel per measure and labelling."""
     quality = results.get("label_quality") or []
     if not quality:
         return None
@@ -292,7 +292,7 @@ def _bar_style(style: Style, model: dict, students: list[dict]) -> Style:
 
 
 def _class_style(i: int) -> Style:
-    """Ink for all classes, then colours that no train set of the paper has; a dash where they come round again."""
+    """Ink for all classes, then colours that no train set of the paper has; a dash where they repeat."""
     return Style(width=2.4) if i == 0 else Style(2 + (i - 1) % 4, dash=(i - 1) // 4 + (i - 1) % 2)
 
 

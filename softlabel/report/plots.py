@@ -70,11 +70,11 @@ def curve_panel(
     y_label: str,
     key: str,
 ) -> str:
-    """A measured curve as SVG: its mean, the band it lies in, and what it was measured at.
+    """A measured curve as SVG: its mean, the band it lies in, and the points that were measured.
 
     Args:
         at: X of the curve.
-        mean: Y of it.
+        mean: Y of the curve.
         band: Lower and upper end at each x.
         points: x, y and whether it was measured to the end (else it is drawn hollow).
         peak: Where the highest point lies, as an interval of x; drawn along the x axis.
@@ -143,13 +143,13 @@ def interval_panel(
     x_label: str,
     key: str,
 ) -> str:
-    """Values with their intervals as SVG, a line each, the first on top.
+    """Values with their intervals as SVG, a row each, the first on top.
 
     Args:
         names: Drawn literally.
         intervals: Value, low and high of each; what is null is not drawn.
-        points: Of each, what the value is the mean of.
-        marks: X of upright lines.
+        points: For each, the values that its value is the mean of.
+        marks: X of vertical lines.
         x_label: Under the plot.
         key: Unique in the page.
     """
@@ -244,7 +244,7 @@ def _shorten(name: str, limit: int = 14) -> str:
 
 
 def _sentinel(colour: int | None) -> str:
-    """A colour that only stands for a CSS variable until ``_svg`` swaps it."""
+    """A placeholder for a colour, which ``_svg`` swaps for a CSS variable."""
     return _INK if colour is None else f"#fe00{colour % NUM_COLOURS:02x}"
 
 
@@ -261,7 +261,7 @@ def _svg(figure: Figure, key: str) -> str:
 
 
 def _inlined(text: str, key: str) -> str:
-    """A stand-alone SVG made fit to stand in HTML beside others: no prologue, own ids, the page's font and colours."""
+    """Make a stand-alone SVG fit to stand in HTML beside others: no prologue, own ids, the page's font and colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 class="plot">', text, count=1)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)

@@ -41,7 +41,7 @@ class _Picture:
 
 
 def show(folder: Path, output: Path, num_doubtful: int) -> str:
-    """Count a finished store in one pass, whatever its size, draw it into ``output``, and say it in words.
+    """Count a finished store in one pass, whatever its size, draw it into ``output``, and return it in words.
 
     Writes index.html, histograms.png, contact.png, ``overlays/`` (a PNG per doubtful tile with its boxes) and, for
     correction, ``doubtful/`` (images/ and coco.json). What an earlier call wrote there is replaced.
@@ -82,7 +82,7 @@ def _earlier_pictures(output: Path) -> list[Path]:
 
 
 def _histograms(tally: Tally, classes: Sequence[str]) -> bytes:
-    """All classes, then each alone; of very many those with the most boxes."""
+    """All classes, then each alone; where there are very many, those with the most boxes."""
     counts_K = tally.boxes_HK[0]
     largest = set(np.argsort(-counts_K, kind="stable")[:_MAX_CLASS_PANELS].tolist())
     panels = [(f"all classes: {wording.plain(int(counts_K.sum()))}", tally.histograms_KB.sum(axis=0), _INK_RGB)]

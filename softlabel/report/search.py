@@ -1,4 +1,4 @@
-"""search.json to words for the terminal and one self-contained HTML page."""
+"""From search.json to words for the terminal and one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def values_words(values: Mapping[str, Any]) -> str:
 
 
 def write_search_report(path: Path, results: dict) -> None:
-    """Write search.html: the answer, mAP over each varied key, the labels over the threshold, every student."""
+    """Write search.html: the answer, mAP against each varied key, labels against the threshold, every student."""
     store.write_text(path, render("search.html.j2", _view(results)))
 
 
@@ -86,7 +86,7 @@ def _test(row: dict, best: dict) -> str:
 
 
 def _without_labels(kept: dict[str, dict[str, int]], classes: Sequence[str]) -> list[str]:
-    """From where on students of a class's labels do not see one."""
+    """The thresholds from which on no label of a class is left, so that students never see one."""
     ends = {name: next((at for at, counts in kept.items() if not counts[name]), None) for name in classes}
     parts = [f"of {name} above {at}" for name, at in ends.items() if at is not None]
     return [f"No label is left {', '.join(parts)}: students there never see one."] if parts else []
@@ -146,7 +146,7 @@ def _reached(trial: dict) -> float:
 
 
 def _quality_panels(results: dict) -> list[dict[str, Any]]:
-    """Precision and recall of the labels over the threshold, per class."""
+    """Precision and recall of the labels against the threshold, per class."""
     rows = results["label_quality"]
     if not rows:
         return []
@@ -165,7 +165,7 @@ def _quality_panels(results: dict) -> list[dict[str, Any]]:
 
 
 def _labels_table(results: dict) -> list[list[str]]:
-    """Labels kept per class over the threshold."""
+    """Labels kept per class, by threshold."""
     counts: dict[str, dict[str, int]] = results["labels_kept"]
     names = [*results["classes"], "all"]
     return [["threshold", *names], *([at, *(wording.plain(row[name]) for name in names)] for at, row in counts.items())]

@@ -39,13 +39,13 @@ class DoubtfulTile:
 
     @property
     def order(self) -> tuple[float, str]:
-        """Sorts the most doubtful first, equal ones by their name."""
+        """Sorts the most doubtful first, equally doubtful ones by name."""
         return -self.doubt, self.tile_id
 
 
 @dataclass
 class Reason:
-    """Rejected tiles with one reason, but for the scene's name and the numbers in it."""
+    """Rejected tiles with the same reason, apart from the scene's name and the numbers in it."""
 
     example: str
     tiles: int = 0
@@ -80,7 +80,7 @@ class Tally:
 
     @property
     def shown_above(self) -> float:
-        """The threshold of what a person is shown: 0.1, below which most boxes are noise, or 0 where none passes."""
+        """The threshold above which boxes are shown: 0.1, below which most are noise, or 0 where none passes that."""
         return THRESHOLDS[0] if self.boxes_HK[1].any() else 0.0
 
     def add(self, table: pa.Table) -> None:
@@ -136,10 +136,10 @@ class Tally:
 def doubts(tiles_N: NDArray[np.int64], best_N: NDArray[np.float32], num_tiles: int) -> NDArray[np.float64]:
     """How doubtful each tile is (T,), in boxes: the sum over its boxes of min(s, 1 - s), s the best class's score.
 
-    Were scores probabilities, this is how many of the tile's boxes a cut at 0.5 is expected to judge wrongly. A box at
-    0.5 counts half a box, a sure one and one near the floor next to nothing, so that the hundreds of boxes just above a
-    low floor do not drown the rest (as they do with the entropy). Crowded tiles come first: there, one look settles
-    most. An object that got no box at all leaves no doubt behind.
+    If scores were probabilities, this would be how many of the tile's boxes a cut at 0.5 is expected to get wrong. A
+    box at 0.5 counts half a box, a sure one and one near the floor next to nothing, so that the hundreds of boxes just
+    above a low floor do not drown the rest (as they would with entropy). Crowded tiles come first: there, one look
+    settles most. An object that got no box at all adds no doubt.
     """
     return np.asarray(np.bincount(tiles_N, np.minimum(best_N, 1 - best_N), num_tiles), np.float64)
 
@@ -152,8 +152,8 @@ def reason_group(reason: str, tile_id: str) -> str:
 
 
 def teacher_facts(teacher: dict) -> dict[str, str]:
-    """A teacher's fingerprint, that of several fused, or of one whose class was split, as names and words; classes are
-    told elsewhere."""
+    """The fingerprint of a teacher, of several fused, or of one whose class was split, as names and words; classes are
+    listed elsewhere."""
     left_out = ("fused", "classes", "versions", "class_map", "subtyped", "by", "class")
     facts = {key: wording.plain(value) for key, value in teacher.items() if key not in left_out}
     if "class_map" in teacher:
@@ -196,7 +196,7 @@ def tile_counts(tally: Tally) -> dict[str, str]:
 
 
 def top_reasons(tally: Tally) -> tuple[list[Reason], str]:
-    """The ten most frequent reasons, and what to say of the rest: empty where there is none."""
+    """The ten most frequent reasons, and what to say of the rest: empty if there are no more."""
     reasons = sorted(tally.reasons.values(), key=lambda reason: (-reason.tiles, reason.example))
     rest = reasons[_SHOWN_REASONS:]
     tiles = sum(reason.tiles for reason in rest)
@@ -249,7 +249,7 @@ def is_as_written(document: dict) -> bool:
 
 
 def percent(count: int, total: int) -> str:
-    """A share for people, an en dash of nothing."""
+    """A share for people, an en dash where the total is 0."""
     return f"{100 * count / total:.1f} %" if total else wording.NULL
 
 

@@ -2,8 +2,8 @@
 
 Every sentence with a number is made from the numbers. What is null is shown as an en dash.
 
-Everywhere a drop is soft minus truth, as softlabel.evaluation.quality measures it: negative is a loss. Where a person
-reads it, it is called the change.
+A drop is soft minus truth everywhere, as softlabel.evaluation.quality measures it: negative is a loss. In what a person
+reads it is called the change.
 """
 
 import itertools
@@ -32,7 +32,7 @@ _PAPER_COCO: Paper = {
     for train_set in ("train_1", "train_2")
     for source, threshold, map50 in (("truth", None, 0.2225), (OWLVIT, 0.25, 0.1844), (OWLVIT, 0.1, 0.1534))
 }
-"""Theirs on COCO, where one student each learned from truth and from OWL-ViT."""
+"""Theirs on COCO, where one student learned from truth, and one from OWL-ViT at each threshold."""
 
 METRICS = (("map50", "mAP50"), ("map50_95", "mAP50-95"))
 NULL, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -60,7 +60,7 @@ def format_table(results: dict) -> str:
 
 
 def rotated_note(models: Sequence[dict]) -> list[str]:
-    """Which models are judged by rotated boxes, and that others do not compare with them; nothing where none is."""
+    """Which models are judged by rotated boxes, and that others cannot be compared with them; empty where none is."""
     turned = [model["name"] for model in models if model.get("rotated")]
     if not turned:
         return []
@@ -113,7 +113,7 @@ def paper_answers(results: dict) -> list[str]:
 
 
 def paper_of(models: Iterable[dict]) -> Paper:
-    """The paper's experiment that a run is like."""
+    """The numbers of the paper's experiment that a run is like."""
     return _PAPER_COCO if any(source_of(model) == OWLVIT for model in models) else PAPER
 
 
@@ -218,12 +218,12 @@ def source_of(model: dict) -> str:
 
 
 def is_soft(model: dict) -> bool:
-    """Whether a student learned by ``train.soft``; the paper's did not."""
+    """Whether a student learned with ``train.soft``; the paper's did not."""
     return bool(model.get("soft"))
 
 
 def kind_of(student: dict) -> tuple[int, float, bool]:
-    """Students that differ in nothing but their training set have it in common; sorts by source, threshold, loss."""
+    """What students that differ only in their training set have in common; sorts by source, threshold, loss."""
     return list(_LABELS_OF).index(source_of(student)), threshold_of(student), is_soft(student)
 
 
@@ -233,7 +233,7 @@ def drop_of(model: dict, metric: str) -> dict:
 
 
 def loss_names(models: list[dict]) -> list[str]:
-    """All losses that any model has, in the order they come."""
+    """All losses that any model has, in the order in which they come."""
     sides = [(model.get("losses") or {}).get(side) or {} for model in models for side in ("train", "test")]
     return list(dict.fromkeys(name for side in sides for name in side))
 
@@ -265,7 +265,7 @@ def _change(absolute: float, relative: float | None, several: bool) -> str:
 
 
 def _chance(students: list[dict]) -> str:
-    """What the intervals allow to say of the students of one threshold, each against truth on its own train set."""
+    """What the intervals allow us to say of the students of one threshold, each against truth on its own train set."""
     by_verdict: dict[bool | None, list[dict]] = {True: [], False: [], None: []}
     for student in students:
         by_verdict[distinguishable(drop_of(student, "map50"))].append(student)

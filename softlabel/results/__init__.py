@@ -1,1 +1,1 @@
-"""Soft labels to what others use: scenes with every object once, data sets, several teachers in one store."""
+"""From soft labels to what others use: scenes with every object once, data sets, several teachers in one store."""

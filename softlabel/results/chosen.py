@@ -21,7 +21,7 @@ class ChosenLabels:
         """The store's folder.
 
         Raises:
-            RecipeError: It is of other tiles than these, by their folder.
+            RecipeError: It is of other tiles than these, judged by their folder's name.
         """
         if self.store.tiles.name != tiles.name:
             raise RecipeError(
@@ -32,7 +32,7 @@ class ChosenLabels:
 
 
 def chosen_labels(recipe: Recipe) -> ChosenLabels | None:
-    """What ``train.store`` names; None where it names nothing.
+    """The labels that ``train.store`` names; None where it names nothing.
 
     Raises:
         StoreError: It is no finished store.

@@ -1,4 +1,4 @@
-"""Which colours a crop shows: the share of its pixels in each of some families, as people name them.
+"""Which colours a crop shows: the share of its pixels in each of several families, as people name them.
 
 Shape suffixes: P counts pixels, F families.
 """
@@ -14,15 +14,15 @@ from softlabel.detectors.queries import Crop
 FAMILIES = ("white", "grey", "black", "red", "orange-brown", "yellow", "green", "blue")
 """What cars are told apart by, after the example of Ciolino, Rosario and Noever (arXiv:2212.00585)."""
 
-# No source has borders that hold everywhere; these are ours. What has little chroma in CIE Lab is white, grey or black
-# by its lightness, where HSV would call the noise of a shadow a strong colour; the rest goes by its hue in HSV, between
-# the wheel's red 0, orange 30, yellow 60, green 120, blue 240 and magenta 300. Yellow is kept narrow, since what is
-# greener passes for green, and cyan and violet count as blue, pink as red. Brown is dark orange.
+# No source has borders that hold everywhere; these are ours. A pixel with little chroma in CIE Lab is white, grey or
+# black by its lightness (HSV would call the noise of a shadow a strong colour); others go by their hue in HSV, with
+# borders between the wheel's red 0, orange 30, yellow 60, green 120, blue 240 and magenta 300. Yellow is kept narrow,
+# since anything greener passes for green; cyan and violet count as blue, pink as red. Brown is dark orange.
 _LEAST_CHROMA = 14.0
 _BLACK_BELOW, _WHITE_FROM = 30.0, 75.0  # lightness, of 100
 _HUE_BORDERS = ((15, "red"), (45, "orange-brown"), (70, "yellow"), (165, "green"), (285, "blue"), (361, "red"))
-"""Degrees below which a hue is so called."""
-_CENTRE = 0.6  # of width and height: in a box's corners is what surrounds the object
+"""Degrees below which a hue gets that name."""
+_CENTRE = 0.6  # of width and height: a box's corners show what surrounds the object
 
 
 class Colour:

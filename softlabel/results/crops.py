@@ -9,11 +9,11 @@ from softlabel.records import Detections
 
 
 def cut_out(image: Crop, found: Detections) -> list[Crop]:
-    """The pixels of each box, uint8 (H, W, 3), at least one; of a rotated box its interior, turned upright.
+    """The pixels of each box, uint8 (H, W, 3), at least one; for a rotated box its interior, turned upright.
 
     Args:
         image: The tile, uint8 (H, W, 3).
-        found: Boxes in its pixels. What a rotated one has outside the tile repeats the tile's border.
+        found: Boxes in its pixels. Where a rotated one extends beyond the tile, the tile's border is repeated.
     """
     if found.xywhr is not None:
         return [_turned_upright(image, box) for box in found.xywhr]
@@ -33,7 +33,7 @@ def _turned_upright(image: Crop, xywhr: NDArray[np.float32]) -> Crop:
     x, y, w, h, angle = xywhr.astype(np.float64)
     width, height = max(1, round(w)), max(1, round(h))
     cos, sin = np.cos(angle), np.sin(angle)
-    # From the crop to the tile, both in numbers of pixels, whose centres lie half a pixel further.
+    # From the crop to the tile, both in pixel indices; the centres of pixels lie half a pixel further.
     across, down = (width - 1) / 2, (height - 1) / 2
     to_tile = np.array(
         [[cos, -sin, x - 0.5 - cos * across + sin * down], [sin, cos, y - 0.5 - sin * across - cos * down]]

@@ -39,7 +39,7 @@ def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 
 def _split_folder(split: str | None) -> str:
-    """A truth file may name its splits as it likes."""
+    """A safe name of a split's folder: a truth file may name its splits as it likes."""
     return NO_SPLIT if split is None else split if re.fullmatch(r"[\w-]+", split) else safe_name(split)
 
 
@@ -54,7 +54,7 @@ def yolo_labels(found: Detections, size_wh: tuple[int, int]) -> str:
 def yolo_obb_labels(found: Detections, size_wh: tuple[int, int]) -> str:
     """A label file of YOLO for rotated boxes: per box the best class, then four corners as shares of the tile.
 
-    Corners are moved into the tile, as ultralytics does in training: one box far outside costs an image all its labels.
+    Corners are clipped to the tile, as ultralytics does in training: one box far outside costs an image all its labels.
     """
     shares_N8 = np.clip(_corners(found) / np.array(size_wh, np.float64), 0, 1).reshape(-1, 8)
     rows = zip(found.class_ids.tolist(), shares_N8.tolist(), strict=True)
@@ -64,7 +64,7 @@ def yolo_obb_labels(found: Detections, size_wh: tuple[int, int]) -> str:
 def dota_labels(found: Detections, classes: Sequence[str]) -> str:
     """A label file of DOTA: per box four corners in pixels, the best class, and 0 for not difficult.
 
-    DOTA splits its lines at spaces: those of a class's name become hyphens, as in its own ``small-vehicle``.
+    DOTA splits its lines at spaces: those in a class's name become hyphens, as in its own ``small-vehicle``.
     """
     names = ["-".join(name.split()) for name in classes]
     rows = zip(found.class_ids.tolist(), _corners(found).reshape(-1, 8).tolist(), strict=True)
@@ -77,15 +77,16 @@ def _corners(found: Detections) -> NDArray[np.float64]:
 
 
 def label_file(image: Path) -> Path:
-    """Where YOLO looks for the labels of a picture: ``labels`` for ``images``, .txt for its suffix."""
+    """Where YOLO looks for the labels of a picture: ``labels`` instead of ``images``, .txt for its suffix."""
     return Path("labels", *image.parts[1:]).with_suffix(".txt")
 
 
 def write_yolo_config(folder: Path, classes: Sequence[str], splits: Sequence[str]) -> None:
     """Commit the data.yaml of a YOLO folder.
 
-    ``train`` is every split of that name (train_1, train_2), ``val`` likewise and ``test``. YOLO demands the first
-    two: without a training split all tiles train, without a validation split it is trained and validated on the same.
+    ``train`` is every split whose name begins so (train_1, train_2), ``val`` and ``test`` likewise. YOLO demands the
+    first two: without a training split all tiles are trained on, without a validation split the training tiles validate
+    too.
     """
     named = {role: [split for split in splits if split.startswith(role)] for role in ("train", "val", "test")}
     train = named["train"] or list(splits)
@@ -101,7 +102,7 @@ def write_coco(
     """Commit a COCO file, written as the tiles come, so that memory does not grow with them.
 
     Image ids, box ids and category ids count from 1. An image has its group and split, which this project's own reader
-    takes, and its tile_id; a box has the score of its class.
+    uses, and its tile_id; a box has the score of its class.
 
     Args:
         path: The JSON file.

@@ -1,4 +1,4 @@
-"""Several teachers over one tile set: boxes that show one object become one, with a say for each teacher."""
+"""Several teachers over one tile set: boxes that show the same object become one, with a weight for each teacher."""
 
 import json
 import math
@@ -20,7 +20,7 @@ _NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros((0, 0), np.float32)
 
 @dataclass(frozen=True)
 class FuseJob:
-    """``stores`` and their ``weights``, in an order that does not depend on how they were named."""
+    """``stores`` and their ``weights``, in an order that does not depend on how they were given."""
 
     stores: tuple[Store, ...]
     weights: tuple[float, ...]
@@ -29,7 +29,7 @@ class FuseJob:
     run_dir: Path
 
     def identity(self) -> dict:
-        """All that determines the result. Rejected tiles count, since labelling may take them up again."""
+        """All that determines the result, the number of rejected tiles included, since labelling may retry them."""
         first = self.stores[0]
         teacher = {
             "fused": [store.teacher for store in self.stores],
@@ -54,7 +54,7 @@ class FuseJob:
 
 
 def fuse_job(folders: Sequence[Path], weights: Sequence[float], threshold: float, iou: float, run_dir: Path) -> FuseJob:
-    """What fusing these stores means.
+    """Check and describe the fusion of these stores.
 
     Raises:
         StoreError: A store is not finished, they are of different tiles, splits or classes, or a weight is missing or
@@ -74,11 +74,11 @@ def fuse_job(folders: Sequence[Path], weights: Sequence[float], threshold: float
 
 
 def fuse_shard(job: FuseJob, shard: int) -> pa.Table:
-    """The rows of one shard of the fused store; a tile that a teacher rejected is rejected with its reason, one that is
-    empty to any is empty.
+    """The rows of one shard of the fused store; a tile that any teacher rejected is rejected with that reason, else one
+    that is empty for any is empty.
 
     Raises:
-        StoreError: A shard is missing, broken, or one of other tiles.
+        StoreError: A shard is missing, broken, or about other tiles.
     """
     by_teacher = [read_shard(store, shard) for store in job.stores]
     found, reasons, retryable, empty = [], [], [], set[str]()

@@ -35,7 +35,7 @@ class SceneDetections:
     Attributes:
         boxes: (M, 4) float64, xyxy in scene pixels.
         scores: (M, K) float32 class vectors.
-        members: (M,) how many detections in tiles each was made of.
+        members: (M,) how many detections in tiles each was merged from.
         crs: As in the tiles table, None where the scene has none.
         transform: The scene's affine (a, b, c, d, e, f) from pixels to ``crs``, or None.
         xywhr: (M, 5) float64, rotated boxes in scene pixels, of which ``boxes`` are the hulls; None where upright.
@@ -54,12 +54,12 @@ def to_frame(found: SceneDetections, classes: Sequence[str], teacher: str) -> gp
     """A row per object.
 
     Columns: scene_id, class (name of the best), score (of the best), scores (the class vector, in the order of
-    ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels; of a rotated box its hull), of rotated boxes
+    ``classes``), teacher, members, xmin, ymin, xmax, ymax (scene pixels; of a rotated box its hull), for rotated boxes
     angle (radians, from x towards y, y down), geometry: the box's four corners in the scene's CRS, or in pixels (y
     down) and without a CRS where the scene has none.
 
     Raises:
-        SceneError: The scene's CRS is not known, or its transform has a value that is no number.
+        SceneError: The scene's CRS is not known, or its transform has a value that is not finite.
     """
     if found.transform is not None and not np.isfinite(found.transform).all():
         raise SceneError("its transform has values that are not finite")
@@ -90,7 +90,7 @@ def scene_file(folder: Path, scene_id: str, fmt: str) -> Path:
 
 
 def write_scene(path: Path, frame: gpd.GeoDataFrame, fmt: str) -> None:
-    """Commit one scene's file. GeoJSON is longitude and latitude to 7 decimals (RFC 7946), without a CRS pixels.
+    """Commit one scene's file. GeoJSON has longitude and latitude to 7 decimals (RFC 7946), or without a CRS pixels.
 
     Raises:
         SceneError: GeoJSON cannot say where these boxes are.
@@ -113,15 +113,15 @@ def _polygons(corners_M42: NDArray[np.float64], transform: tuple[float, ...] | N
 
 def _write_geoparquet(path: Path, frame: gpd.GeoDataFrame) -> None:
     frame.to_parquet(path, index=False, compression=None)
-    # pandas' own notes on columns go: with lists among them, pandas and geopandas cannot read the file back.
+    # pandas' own notes on columns are removed: with lists among them, pandas and geopandas cannot read the file back.
     table = pq.read_table(path, partitioning=None)
     notes = {key: value for key, value in table.schema.metadata.items() if key != b"pandas"}
     pq.write_table(table.replace_schema_metadata(notes), path, compression="zstd")
 
 
 def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
-    # A CRS of a building site or a ship leads to no longitude: its coordinates stay as they are, and nothing is said of
-    # a CRS, since a file that names another than WGS84 is no GeoJSON.
+    # An engineering CRS, of a building site or a ship, leads to no longitude: its coordinates stay as they are, and no
+    # CRS is named, since a file that names another than WGS84 is no GeoJSON.
     on_earth = frame.crs is not None and (frame.crs.is_projected or frame.crs.is_geographic)
     frame = _to_lonlat(frame) if on_earth else frame.set_crs(None, allow_override=True)
     with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
             path,
             driver="GeoJSON",
             engine="pyogrio",
-            use_arrow=True,  # the only way that takes lists
+            use_arrow=True,  # the only way to write lists
             geometry_type="Polygon",
             RFC7946="YES" if on_earth else "NO",
             WRITE_NAME="NO",  # it would be that of the temporary file
@@ -138,12 +138,12 @@ def _write_geojson(path: Path, frame: gpd.GeoDataFrame) -> None:
 
 
 def _to_lonlat(frame: gpd.GeoDataFrame) -> gpd.GeoDataFrame:
-    """In longitude and latitude; longitudes beyond 180, as of a raster from 0 to 360, turned back by whole turns.
+    """To longitude and latitude; longitudes beyond 180, as of a raster from 0 to 360, are shifted back by whole turns.
 
-    GDAL could do it, but not from every CRS, and it drops what lies beyond 360 without a word.
+    GDAL could do it, but not from every CRS, and it silently drops what lies beyond 360.
 
     Raises:
-        SceneError: There is no way from this CRS, as from one of the Moon, or boxes lie beyond a pole.
+        SceneError: There is no way from this CRS, such as one of the Moon, or boxes lie beyond a pole.
     """
     try:
         found = frame.to_crs(_WGS84)

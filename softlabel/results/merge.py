@@ -1,10 +1,10 @@
-"""One scene's detections from its overlapping tiles: an object on a seam is seen twice, and becomes one.
+"""One scene's detections from its overlapping tiles: an object on a seam is found twice, and becomes one.
 
-Boxes are xyxy, x right, y down, in scene pixels, float64; rotated ones xywhr (softlabel.rotated) beside their hulls.
-Shape suffixes: N counts boxes that go in, M those that come out, K classes, P pairs of boxes.
+Boxes are xyxy, x right, y down, in scene pixels, float64; rotated ones are xywhr (softlabel.rotated), with their hulls
+as xyxy. Shape suffixes: N counts boxes that go in, M those that come out, K classes, P pairs of boxes.
 
 A box touching a border that its tile shares with another is likely an object cut in two. Such a *cut* box ranks behind
-every whole one, and joins a better box also where most of it lies inside that one.
+every whole one, and also joins a better box where most of it lies inside that one.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Merged:
     """Objects, best score first.
 
     Attributes:
-        boxes: (M, 4), of rotated ones the hulls.
+        boxes: (M, 4), for rotated ones the hulls.
         scores: (M, K) class vectors.
         members: (M,) how many boxes each stands for.
         xywhr: (M, 5), None where boxes are upright.
@@ -50,16 +50,17 @@ def merge(
     method: Method,
     iou: float,
 ) -> Merged:
-    """Make one box of those that show one object, class by class (of the best class).
+    """Make one box of those that show the same object, separately for each best class.
 
-    Boxes are ranked (`rank`) and clustered around the best ones (`cluster`). No class vector is dropped:
+    Boxes are ranked (`rank`) and clustered around the best ones (softlabel.clusters); class vectors are merged too:
 
     - ``nms`` keeps each cluster's first box, with the elementwise maximum of its vectors;
     - ``wbf`` takes the mean of the cluster's boxes, weighted by best score, and the plain mean of its vectors. This is
       weighted box fusion (Solovyev et al., arXiv:1910.13302) with three changes. Boxes are compared with the first box
       of a cluster, not with its mean so far, which would change with every box and make the cost quadratic. The score
-      is not lowered for boxes that few have found, since how many tiles see an object says nothing about it. And cut
-      boxes move nothing: only those above ``iou`` with the first box count, and cut ones only if the first one is too.
+      is not lowered for boxes found in few tiles, since how many tiles see an object says nothing about it. And cut
+      boxes do not shift a mean: only boxes with an IoU above ``iou`` with the first one count, and cut ones only if the
+      first one is cut too.
       Rotated boxes are turned by quarters to the first one's angle before their mean is taken.
 
     The result depends neither on the order of the boxes nor on how they were dealt out to tiles.
@@ -70,7 +71,7 @@ def merge(
         edge_N: Which boxes are cut (`cut_by_tiles`).
         xywhr_N5: The boxes themselves where they are rotated: then IoU is of their polygons.
         method: ``nms`` or ``wbf``.
-        iou: Boxes of a class above it are one object; in [0, 1].
+        iou: Boxes of one class with an IoU above it are one object; in [0, 1].
     """
     if not len(boxes_N4):
         return Merged(boxes_N4, scores_NK, np.zeros(0, np.int64), xywhr_N5)
@@ -97,7 +98,7 @@ def cut_by_tiles(boxes_N4: Boxes, windows_N4: NDArray[np.integer], outline_xyxy:
     Args:
         boxes_N4: In scene pixels.
         windows_N4: Each box's tile: column, row, width, height.
-        outline_xyxy: Of all tiles of the scene together.
+        outline_xyxy: The outline of all tiles of the scene together.
     """
     low_N2, high_N2 = windows_N4[:, :2], windows_N4[:, :2] + windows_N4[:, 2:]
     at_low_N2 = (boxes_N4[:, :2] < low_N2 + EDGE_PX) & (low_N2 > outline_xyxy[:2])

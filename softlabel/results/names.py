@@ -4,22 +4,22 @@ import re
 
 from softlabel.store import digest
 
-_MAX_LENGTH = 120  # file systems end at 255 bytes, and a digest and a suffix follow
+_MAX_LENGTH = 120  # file systems allow 255 bytes, and a digest and a suffix follow
 
 
 def safe_name(text: str) -> str:
-    """A file name for an id such as ``area/scene.tif#0_0_640x640``: readable, and another for every id.
+    """A file name for an id such as ``area/scene.tif#0_0_640x640``: readable, and different for every id.
 
     Letters, digits, dot, minus and underscore stay, and a digest of the whole id keeps names apart where the rest does
-    not, also on a disk that takes capitals and small letters for the same.
+    not, also on a case-insensitive file system.
     """
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")[-_MAX_LENGTH:]
     return f"{readable}-{digest(text)}"
 
 
 def teacher_name(teacher: dict) -> str:
-    """A store's teacher in short: digest of the weights and architecture, of each with its weight if several are fused,
-    and what its class was split by if one was.
+    """A store's teacher in short: digest of the weights, and architecture; if several are fused, those of each with its
+    weight; and if a class was split, by what.
 
     Args:
         teacher: The fingerprint in ``store.json``.

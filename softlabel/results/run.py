@@ -1,4 +1,4 @@
-"""Finished stores to what others use: layers of scenes, data sets of tiles, one store out of several.
+"""From finished stores to what others use: layers of scenes, data sets of tiles, one store out of several.
 
 Work is dealt out in groups of shards, as Ray Data tasks. Every file appears by rename and is the same whoever writes
 it, so a task that is retried does no harm. Only counts come back to the driver.
@@ -50,15 +50,15 @@ FAILED = "failed.jsonl"
 
 _MAX_SHARDS = 16  # in a task: about a thousand tiles
 _TASKS_PER_CPU = 4
-_GPU_SHARE = 0.25  # of a task whose crops go through a model: it spends most of its time on pixels
-_MAX_UNREAD = 0.05  # share of the labelled tiles whose scenes are gone: as label.max_rejected_fraction is by default
+_GPU_SHARE = 0.25  # for a task whose crops go through a model: it spends most of its time on reading pixels
+_MAX_UNREAD = 0.05  # share of labelled tiles whose scenes may be gone: the default of label.max_rejected_fraction
 
 
 def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Method, iou: float) -> dict[str, Any]:
     """Write a finished store's boxes above ``threshold`` in another format into ``output``.
 
     geoparquet and geojson are a file per scene with every object once (softlabel.results.geo); the others are data
-    sets of tiles with their pictures (softlabel.results.datasets), and ``merge`` and ``iou`` are nothing to them. Tiles
+    sets of tiles with their pictures (softlabel.results.datasets), for which ``merge`` and ``iou`` do not matter. Tiles
     that were rejected or are empty are left out and counted. Scenes that cannot be written, and tiles whose pixels
     cannot be read any more, are listed in failed.jsonl. A rerun writes everything anew, by rename.
 
@@ -74,7 +74,7 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
     by_scene = fmt in geo.SUFFIX
     task = _export_scenes if by_scene else _export_tiles
     counts, failures = _spread(job.store, partial(task, job), f"export {fmt}")
-    failures.sort(key=lambda failure: list(failure.values()))  # they come as tasks end
+    failures.sort(key=lambda failure: list(failure.values()))  # they come in the order in which tasks end
     if failures:
         write_text(output / FAILED, "".join(json.dumps(failure) + "\n" for failure in failures))
     what = "scenes" if by_scene else "tiles"
@@ -93,11 +93,11 @@ def export(store: Path, output: Path, fmt: Format, threshold: float, merge: Meth
 def fuse(stores: Sequence[Path], weights: Sequence[float], threshold: float, iou: float, run_dir: Path) -> Path:
     """Fuse the stores of several teachers over the same tiles into one (softlabel.results.fuse), below ``run_dir``.
 
-    A tile that a teacher rejected is rejected with its reason. Done before, it is not done again; what was begun goes
-    on where it was.
+    A tile that any teacher rejected is rejected with that reason. What was finished before is not done again; what was
+    begun is resumed.
 
     Returns:
-        The new store's folder, which every reader of a store takes.
+        The new store's folder, which every reader of a store can read.
 
     Raises:
         StoreError: A store is not finished, they are of different tiles, splits or classes, a weight is missing or not
@@ -114,15 +114,15 @@ def fuse(stores: Sequence[Path], weights: Sequence[float], threshold: float, iou
 def subtype(job: SubtypeJob, *, retry_rejected: bool = False) -> Path:
     """Split a class of a store into finer ones (softlabel.results.subtype), beside it.
 
-    A tile whose scene can no longer be read is rejected with its reason. Done before, it is not done again; what was
-    begun goes on where it was.
+    A tile whose scene can no longer be read is rejected with its reason. What was finished before is not done again;
+    what was begun is resumed.
 
     Args:
-        job: Which class of which store, by what.
-        retry_rejected: Take up again the shards with tiles that could not be read.
+        job: Which class of which store to split, and by what.
+        retry_rejected: Make anew the shards with tiles that could not be read.
 
     Returns:
-        The new store's folder, which every reader of a store takes.
+        The new store's folder, which every reader of a store can read.
 
     Raises:
         StoreError: Another run is writing the result, the store is broken or the model cannot be loaded; or, once all
@@ -180,7 +180,7 @@ def _spread(
     lease: Lease | None = None,
     gpus: float = 0.0,
 ) -> tuple[Counter[str], list[dict[str, str]]]:
-    """Run a task over all shards, in groups of consecutive ones; the sum of its counts, and what ``failed``."""
+    """Run a task over all shards, in groups of consecutive ones; return the sum of its counts, and what ``failed``."""
     shards = num_shards(store)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     size = max(1, min(_MAX_SHARDS, shards // (_TASKS_PER_CPU * cpus)))
@@ -206,7 +206,7 @@ def _spread(
 
 
 def _told(task: Callable[[dict], dict[str, list]], batch: dict) -> dict[str, list]:
-    """What a task returns; a user's mistake that it meets goes to the driver as a word, which Ray would bury."""
+    """What a task returns; a user's mistake goes to the driver as text, since Ray would bury an exception."""
     try:
         return {**task(batch), "mistake": [""]}
     except SoftlabelError as error:
@@ -258,7 +258,7 @@ def _export_tiles(job: _ExportJob, batch: dict) -> dict[str, list]:
 
 
 def _export_tile(job: _ExportJob, reader: TileReader, tile: LabelledTile) -> int:
-    """Write a tile's picture, but for COCO its labels too, and return the number of boxes."""
+    """Write a tile's picture and, except for COCO, its labels; return the number of boxes."""
     image, found = datasets.image_file(tile.tile, by_split=job.fmt in _YOLO), tile.found.above(job.threshold)
     # What an earlier export left must not stand for a tile that cannot be read any more.
     (job.output / image).unlink(missing_ok=True)
@@ -274,7 +274,7 @@ def _export_tile(job: _ExportJob, reader: TileReader, tile: LabelledTile) -> int
 
 
 def _write_index(job: _ExportJob) -> None:
-    """What ties the pictures together; those that could not be read are not there."""
+    """Write the file that ties the pictures together; those that could not be read are left out."""
     if job.fmt == "dota":
         return  # a picture and its labels have the same name
     if job.fmt in _YOLO:
@@ -316,16 +316,16 @@ def _write_store(
     gpus: float = 0.0,
     again: bool = False,
 ) -> None:
-    """Write a store of the tiles of another, a shard of rows by ``make``; go on where an earlier run left it.
+    """Write a store of the same tiles as another, shard by shard with ``make``; resume where an earlier run stopped.
 
     Args:
-        name: What it is called in its summary, and the work on a terminal.
+        name: What the store is called in its summary, and the work on a terminal.
         folder: Where to.
         identity: What determines it.
         source: A store of the same tiles.
-        make: The rows of a shard, none where it has no tile.
-        gpus: What a task reserves.
-        again: Whether it is done, and shards with tiles that may be had another time are made anew.
+        make: Makes the rows of a shard, none where it has no tile.
+        gpus: The GPUs that a task reserves.
+        again: Whether the store is finished, and shards with retryable tiles are made anew.
     """
     write_json(folder / STORE, identity)
     with Lease(folder) as lease:
@@ -347,7 +347,7 @@ def _write_shards(folder: Path, make: Callable[[int], pa.Table], again: bool, ba
 
 
 def _written(folder: Path, shard: int, make: Callable[[], pa.Table], again: bool) -> pa.Table:
-    """The rows of a shard that is there, else made and, where there are any, committed."""
+    """The rows of a shard: those already there, else those made and, if there are any, committed."""
     table = shards.read_shard(folder, shard)
     if table is not None and not (again and shards.retryable_ids(table)):
         return table

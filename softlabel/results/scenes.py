@@ -29,10 +29,10 @@ class Scene:
     xywhr: list[NDArray[np.float32]] = field(default_factory=list)
 
     def add(self, tile: LabelledTile, threshold: float) -> None:
-        """Take in one more tile; a rejected or empty one has no boxes, and is a tile of the scene all the same."""
+        """Take in one more tile; a rejected or empty one has no boxes, but is a tile of the scene all the same."""
         above = tile.found.above(threshold)
         transform = tile.tile["transform"]
-        if transform != _IDENTITY:  # tiles made by an older version may have it, which is no place
+        if transform != _IDENTITY:  # tiles made by an older version may have it, but it is no location
             self.crs, self.transform = tile.tile["crs"], transform
         self.counts[tile.status] += 1
         self.windows.append(tile.tile["window"])
@@ -63,8 +63,8 @@ class Scene:
 def read_scenes(store: Store, first: int, stop: int, threshold: float) -> Iterator[Scene]:
     """The scenes that begin in the shards from ``first`` up to ``stop``, in their order, each whole.
 
-    A scene that began before belongs to who reads there; the last one is followed into later shards. So any division
-    of the shards gives every scene once, and nobody needs a list of scenes.
+    A scene that began earlier belongs to whoever reads the shards before; the last one is followed into later shards.
+    So any division of the shards gives every scene once, and nobody needs a list of scenes.
 
     Raises:
         StoreError: A shard is missing or broken.

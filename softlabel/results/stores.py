@@ -18,7 +18,7 @@ from softlabel.store import STORE, is_done, read_json, summary
 @dataclass(frozen=True)
 class Store:
     """A finished store. ``tiles`` is the folder of its tiles; ``splits`` None is every tile; ``parents`` says which
-    class of the recipe a finer one is one of, if a class was split (softlabel.results.subtype)."""
+    class of the recipe a finer one belongs to, if a class was split (softlabel.results.subtype)."""
 
     folder: Path
     tiles: Path
@@ -33,7 +33,7 @@ class Store:
 
     @property
     def num_tiles(self) -> int:
-        """Those asked for."""
+        """The tiles asked for."""
         return summary(self.folder)["requested"]
 
 
@@ -52,7 +52,7 @@ class LabelledTile:
 
 
 def open_store(folder: Path) -> Store:
-    """A store by its folder.
+    """Open a store by its folder.
 
     Raises:
         StoreError: The folder is no store, the store is not finished, or its tiles are gone.
@@ -73,21 +73,21 @@ def open_store(folder: Path) -> Store:
 
 
 def num_shards(store: Store) -> int:
-    """Shards of the tiles; one without a tile of the store's splits has no file."""
+    """Number of shards of the tiles, including those without a tile of the store's splits."""
     return tile_table.num_shards(store.tiles)
 
 
 def tile_rows(store: Store, shard: int) -> list[dict]:
-    """The rows of a shard's tiles, those of the store's splits, without their truth."""
+    """The rows of a shard's tiles in the store's splits, without their truth."""
     columns = [name for name in TILES.names if name not in ("truth", "labelled_classes")]
     return tile_table.read_shard(store.tiles, shard, columns, store.splits).to_pylist()
 
 
 def read_shard(store: Store, shard: int) -> list[LabelledTile]:
-    """The tiles of a shard with what was found, in their order.
+    """The tiles of a shard with what was found, in order.
 
     Raises:
-        StoreError: The shard is missing, broken, or one of other tiles.
+        StoreError: The shard is missing, broken, or about other tiles.
     """
     return with_labels(store, shard, tile_rows(store, shard))
 
@@ -96,7 +96,7 @@ def with_labels(store: Store, shard: int, rows: list[dict]) -> list[LabelledTile
     """The tiles of a shard, ``rows`` as `tile_rows` gives them, with what was found.
 
     Raises:
-        StoreError: The shard is missing, broken, or one of other tiles.
+        StoreError: The shard is missing, broken, or about other tiles.
     """
     if not rows:
         return []
@@ -122,7 +122,7 @@ def read_all(store: Store) -> Iterator[LabelledTile]:
 
 
 def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
-    """What was found per tile: by array, since a box may have a list of 60 numbers and a shard 64,000 boxes."""
+    """What was found per tile: through arrays, since a box may have a list of 60 numbers and a shard 64,000 boxes."""
     ends = np.cumsum(pc.list_value_length(table["boxes"]).to_numpy())[:-1]
     boxes = np.split(_values(table["boxes"]).reshape(-1, 4), ends)
     scores = np.split(_values(table["scores"]).reshape(-1, num_classes), ends)
@@ -136,7 +136,7 @@ def _detections(table: pa.Table, num_classes: int) -> list[Detections]:
 
 
 def _of_boxes(table: pa.Table, name: str, ends: NDArray[np.int64]) -> Sequence[NDArray[np.float32] | None]:
-    """A column with one value for each box, tile by tile; None where the store has none, as those of older formats."""
+    """A column with one value for each box, tile by tile; None where the store has none, as in older formats."""
     if name not in table.column_names or table[name].null_count == len(table):
         return [None] * len(table)
     filled = pc.fill_null(table[name], []).combine_chunks().flatten()  # tiles that were not labelled have no box

@@ -49,7 +49,7 @@ class Attribute(Protocol):
 
 @dataclass(frozen=True)
 class SubtypeJob:
-    """Which class of which store becomes finer by what."""
+    """Which class of which store is split, and by what."""
 
     store: Store
     split_class: str
@@ -58,24 +58,24 @@ class SubtypeJob:
 
     @property
     def finer(self) -> list[str]:
-        """The classes that the one that is split becomes."""
+        """The classes that the split class becomes."""
         return [f"{self.split_class}-{name}" for name in self.attribute.names]
 
     @property
     def place(self) -> int:
-        """Of the class that is split, and of the first of its finer ones."""
+        """The index of the class that is split, and of the first of its finer ones."""
         return self.store.classes.index(self.split_class)
 
     @property
     def classes(self) -> list[str]:
-        """The finer classes are where the one was that is split."""
+        """All classes, with the finer ones in place of the one that is split."""
         before, after = self.store.classes[: self.place], self.store.classes[self.place + 1 :]
         return [*before, *self.finer, *after]
 
     def identity(self) -> dict:
-        """All that determines the result. Rejected tiles count, since labelling may take them up again.
+        """All that determines the result, the number of rejected tiles included, since labelling may retry them.
 
-        ``parents`` says which class of the recipe each finer class is one of, those of earlier splits too.
+        ``parents`` says which class of the recipe each finer class belongs to, also those of earlier splits.
         """
         earlier = {name: parent for name, parent in self.store.parents.items() if name != self.split_class}
         parent = self.store.parents.get(self.split_class, self.split_class)
@@ -101,7 +101,7 @@ class SubtypeJob:
 
 
 def subtype_job(folder: Path, split_class: str, attribute: Attribute) -> SubtypeJob:
-    """What splitting a class of a store means; the result lies beside the store.
+    """Check and describe the splitting of a class of a store; the result goes beside the store.
 
     Raises:
         StoreError: The store is not finished or has no such class, or the finer classes cannot be told apart.
@@ -120,16 +120,16 @@ def subtype_job(folder: Path, split_class: str, attribute: Attribute) -> Subtype
 def subtype_shard(job: SubtypeJob, read: Callable[[dict], Crop], shard: int) -> pa.Table:
     """The rows of one shard of the finer store: the same tiles and boxes in the same order.
 
-    Only tiles with a box of the class that is split are read. One that can no longer be is rejected with its reason,
-    and may be had another time.
+    Only tiles with a box of the class that is split are read. One that can no longer be read is rejected with its
+    reason, as retryable.
 
     Args:
-        job: What is split by what.
-        read: One tile row to uint8 (H, W, 3) RGB; raises SceneError.
+        job: What is split, and by what.
+        read: Reads a tile row's pixels, uint8 (H, W, 3) RGB; raises SceneError.
         shard: The shard.
 
     Raises:
-        StoreError: The shard is missing, broken, or one of other tiles.
+        StoreError: The shard is missing, broken, or about other tiles.
     """
     tiles, unread = read_shard(job.store, shard), dict[str, str]()
     shares_NF = job.attribute.shares(_crops(job, read, tiles, unread))
@@ -159,16 +159,17 @@ def finer_scores(
 ) -> NDArray[np.float32]:
     """Class vectors (N, K - 1 + F) with finer classes in place of one.
 
-    A finer class scores what its class did, times its share as a part of the largest share. So the likeliest one keeps
-    the whole score, the best score of a box stays what it was, and a threshold keeps the boxes that it kept before:
-    scores of classes are independent and need not add up to that of their class. Of a box that is best of another class
-    nobody looks at the pixels: nothing is known of its finer classes, and each has the whole score.
+    A finer class scores what the split class did, times its share relative to the largest share. So the likeliest one
+    keeps the whole score, the best score of a box stays what it was, and a threshold keeps the boxes that it kept
+    before: scores of classes are independent, and those of the finer ones need not add up to that of the split one. The
+    pixels of a box whose best class is another are not looked at: nothing is known of its finer classes, and each has
+    the whole score.
 
     Args:
         scores_NK: Class vectors in [0, 1].
-        place: Of the class that is split.
-        is_split_N: Boxes that are best of it.
-        shares: (boxes that are best of it, F), at least 0. Where all are 0 nothing is known either.
+        place: The index of the class that is split.
+        is_split_N: The boxes whose best class it is.
+        shares: (number of those boxes, F), at least 0. Where all are 0, nothing is known either.
     """
     largest = shares.max(axis=1, keepdims=True)
     relative_NF = np.ones((len(scores_NK), shares.shape[1]), np.float32)
@@ -184,7 +185,7 @@ def _is_split(job: SubtypeJob, found: Detections) -> NDArray[np.bool_]:
 def _crops(
     job: SubtypeJob, read: Callable[[dict], Crop], tiles: list[LabelledTile], unread: dict[str, str]
 ) -> Iterator[Crop]:
-    """The boxes to look at, tile after tile, so that a model has full batches; ``unread`` gets why a tile has none."""
+    """The boxes to look at, tile after tile, so that a model has full batches; ``unread`` gets why a tile fails."""
     for tile in tiles:
         is_split = _is_split(job, tile.found)
         if not is_split.any():

@@ -16,22 +16,21 @@ from softlabel.search.trials import Trial, evidence
 CONFIDENCE = 0.9
 _SAMPLES = 4000
 _LINE_POINTS = 91
-_FLAT = (
-    0.6  # searches of steep curves that saw little of their ends came to 0.5 and a bit, those of flat ones to 0.62 up
-)
+# Searches of steep curves that saw little of their ends came to just above 0.5, those of flat ones to at least 0.62.
+_FLAT = 0.6
 
 
 def answer(search: Search, trials: Sequence[Trial], references: Sequence[Values]) -> dict[str, Any]:
-    """The best of the values whose students trained to the end, and what is known of it.
+    """The best of the values whose students trained to the end, and what is known about it.
 
     Returns:
         ``values``; ``map50`` (what a student of these values is expected to reach on the validation split, with a 90 %
         interval of that mean) and ``students`` (how many were trained in full); ``noise`` (standard deviation between
-        seeds); ``compared`` (of how many values the students got far enough to compare them); ``flat_probability`` and
-        ``flat`` (with at least 0.6, mAP depends on nothing that was varied; by one value alone it is 0.5);
-        ``lines``: per varied key the values of a line through the best, up to where no label is left, with mean, low,
-        high and the 90 % interval of where the peak is (ranges only); ``against``: per reference at which a label
-        is left the probability that the best beats it, the gain and its 90 % interval.
+        seeds); ``compared`` (how many values have students that got far enough to compare them); ``flat_probability``
+        (that mAP depends on nothing that was varied; 0.5 when one value alone was tried) and ``flat`` (whether that is
+        above 0.6); ``lines``: per varied key, values along a line through the best, up to where no label is left, with
+        mean, low, high and, for ranges only, the 90 % interval of the peak's position; ``against``: per other reference
+        at which a label is left, the probability that the best beats it, the gain and its 90 % interval.
 
     Raises:
         ValueError: No student trained to the end.
@@ -82,7 +81,7 @@ def _axis(key: str, dimension: Dimension) -> list[Any]:
 
 
 def _no_labels_from(trials: Sequence[Trial]) -> float:
-    """The lowest threshold at which all tiles together had nothing to train on: above it there is nothing either."""
+    """The lowest threshold at which all tiles together had nothing to train on: nor have they above it."""
     failed = [trial for trial in trials if trial.status == "failed" and trial.subset == 1]
     without = [trial.values for trial in failed if trial.reason.startswith(NO_LABELS)]
     return min((values[THRESHOLD] for values in without if THRESHOLD in values), default=np.inf)

@@ -1,9 +1,9 @@
 """Student mAP over the values that were tried: a Gaussian process that knows how much students vary with their seed.
 
 Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), equations 2.22-2.30, with a Matern kernel
-(nu = 5/2) and the constant mean integrated out (2.41). No length, height or noise is fitted and then believed: each
-combination of a small grid is a model, weighted by its marginal likelihood, and so is the model that nothing depends on
-anything (prior odds 1:1). What is said of the curve averages over all of them.
+(nu = 5/2) and the constant mean integrated out (2.41). Length scale, height (amplitude) and noise are not fitted: each
+combination on a small grid is a model, weighted by its marginal likelihood, and so is the model that mAP depends on
+nothing that was varied (prior odds 1:1). All that is said about the curve is averaged over these models.
 """
 
 import itertools
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-# Of the unit cube; of mAP; of mAP. Steps of a factor, all equally likely.
+# In units of the unit cube, of mAP and of mAP. Geometric grids, whose values are equally likely.
 _LENGTHS = np.geomspace(0.1, 1.6, 7)
 _HEIGHTS = np.geomspace(0.005, 0.32, 7)
 _NOISES = np.geomspace(0.002, 0.128, 13)
-_MEAN_SD = 1.0  # of the constant mean around the data's: as good as unknown
+_MEAN_SD = 1.0  # prior of the constant mean, around the data's: as good as unknown
 _NEGLIGIBLE = 1e-3  # models together below this weight are left out
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One combination: length is 0 where nothing depends on anything."""
+    """One combination; a length of 0 means that mAP depends on nothing that was varied."""
 
     length: float
     height: float
@@ -34,12 +34,12 @@ class _Model:
 
 
 class Curve:
-    """What is known of mAP after some students.
+    """What is known about mAP after some students.
 
     Args:
-        x: (N, D) in the unit cube, where they were trained.
+        x: (N, D) in the unit cube, the values they were trained with.
         y: (N,) mAP50 of each, 0..1.
-        extra_covariance: (N, N) of values that are estimates themselves, 0 where they were measured.
+        extra_covariance: (N, N) of those ``y`` that are estimates themselves, 0 where they were measured.
     """
 
     def __init__(self, x: Matrix, y: Vector, extra_covariance: Matrix | None = None) -> None:
@@ -50,7 +50,7 @@ class Curve:
 
     @property
     def flat_probability(self) -> float:
-        """That mAP depends on nothing that was varied."""
+        """The probability that mAP depends on nothing that was varied."""
         return sum(model.weight for model in self._models if not model.length)
 
     @property
@@ -71,7 +71,7 @@ class Curve:
         return mean + self._offset, np.sqrt(np.average(variances, axis=0, weights=weights) + spread)
 
     def sample(self, x: Matrix, count: int, rng: np.random.Generator) -> Matrix:
-        """(count, M): curves as they may be."""
+        """(count, M): curves drawn from the posterior."""
         shares = rng.multinomial(count, [model.weight for model in self._models])
         drawn = []
         for model, share in zip(self._models, shares, strict=True):

@@ -1,6 +1,6 @@
-"""Between trials, which want students trained, and worker groups, which live as long as the search and train them.
+"""Links trials, which want students trained, to worker groups, which live as long as the search and train them.
 
-A class of plain asyncio; run.py makes a Ray actor of it.
+Plain asyncio; worker_groups.py makes a Ray actor of it.
 """
 
 import asyncio
@@ -13,21 +13,21 @@ from typing import Any
 class _Student:
     job: Any
     until: int | None
-    status: str = "waiting"  # training, stopped, finished, failed
+    status: str = "waiting"  # or training, stopped, finished, failed
     reason: str = ""
     failures: int = 0
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0
 
     def is_held(self, epochs: int) -> bool:
-        """Whether nobody has said yet if it goes on."""
+        """Whether it waits to be told whether it goes on."""
         return self.status == "training" and self.until is not None and epochs >= self.until
 
 
 @dataclass
 class _Group:
-    """What a worker group has in hand, where its first worker runs, and how often that asked: of a worker that died the
-    last question is still open, and must not be answered."""
+    """The student that a worker group has in hand, the node of its first worker, and how often that worker asked for a
+    student: the last request of a worker that died is still pending, and must not be answered."""
 
     student: str | None = None
     node: str = ""
@@ -38,7 +38,7 @@ class Dispatcher:
     """Students by name, and who trains them.
 
     Args:
-        max_failures: How often a student may be begun again after its workers died.
+        max_failures: How often a student may be restarted after its workers died.
     """
 
     def __init__(self, max_failures: int) -> None:
@@ -50,7 +50,7 @@ class Dispatcher:
         self._changed = asyncio.Condition()
 
     async def submit(self, name: str, job: Any, until: int | None = None) -> None:
-        """Ask for a student; one that was stopped goes on, one that is being trained already is left to it.
+        """Ask for a student to be trained; one that was stopped goes on, one that is already in training is left alone.
 
         After epoch ``until`` its group waits for ``extend`` or ``stop``; None: it is trained to its end.
         """
@@ -64,9 +64,9 @@ class Dispatcher:
             self._changed.notify_all()
 
     async def next_job(self, group: int, node: str, timeout_s: float) -> Any:
-        """The next student for a worker group; ``wait`` if there is none for so long, ``close`` if there will be none.
+        """The next student for a worker group; ``wait`` if none comes within ``timeout_s``, ``close`` if none will.
 
-        A group that comes back with a student in hand has lost its workers: it gets the same again, to go on with.
+        A group that asks with a student still in hand has lost its workers: it gets the same one again, to go on.
         """
         async with self._changed:
             hand = self._groups.setdefault(group, _Group())
@@ -101,11 +101,11 @@ class Dispatcher:
             return student.status == "training" and not self._closed
 
     async def release(self, group: int, status: str, reason: str, history: list[dict], seconds: float) -> None:
-        """A group puts its student down: finished, stopped or failed."""
+        """A group hands its student back: finished, stopped or failed."""
         async with self._changed:
             if student := self._student_of(group):
                 again = status == "stopped" and student.status == "training" and not self._closed
-                if again:  # asked for again while it was being put down
+                if again:  # asked for again while it was being handed back
                     status = "waiting"
                     self._queue.appendleft(self._groups[group].student or "")
                 student.status, student.reason = status, reason
@@ -114,13 +114,13 @@ class Dispatcher:
             self._changed.notify_all()
 
     async def note_failure(self, group: int, reason: str) -> None:
-        """A group says why it is about to begin again with its student."""
+        """A group says why it is about to restart with its student."""
         async with self._changed:
             if student := self._student_of(group):
                 student.reason = reason
 
     async def wait(self, name: str, epochs_seen: int) -> dict:
-        """What there is of a student once it has done another epoch, or has ended."""
+        """The status of a student once it has done another epoch, or has ended."""
         async with self._changed:
             student = self._students[name]
             await self._changed.wait_for(
@@ -129,12 +129,12 @@ class Dispatcher:
             return self.status(name)
 
     def status(self, name: str) -> dict:
-        """What there is of a student now: status, reason, history and seconds; nothing of one never submitted."""
+        """A student's status, reason, history and seconds now; if it was never submitted, those of a new one."""
         student = self._students.get(name) or _Student(None, None)
         return {key: getattr(student, key) for key in ("status", "reason", "history", "seconds")}
 
     async def stop(self, name: str) -> None:
-        """A student is not wanted any more, or not now; its group puts it down after the epoch it is in."""
+        """A student is no longer wanted, or not for now; its group hands it back after the epoch it is in."""
         async with self._changed:
             student = self._students[name]
             if student.status in ("waiting", "training"):
@@ -144,13 +144,13 @@ class Dispatcher:
             self._changed.notify_all()
 
     async def extend(self, name: str, until: int | None) -> None:
-        """A student need not wait where it was to."""
+        """A student need not wait where it was to, but only after epoch ``until``; None: nowhere."""
         async with self._changed:
             self._students[name].until = until
             self._changed.notify_all()
 
     async def nodes_lost(self, nodes: list[str]) -> None:
-        """Nodes are gone: what their groups had in hand goes to whoever is free next."""
+        """Nodes are gone: the students that their groups had in hand go to whichever group is free next."""
         async with self._changed:
             for hand in (hand for hand in self._groups.values() if hand.node in nodes):
                 if hand.student and self._try_again(hand.student):
@@ -160,7 +160,7 @@ class Dispatcher:
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """No more students: groups go home after the epoch they are in."""
+        """No more students: groups end after the epoch they are in."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()

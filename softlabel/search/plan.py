@@ -1,4 +1,4 @@
-"""Which student next: first what people would try, then what Optuna asks for, then the leaders with other seeds.
+"""Which student comes next: first what people would try, then what Optuna asks for, then the leaders with other seeds.
 
 Pure: no clock, no disk and no Ray of its own, so that whole searches can be simulated.
 """
@@ -20,10 +20,10 @@ from softlabel.search.early_stopping import EarlyStopping
 from softlabel.search.space import THRESHOLD, Values, distinct, distributions, first_points, grid, rounded, to_unit
 from softlabel.search.trials import Role, Trial, covariance, evidence, explored
 
-_NUM_RANDOM = 4  # values before which a sampler asks at random; the first points are among them
-_MAX_FAILED = 5  # and nothing else
+_NUM_RANDOM = 4  # a sampler draws at random until it has this many values, the first points included
+_MAX_FAILED = 5  # with no other outcome so far
 _MAX_FAILED_IN_A_ROW = 10  # whatever there was before them
-_HURRY = 1.1  # a student is not begun if the time left is shorter than so many of those before
+_HURRY = 1.1  # a student is not begun if less time is left than this many times what earlier ones took
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -34,9 +34,9 @@ class Plan:
 
     Args:
         recipe: Its ``search`` section and seed are used.
-        trials: Students of an earlier run of the same search; those that were running are taken up first.
+        trials: Students of an earlier run of the same search; those that were running are resumed first.
         automatic: Thresholds that follow from the labels, to be tried first.
-        budget_s: Seconds the search may take, null for no limit.
+        budget_s: Seconds the search may take, None for no limit.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Plan:
         self._until = {trial.number: self.stopping.next_rung(trial, trial.epoch) for trial in self._unfinished}
 
     def suggest(self, elapsed_s: float) -> Trial | None:
-        """The next student to train; None if there shall be no other, or not before one of those running has ended."""
+        """The next student to train; None if there is to be no other, or none before one of those running has ended."""
         if self._unfinished:
             return self._unfinished.pop(0)
         if has_failed(self.trials) or not self._has_time(elapsed_s):
@@ -74,20 +74,20 @@ class Plan:
         return self._until[trial.number]
 
     def advance(self, trial: Trial, epoch: int) -> None:
-        """Let a student that has come to where it would wait go on, if it may at once."""
+        """Let a student that has reached the epoch where it would wait go on, if it may at once."""
         rung = self._until[trial.number]
         if rung is not None and epoch >= rung and self.stopping.goes_on(trial, rung):
             self._until[trial.number] = self.stopping.next_rung(trial, rung + 1)
 
     def is_over(self, elapsed_s: float) -> bool:
-        """Whether there is nothing more to train, were there time."""
+        """Whether there would be nothing more to train even if there were time."""
         if any(trial.status == "running" for trial in self.trials):
             return False
         open_ = len(self.trials) < self.search.trials or self._promoted(elapsed_s) or self._incomplete_leader()
         return has_failed(self.trials) or not open_
 
     def leaders(self) -> list[Values]:
-        """The tried values, by what is known of their mAP now, best first."""
+        """The tried values, best first, by what is known about their mAP now."""
         found = evidence(self.trials)
         points = distinct([one.values for one in found])
         if not points:
@@ -96,11 +96,11 @@ class Plan:
         return [points[i] for i in np.argsort(-means, kind="stable")]
 
     def _promoted(self, elapsed_s: float) -> Trial | None:
-        """A student that waits and may go on; none once the leaders are repeated."""
+        """A student that waits and may go on; None once the leaders are being repeated."""
         return None if self._share(elapsed_s) >= self.search.explore else self.stopping.promoted()
 
     def _share(self, elapsed_s: float) -> float:
-        """Of the time that is over."""
+        """The share of the budget that is used up."""
         return elapsed_s / self._budget_s if self._budget_s else 0.0
 
     def _is_exploring(self, elapsed_s: float) -> bool:
@@ -117,14 +117,14 @@ class Plan:
         return not self._budget_s or self._budget_s - elapsed_s > _HURRY * self._whole_s(complete)
 
     def _whole_s(self, trials: Sequence[Trial]) -> float:
-        """Seconds that a student takes from beginning to end, by what these took so far; 0 if unknown."""
+        """Seconds that a student takes from beginning to end, judging by what these took so far; 0 if unknown."""
         begun = [trial.seconds / trial.epoch * trial.epochs / trial.subset for trial in trials if trial.epoch]
         return float(np.median(begun)) if begun else 0.0
 
     def _explore(self) -> Trial:
         if self.search.sampler == "grid":
             return self._begin(self._untried()[0], "explore")
-        # A sampler per question: a resumed search draws what the undisturbed one would have drawn.
+        # A new sampler each time, so that a resumed search draws what an undisturbed one would have drawn.
         sampler = _sampler(self.search, self._recipe.seed + 1000 * len(self.trials))
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials(self._told())
@@ -132,8 +132,8 @@ class Plan:
         return self._begin(rounded(self.search.space, found), "explore")
 
     def _told(self) -> list[FrozenTrial]:
-        """What a sampler is told: what students would have reached, or, where nobody knows what they gain with age,
-        what all of them had at one age; that one that failed for its values is worth nothing; who runs."""
+        """What a sampler is told: the mAP that students would have reached, or, where it is unknown what they gain with
+        age, what they all had at one age; 0 for those that failed because of their values; and which are running."""
         there = explored(self.trials, self.search.subset, self._recipe.seed)
         trials = [trial for trial in there if trial.values.keys() == self._distributions.keys()]
         known = [trial for trial in trials if trial.history and trial.status in ("finished", "stopped")]
@@ -146,8 +146,8 @@ class Plan:
         return [self._frozen(trial, values.get(trial.number)) for trial in told]
 
     def _is_worthless(self, trial: Trial) -> bool:
-        """Whether it failed for its values: no label is left, or, where more than thresholds vary, it never did an
-        epoch. A worker that died says nothing of a threshold."""
+        """Whether it failed because of its values: no label was left, or, where more than thresholds vary, it never
+        did an epoch. That a worker died says nothing about a threshold."""
         others = any(not key.startswith(THRESHOLD) for key in trial.values)
         without = trial.reason.startswith(NO_LABELS) or (others and not trial.history)
         return trial.status == "failed" and without
@@ -161,8 +161,8 @@ class Plan:
         return [values for values in grid(self.search.space, self.search.grid_points) if values not in tried]
 
     def _repeat(self) -> Trial | None:
-        """Seeds for the leader and for what it is compared with, up to ``search.seeds`` each; then where a curve drawn
-        at random has its peak (Thompson, 1933), which is where the answer may still change."""
+        """Other seeds for the leader and for the values it is compared with, up to ``search.seeds`` each; then for the
+        values at which a randomly drawn curve has its peak (Thompson, 1933), where the answer may still change."""
         leaders = self.leaders()
         if not leaders:
             is_used_up = self.search.sampler == "grid" and not self._untried()
@@ -174,7 +174,7 @@ class Plan:
         return self._begin(values, "repeat")
 
     def _begun_in_full(self) -> list[Trial]:
-        """Students with all tiles and without a rung to wait at; those that failed too, or values that cannot train
+        """Students on all tiles with no rung left to wait at; failed ones count too, or values that cannot be trained
         would be tried for ever."""
         there = [trial for trial in self.trials if trial.subset == 1]
         return [t for t in there if t.status != "stopped" and not (t.status == "running" and self._until[t.number])]
@@ -184,8 +184,8 @@ class Plan:
         return None if values is None else self._begin(values, "repeat")
 
     def _incomplete_leader(self) -> Values | None:
-        """The best values as far as is known, if no student of theirs is trained to the end: a search answers with one
-        that is. Not before the others have ended: who runs may be the leader."""
+        """The best values so far, if no student of theirs was trained to the end: a search can only answer with values
+        that have one. None while others are running, since one of them may become the leader."""
         if any(trial.status == "running" for trial in self.trials):
             return None
         leader = next(iter(self.leaders()), None)
@@ -212,15 +212,15 @@ class Plan:
         return trial
 
     def _go_on(self, trial: Trial, role: Role) -> Trial:
-        """Take up a student that waits, from its last epoch."""
+        """Resume a student that waits, from its last epoch."""
         trial.status, trial.role = "running", role
         self._until[trial.number] = self.stopping.next_rung(trial, trial.epoch + 1)
         return trial
 
 
 def has_failed(trials: Sequence[Trial]) -> bool:
-    """Whether the search itself is at fault, or what it runs on, and not a value: nothing but failures came of the
-    first students, or so many in a row of which none failed for want of labels."""
+    """Whether the search itself, or what it runs on, is at fault, rather than some values: all students so far failed
+    (``_MAX_FAILED`` or more), or the last ``_MAX_FAILED_IN_A_ROW`` did, none of them for want of labels."""
     ended = [trial for trial in trials if trial.status != "running"]
     last = ended[-_MAX_FAILED_IN_A_ROW:]
     nothing_else = len(ended) >= _MAX_FAILED and all(trial.status == "failed" for trial in ended)
@@ -231,7 +231,7 @@ def has_failed(trials: Sequence[Trial]) -> bool:
 
 
 def curve_of(search: Search, trials: Sequence[Trial]) -> Curve:
-    """What is known of mAP over the space after these students; there must be evidence of at least one."""
+    """What is known about mAP over the space after these students; there must be evidence from at least one."""
     found = evidence(trials)
     x = to_unit(search.space, [one.values for one in found])
     return Curve(x, np.array([one.map50 for one in found]), covariance(found))

@@ -1,8 +1,8 @@
 """The search on Ray: Tune decides which students train and for how long, a few Ray Train launches train them all.
 
-A launch takes half a minute and more, so worker groups are started once and take student after student from a
+A launch takes half a minute or more, so worker groups are started once and take student after student from a
 dispatcher (dispatcher.py). A trial of Tune's only waits there: it holds no CPU, and stopping it frees its group at the
-end of the epoch. What a student left in its folder is enough to go on, so a search that died is taken up from the disk
+end of the epoch. What a student left in its folder is enough to go on, so a search that died is resumed from the disk
 alone.
 """
 
@@ -33,13 +33,13 @@ from softlabel.training.arguments import check_soft, check_train_args
 from softlabel.training.job import train_job
 from softlabel.training.targets import STATE, WEIGHTS, TrainJob, truth_targets
 
-# Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
+# Ray Train repeats every print of a worker in its own log, which goes to the same terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-# Else Ctrl-C reads as the end of the budget: an answer is written, and the test split is looked at.
+# Else Ctrl-C counts as the end of the budget: an answer is written, and the test split is looked at.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
-_KEPT = 5  # states of students that wait, at each rung, and weights of finished ones
-_SPARE = 15  # weights more while it runs, since who is the sixth now may be the best in the end
+_KEPT = 5  # how many states of waiting students, at each rung, and how many weights of finished ones are kept
+_SPARE = 15  # further weights kept while it runs, since the sixth best now may be the best in the end
 _OUT_OF_TIME = "out of time"
 
 
@@ -47,8 +47,8 @@ _OUT_OF_TIME = "out of time"
 class Inputs:
     """What a search works on.
 
-    ``split`` is labelled in ``store``; values are judged on ``val_split``'s truth; ``automatic`` are
-    thresholds that follow from the labels, by the name of what they follow from.
+    ``store`` holds the labels of the recipe's ``train.split``; values are judged on ``val_split``'s truth;
+    ``automatic`` are thresholds that follow from the labels, by the name of the way they were found.
     """
 
     recipe: Recipe
@@ -60,7 +60,10 @@ class Inputs:
 
     @property
     def folder(self) -> Path:
-        """Of the search: budget and number of trials may grow in it, and nothing else changes."""
+        """The search's, named after all that must stay the same when it is continued.
+
+        Budget, ``execution``, and ``trials``, ``explore``, ``seeds``, ``max_failures`` and ``precision`` may change.
+        """
         recipe = self.recipe
         hashed = {
             "student": recipe.train.student.model_dump(mode="json"),
@@ -97,19 +100,19 @@ class Inputs:
 
 
 def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
-    """Train students until the budget or the number of trials is used up; their folder holds what came of it.
+    """Train students until the budget or the number of trials is used up; the search's folder holds the outcome.
 
     Args:
         inputs: What to search on.
-        budget_s: Seconds that the search may take, those of earlier runs that it goes on from included.
-        resume: Go on from an earlier run, one that died or one that had a smaller budget.
+        budget_s: Seconds that the search may take, including those of earlier runs that it goes on from.
+        resume: Go on from an earlier run that died or had a smaller budget.
 
     Returns:
         The folder: ``search.json`` (trials, answer, costs), ``trials/``, ``students/``, ``tune/`` (TensorBoard).
 
     Raises:
         RecipeError: The cluster cannot hold one worker group.
-        StoreError: There is an earlier run and ``resume`` is not set, or another driver is at it.
+        StoreError: There is an earlier run and ``resume`` is not set, or another driver is running it.
         TrainingError: There is no truth to judge by, or no student trained to the end.
     """
     folder = inputs.folder
@@ -120,7 +123,7 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
         )
     if resume and not (folder / "recipe.yaml").exists() and any(inputs.run_dir.glob("search-*/recipe.yaml")):
         say(f"the search that is in {inputs.run_dir} is of another recipe: a new one begins")
-    _check(inputs)  # what would fail in every student fails here, once and at once
+    _check(inputs)  # raises here, once and early, what would otherwise fail in every student
     groups = num_groups(inputs.recipe.execution)
     write_text(folder / "recipe.yaml", dump_recipe(inputs.recipe))
     with Lease(folder) as lease:
@@ -130,14 +133,12 @@ def search(inputs: Inputs, budget_s: float | None, *, resume: bool) -> Path:
 
 
 def _check(inputs: Inputs) -> None:
-    truth = truth_targets(inputs.tiles, inputs.val_split)
-    if not any(len(target.boxes) for target in truth):
-        raise TrainingError(f"no box in the truth of {inputs.val_split}: nothing can be judged by it")
+    truth_targets(inputs.tiles, inputs.val_split)
     inputs.job(Trial(0, {}, inputs.recipe.seed, 1.0, "first", 0))
 
 
 def check_space(recipe: Recipe) -> None:
-    """Refuse a search space whose values make no student.
+    """Refuse a search space with values that no student can be made of.
 
     Raises:
         RecipeError: Naming the key.
@@ -162,7 +163,7 @@ class _Search:
         self._before = read_json(self._clock) if self._clock.exists() else {"seconds": 0.0, "capacity_s": 0.0}
         trials = [Trial(**read_json(path)) for path in (self.folder / "trials").glob("*.json")]
         trials.sort(key=lambda trial: trial.number)
-        mended = has_failed(trials)  # or nobody would go on with it
+        mended = has_failed(trials)  # the cause is taken to be fixed, or the search would end at once
         for trial in trials if self._has_time() else []:
             if trial.reason == _OUT_OF_TIME or (mended and trial.status == "failed"):
                 trial.status, trial.reason = "running", ""
@@ -176,7 +177,7 @@ class _Search:
         return self.folder / "clock.json"
 
     def elapsed_s(self) -> float:
-        """Of this run and of those before."""
+        """Seconds that this run and those before it have taken."""
         return self._before["seconds"] + time.monotonic() - self._began
 
     def train(self, num_groups: int) -> None:
@@ -188,14 +189,14 @@ class _Search:
         self._groups.start(num_groups)
         trainable = tune.with_parameters(Student, dispatcher=self.dispatcher)
         tuner = tune.Tuner(
-            # A byte of memory and no CPU: a trial waits, and CPUs that it held would be lacking to the students.
+            # A byte of memory and no CPU: a trial only waits, and the students would lack any CPUs that it held.
             tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),
             tune_config=tune.TuneConfig(
                 metric="map50",
                 mode="max",
                 search_alg=PlanSearcher(self),
                 scheduler=PlanScheduler(self),
-                num_samples=-1,  # until the plan says so: a student that waited comes as another trial of Tune's
+                num_samples=-1,  # until the plan ends it: a student that waited comes back as another Tune trial
                 max_concurrent_trials=num_groups,
                 time_budget_s=None if self.budget_s is None else self.budget_s - self.elapsed_s(),
                 reuse_actors=True,
@@ -229,21 +230,21 @@ class _Search:
         ray.get(self.dispatcher.submit.remote(trial.name, job, self.plan.until(trial)))
 
     def advance(self, trial: Trial, epoch: int) -> None:
-        """Let a student that has come to where it would wait go on, if it may."""
+        """Let a student that has reached the epoch where it would wait go on, if it may."""
         before = self.plan.until(trial)
         self.plan.advance(trial, epoch)
         if self.plan.until(trial) != before:
             ray.get(self.dispatcher.extend.remote(trial.name, self.plan.until(trial)))
 
     def stop(self, trial: Trial) -> None:
-        """Take a student from the dispatcher, whatever became of it."""
+        """Withdraw a student from the dispatcher, whatever became of it."""
         ray.get(self.dispatcher.stop.remote(trial.name))
         self.refresh(trial)
         self.save(trial)
         self._clean(_KEPT + _SPARE)
 
     def refresh(self, trial: Trial) -> None:
-        """What the dispatcher knows of a student."""
+        """Update a student with what the dispatcher knows about it."""
         found = ray.get(self.dispatcher.status.remote(trial.name))
         if found["status"] in ("stopped", "finished", "failed"):
             trial.status, trial.reason = found["status"], found["reason"]
@@ -251,7 +252,7 @@ class _Search:
             trial.history, trial.seconds = found["history"], found["seconds"]
 
     def save(self, trial: Trial) -> None:
-        """Commit what is known of a student, and the time it is."""
+        """Commit what is known about a student, and the search's clock."""
         write_json(self.folder / "trials" / f"{trial.name}.json", trial.to_dict())
         self.save_clock()
 
@@ -262,7 +263,7 @@ class _Search:
         write_json(self._clock, {"seconds": self._before["seconds"] + seconds, "capacity_s": capacity})
 
     def _clean(self, weights: int) -> None:
-        """Keep the states that may be gone on from and the weights that may be asked for; the disk is not endless."""
+        """Keep only states that may be resumed and weights that may be asked for; the disk is not endless."""
         waiting = [trial.values for trial in self.plan.stopping.waiting(_KEPT)]
         full = [trial.values for trial in self.plan.trials if trial.is_full]
         best = [values for values in self.plan.leaders() if values in full]
@@ -278,23 +279,23 @@ class _Search:
         return self.folder / "students" / trial.folder
 
     def maintain(self, lost_nodes: list[str]) -> None:
-        """See to lease, clock and worker groups."""
+        """Look after lease, clock and worker groups."""
         self._lease.check()
         self.save_clock()
         self._groups.maintain(lost_nodes)
 
     def _close(self) -> None:
         self._groups.send_home()
-        if self._lease.is_held:  # else all of it is another driver's now
+        if self._lease.is_held:  # else the folder is another driver's now
             self._settle()
         self._groups.end()
 
     def _settle(self) -> None:
-        """Once the groups have gone home: what became of the students that were in hand, and what the disk may lose."""
+        """Once the groups have ended, record what became of the students in hand, and delete what is not needed."""
         for trial in self.plan.trials:
             if trial.status == "running":
                 self.refresh(trial)
-                if trial.status == "stopped":  # with the groups, and not by the plan
+                if trial.status == "stopped":  # because its group ended, not by the plan
                     trial.status = "running"
                 self.save(trial)
         self._clean(_KEPT)

@@ -56,8 +56,8 @@ def _axis(key: str, dimension: Dimension, num_points: int) -> list[Any]:
 def first_points(recipe: Recipe, automatic: Sequence[Threshold]) -> list[Values]:
     """What people would try: the paper's thresholds and those that follow from the labels.
 
-    Everything else in them is as the recipe has it, or, where that is nothing or outside the space, from the middle of
-    it. Thresholds outside the space are left out.
+    The other keys have the recipe's value or, where it has none or one outside the space, the middle of the key's range
+    or choices. Thresholds outside the space are left out.
     """
     space = recipe.search.space
     keys = [key for key in space if key.startswith(THRESHOLD)]
@@ -72,7 +72,7 @@ def first_points(recipe: Recipe, automatic: Sequence[Threshold]) -> list[Values]
 
 
 def _threshold_of(key: str, threshold: Threshold) -> float:
-    """A key's share of a threshold, which is one for all classes or one for each."""
+    """The number that a key takes from a threshold, which is one for all classes or one for each."""
     value = threshold[key.removeprefix(f"{THRESHOLD}.")] if isinstance(threshold, dict) else threshold
     return round(value, 3)
 
@@ -103,7 +103,7 @@ def contains(space: Mapping[str, Dimension], values: Values) -> bool:
 
 
 def distinct(points: Sequence[Values]) -> list[Values]:
-    """Each point once, in the order of their first."""
+    """Each point once, in the order of first appearance."""
     found: list[Values] = []
     for point in points:
         if point not in found:
@@ -112,7 +112,7 @@ def distinct(points: Sequence[Values]) -> list[Values]:
 
 
 def rounded(space: Mapping[str, Dimension], values: Values) -> Values:
-    """A point with fewer digits, a few thousand different ones over each range, and still in the space."""
+    """A point rounded to a few thousand different values over each range, and still in the space."""
     return {key: _rounded(space[key], value) for key, value in values.items()}
 
 
@@ -124,8 +124,8 @@ def _rounded(dimension: Dimension, value: Any) -> Any:
 
 
 def to_unit(space: Mapping[str, Dimension], points: list[Values]) -> NDArray[np.float64]:
-    """(N, D) in 0..1: ranges scaled to it, a column per choice that is 1 where it is taken (0.5 of it: all choices are
-    equally far from each other, and no farther than the ends of a range)."""
+    """(N, D) in 0..1: each range is scaled to it; each choice has a column, 0.5 where it is taken and 0 elsewhere
+    (so that all choices are equally far from each other, and no farther than the ends of a range)."""
     columns: list[list[float]] = []
     for key, dimension in space.items():
         if dimension.min is None or dimension.max is None:

@@ -1,4 +1,4 @@
-"""A trial of Ray Tune's: it waits at the dispatcher for what its student does. Its process imports this file and little
+"""A trial of Ray Tune's: it waits at the dispatcher for its student's epochs. Its process imports this file and little
 else, since a search starts several."""
 
 from typing import Any
@@ -10,7 +10,7 @@ from softlabel.search.trials import Trial
 
 
 class Student(tune.Trainable):
-    """A trial: it waits at the dispatcher for what its student does. Its process outlives it and serves the next."""
+    """A trial: it waits at the dispatcher for its student's epochs. Its process outlives it and serves the next."""
 
     def setup(self, config: dict[str, Any], dispatcher: Any = None) -> None:
         """Remember whom to wait for."""
@@ -22,7 +22,7 @@ class Student(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """One more epoch of it."""
+        """One more epoch of the student."""
         found = ray.get(self._dispatcher.wait.remote(self._name, self._seen))
         history = found["history"]
         self._seen = min(self._seen + 1, len(history))

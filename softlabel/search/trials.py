@@ -1,4 +1,4 @@
-"""One student of the search each: what it was to be, how far it came, and what that says of a finished one."""
+"""Students of the search: what each was to be, how far it got, and what that says about a fully trained one."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,10 +12,11 @@ from softlabel.search.space import Values
 Role = Literal["first", "explore", "repeat"]
 Status = Literal["running", "stopped", "finished", "failed"]
 
-# Of what full students gain after an age, as standard deviations. In the grids of benchmarks/RESULTS.md gains differed
-# by 0.04 to 0.2 of it between seeds and by 0.14 to 0.38 between thresholds; the worse half gained a third less or more.
+# Standard deviations, as shares of what full students gain after an age. In the grids of benchmarks/RESULTS.md, gains
+# differed by shares of 0.04 to 0.2 between seeds and of 0.14 to 0.38 between thresholds; the worse half gained a third
+# less or more.
 _SPREAD = 0.25
-_SPREAD_COUNTS = 2  # as so many students: two or three that agree do so by chance
+_SPREAD_COUNTS = 2  # counts as this many students: two or three that agree may do so by chance
 _BEHIND = 0.3
 _LEAST_SD = 0.005
 
@@ -52,12 +53,12 @@ class Trial:
         return len(self.history)
 
     def best(self, epoch: int | None = None) -> float:
-        """mAP50 on the validation split of the best epoch up to ``epoch`` (default: all): what its weights have."""
+        """Validation mAP50 of the best epoch up to ``epoch`` (default: of all epochs), whose weights are kept."""
         return max((row["map50"] for row in self.history[:epoch]), default=0.0)
 
     @property
     def is_full(self) -> bool:
-        """Whether it counts as what a final student would reach: all tiles, all epochs."""
+        """Whether it shows what a final student would reach: all tiles, all epochs."""
         return self.status == "finished" and self.subset == 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,18 +67,18 @@ class Trial:
 
 
 def explored(trials: Sequence[Trial], subset: float, seed: int) -> list[Trial]:
-    """Students of values that were tried, on that share of the tiles, without those that have another seed to know
-    them better."""
+    """The students that try values out, on that share of the tiles, without those that repeat values with another
+    seed."""
     tried = [trial for trial in trials if trial.subset == subset]
     return [trial for trial in tried if trial.role != "repeat" or trial.seed == seed]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a student says of a full one of its values: mAP50, and the variance of saying so (0: it is one).
+    """What a student says about a full one with its values: mAP50, and the variance of that estimate (0: it is one).
 
-    ``shared_variance`` is of what all of ``stage`` (tiles, epochs to do and done) may be mistaken by together: how much
-    those gain that were stopped. ``own_variance`` is of the rest.
+    ``shared_variance`` is that of the error which all students of a ``stage`` (tiles, epochs to do and done) share: how
+    much stopped ones would gain. ``own_variance`` is that of the rest.
     """
 
     number: int
@@ -89,11 +90,11 @@ class Evidence:
 
 
 def evidence(trials: Sequence[Trial]) -> list[Evidence]:
-    """What the students so far say of full ones.
+    """What the students so far say about full ones.
 
-    One that was stopped, or saw a subset of the tiles, is taken for as much better as full ones became on the way from
-    there, and as the more uncertain the more is missing. Where there are not two to tell how much, only values of equal
-    standing are used, the fullest there are.
+    One that was stopped, or saw a subset of the tiles, is credited with what full ones gained from there on, and is the
+    more uncertain the more is missing. It is left out where there are not two that tell how much that is; if nothing
+    else is left, only the students that did the most epochs are used, as they are.
     """
     usable = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.history]
     full = [trial for trial in usable if trial.is_full]
@@ -105,7 +106,7 @@ def evidence(trials: Sequence[Trial]) -> list[Evidence]:
 
 
 def covariance(found: Sequence[Evidence]) -> NDArray[np.float64]:
-    """(N, N) of what the evidence may be mistaken by: students of one stage together, and each by itself."""
+    """(N, N) covariance of the errors in the evidence: those shared by students of one stage, and each one's own."""
     same = np.array([[a.stage is not None and a.stage == b.stage for b in found] for a in found])
     shared = np.sqrt([one.shared_variance for one in found])
     return np.where(same, np.outer(shared, shared), 0.0) + np.diag([one.own_variance for one in found])
@@ -121,7 +122,7 @@ def _expected(trial: Trial, gains: NDArray[np.float64]) -> Evidence:
 
 
 def _gains(trial: Trial, full: list[Trial], usable: list[Trial]) -> list[float]:
-    """What others gained from where this one ended."""
+    """What others gained from where this one ended; nothing if fewer than two tell."""
     if trial.subset == 1:
         alike = [other for other in full if other.epochs == trial.epochs and other.epoch > trial.epoch]
         gains = [other.best() - other.best(trial.epoch) for other in alike]

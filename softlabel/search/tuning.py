@@ -15,30 +15,30 @@ _LOOK_S = 5.0  # between looks at the nodes and the clock
 
 
 class SearchRun(Protocol):
-    """What a search in hand does for Tune (run.py)."""
+    """What a running search does for Tune (run.py)."""
 
     plan: Plan
 
     def elapsed_s(self) -> float:
-        """Of the budget."""
+        """Seconds of the budget that are used up."""
 
     def begin(self, trial: Trial) -> None:
         """Hand a student to the dispatcher."""
 
     def refresh(self, trial: Trial) -> None:
-        """What the dispatcher knows of a student."""
+        """Update a student with what the dispatcher knows about it."""
 
     def advance(self, trial: Trial, epoch: int) -> None:
-        """Tell the dispatcher of a student that need not wait."""
+        """Tell the dispatcher if a student need not wait."""
 
     def stop(self, trial: Trial) -> None:
-        """Take a student from the dispatcher."""
+        """Withdraw a student from the dispatcher."""
 
     def save(self, trial: Trial) -> None:
-        """Commit what is known of a student."""
+        """Commit what is known about a student."""
 
     def maintain(self, lost_nodes: list[str]) -> None:
-        """See to clock, lease and worker groups."""
+        """Look after clock, lease and worker groups."""
 
 
 class PlanSearcher(Searcher):
@@ -50,7 +50,7 @@ class PlanSearcher(Searcher):
         self._by_id: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next student as a Tune config; None while one that runs must end first, FINISHED if there is none."""
+        """The next student as a Tune config; None while a running one must end first, FINISHED if there is none."""
         trial = self._run.plan.suggest(self._run.elapsed_s())
         if trial is None:
             return None if self._by_id else Searcher.FINISHED
@@ -59,7 +59,7 @@ class PlanSearcher(Searcher):
         return {"number": trial.number, "seed": trial.seed, "subset": trial.subset, **trial.values}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Keep what is known of a student on disk."""
+        """Keep what is known about a student on disk."""
         trial = self._by_id[trial_id]
         self._run.refresh(trial)
         if trial.status != "running":
@@ -83,7 +83,7 @@ class PlanSearcher(Searcher):
 
 
 class PlanScheduler(FIFOScheduler):
-    """Stops a student where the plan lets it wait. Tune asks it before it tells the searcher."""
+    """Stops a student where the plan makes it wait. Tune asks the scheduler before it tells the searcher."""
 
     def __init__(self, run: SearchRun) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Monitor(tune.Callback):
         self._nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called after every event of Tune's."""
+        """Called after every Tune event."""
         if time.monotonic() - self._looked < _LOOK_S:
             return
         self._looked = time.monotonic()

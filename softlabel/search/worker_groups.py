@@ -24,21 +24,21 @@ from softlabel.terminal import say
 from softlabel.training.job import scaling
 from softlabel.training.targets import TrainJob
 
-_TAKE_S = 60.0  # a group asks again after so long: ranks that wait for the first must not run into a timeout
+_TAKE_S = 60.0  # a group asks again after this long, lest the ranks that wait for the first run into a timeout
 _LOOK_S = 10.0
-_LEAVE_S = 60.0  # for groups to go home by themselves
-_MAX_ENDED = 5  # groups that Ray Train gave up, in all
+_LEAVE_S = 60.0  # for groups to end by themselves
+_MAX_ENDED = 5  # groups that Ray Train may give up, in all
 
 
 class WorkerGroups:
     """The groups of one run, and the dispatcher from which they take students.
 
-    What leads them runs on this node: it is lost with the driver, and with no other node.
+    The dispatcher and the groups' Ray Train controllers run on this node: they are lost with it, and with no other.
 
     Args:
         execution: How large a group is.
-        folder: Of the run; what Ray Train writes there is gone at the end.
-        max_failures: How often a student may be begun again after its workers died.
+        folder: The run's; what Ray Train writes there is gone at the end.
+        max_failures: How often a student may be restarted after its workers died.
     """
 
     def __init__(self, execution: Execution, folder: Path, max_failures: int) -> None:
@@ -50,14 +50,14 @@ class WorkerGroups:
         self._ended = 0
 
     def start(self, count: int) -> None:
-        """Launch so many."""
+        """Launch this many groups."""
         self._groups = {self._launch(i): i for i in range(count)}
 
     def maintain(self, lost_nodes: list[str]) -> None:
-        """See to what lost nodes had in hand, and to groups that came to an end, as when what leads them is lost.
+        """Give the students of lost nodes to other groups, and relaunch those that ended, as with their controller.
 
         Raises:
-            TrainingError: They come to an end again and again.
+            TrainingError: Groups end again and again.
         """
         if lost_nodes:
             self.dispatcher.nodes_lost.remote(lost_nodes)
@@ -73,14 +73,14 @@ class WorkerGroups:
             self._groups[self._launch(group)] = group
 
     def send_home(self) -> None:
-        """Let each put its student down after the epoch it is in; what the dispatcher knows may be asked for still."""
+        """Let each group hand its student back after the epoch it is in, and end; the dispatcher can still be asked."""
         self.dispatcher.close.remote()
         _, staying = ray.wait(list(self._groups), num_returns=len(self._groups), timeout=_LEAVE_S)
         for group in staying:
             ray.cancel(group, force=True)
 
     def end(self) -> None:
-        """The end of the dispatcher, which Tune keeps a handle of."""
+        """Kill the dispatcher, to which Tune keeps a handle."""
         ray.kill(self.dispatcher)
 
     def remove_traces(self) -> None:
@@ -92,21 +92,21 @@ class WorkerGroups:
 
 
 def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -> dict[str, str]:
-    """Train the jobs that are not done. Run again after whatever stopped it, it goes on from each one's last epoch.
+    """Train the jobs that are not done. When run again after an interruption, each goes on from its last epoch.
 
     Args:
         recipe: Its ``execution`` says how large a worker group is, its ``search.max_failures`` how often a student may
-            be begun again.
-        jobs: Of names that differ.
-        folder: Of the run, which one driver may have at a time.
+            be restarted.
+        jobs: Their names differ.
+        folder: The run's, which only one driver may use at a time.
 
     Returns:
         Why students failed, by name; empty where all are trained.
 
     Raises:
         RecipeError: The cluster cannot hold one worker group.
-        StoreError: Another driver is at it.
-        TrainingError: Worker groups come to an end by themselves.
+        StoreError: Another driver is using the folder.
+        TrainingError: Worker groups end by themselves, again and again.
     """
     missing = [job for job in jobs if not is_done(job.folder)]
     if not missing:
@@ -129,7 +129,7 @@ def train_side_by_side(recipe: Recipe, jobs: Sequence[TrainJob], folder: Path) -
 
 def _wait_for(jobs: list[TrainJob], groups: WorkerGroups, lease: Lease) -> dict[str, str]:
     dispatcher, failed = groups.dispatcher, dict[str, str]()
-    for job in jobs:  # one after the other: in this order they are taken
+    for job in jobs:  # one after the other, since they are taken in this order
         ray.get(dispatcher.submit.remote(job.name, job))
     waiting = {dispatcher.wait.remote(job.name, 0): job.name for job in jobs}
     nodes = _alive()
@@ -155,10 +155,10 @@ def _alive() -> set[str]:
 
 
 def num_groups(execution: Execution) -> int:
-    """How many worker groups fit into the cluster at once; it waits for the first as ``execution.wait_minutes`` says.
+    """How many worker groups fit into the cluster at once; waits up to ``execution.wait_minutes`` for room for one.
 
     Raises:
-        RecipeError: Not one.
+        RecipeError: Not even one fits.
     """
     worker = {"CPU": execution.cpus_per_worker, "GPU": execution.gpus_per_worker}
     return wait_for(partial(_num_groups, execution), [worker] * execution.workers, execution.wait_minutes)
@@ -182,9 +182,9 @@ def _num_groups(execution: Execution) -> int:
     return workers // execution.workers
 
 
-@ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its process holds Ray Train's controller for as long as it lives
+@ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its process keeps Ray Train's controller for as long as it lives
 def launch(dispatcher: Any, group: int, execution: Execution, folder: Path) -> None:
-    """One worker group, from the first student to the last; Ray Train begins it again whenever a worker dies."""
+    """One worker group, from the first student to the last; Ray Train restarts it whenever a worker dies."""
     TorchTrainer(
         _worker,
         train_loop_config={
@@ -196,7 +196,7 @@ def launch(dispatcher: Any, group: int, execution: Execution, folder: Path) -> N
         run_config=ray.train.RunConfig(
             name=f"group-{group}-{uuid.uuid4().hex[:6]}",
             **ray_storage(folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=1000),  # the dispatcher counts, by student
+            failure_config=ray.train.FailureConfig(max_failures=1000),  # the dispatcher counts them, by student
         ),
     ).fit()
 
@@ -221,7 +221,7 @@ def _take(config: dict[str, Any]) -> TrainJob | None:
 
 
 def _train(job: TrainJob, config: dict[str, Any]) -> None:
-    """Train one student and put it down. What goes wrong with it is its own end, not the group's."""
+    """Train one student and hand it back. What goes wrong with it ends the student, not the group."""
     from softlabel.training.ranks import is_first
     from softlabel.training.trainer import Stopped, finish_model, train_model
 
@@ -239,12 +239,12 @@ def _train(job: TrainJob, config: dict[str, Any]) -> None:
             finish_model(job, done := trainer.summary())
     except Stopped:
         status = "stopped"
-    except Exception as error:  # whatever a recipe's values or the data bring about
+    except Exception as error:  # anything that a recipe's values or the data may cause
         status, reason = "failed", one_line(error)
-        if ray.train.get_context().get_world_size() > 1:  # the other ranks wait for this one: begin the group again
+        if ray.train.get_context().get_world_size() > 1:  # the other ranks wait for this one: restart the group
             if isinstance(error, SoftlabelError):
                 ray.get(dispatcher.release.remote(group, status, reason, [], 0.0))
-            else:  # maybe no more than that another rank has died
+            else:  # perhaps only because another rank has died
                 ray.get(dispatcher.note_failure.remote(group, reason))
             raise
     if is_first():

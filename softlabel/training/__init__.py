@@ -1,1 +1,1 @@
-"""Truth or soft labels to a student, on Ray Train."""
+"""Training on truth or soft labels, with Ray Train."""

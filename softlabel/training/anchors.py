@@ -1,4 +1,4 @@
-"""Anchors that fit the boxes: YOLOv5's auto-anchor, by k-means under the best-possible-recall check.
+"""Anchors that fit the boxes: YOLOv5's auto-anchor, k-means guarded by the best-possible-recall check.
 
 Follows utils/autoanchor.py of YOLOv5 v6.0 to v7.0 (https://github.com/ultralytics/yolov5), without the genetic search
 that comes after its k-means.
@@ -8,13 +8,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_RATIO = 4.0  # as the loss assigns: a box needs an anchor whose sides are within this factor of its own
+_MAX_RATIO = 4.0  # as in the loss: a box needs an anchor whose sides are within this factor of its own
 _GOOD_ENOUGH = 0.98
-_MIN_SIDE_PX = 2.0  # smaller boxes say nothing of a good anchor
+_MIN_SIDE_PX = 2.0  # boxes with both sides below this say nothing about good anchors
 
 
 def best_possible_recall(sizes_N2: NDArray[np.float32], anchors_px: NDArray[np.float32]) -> float:
-    """The share of boxes that some anchor fits within a factor of 4 in width and in height: no others can be learned.
+    """The share of boxes that some anchor fits within a factor of 4 in width and in height: others cannot be learned.
 
     Args:
         sizes_N2: Width and height of boxes in pixels of the model's input.
@@ -28,16 +28,16 @@ def best_possible_recall(sizes_N2: NDArray[np.float32], anchors_px: NDArray[np.f
 def fit_anchors(
     sizes_N2: NDArray[np.float32], anchors_px: NDArray[np.float32], seed: int
 ) -> tuple[NDArray[np.float32], float, float]:
-    """The anchors given where they fit 98 % of the boxes, else the k-means centres of the boxes where these fit better.
+    """The given anchors if they fit 98 % of the boxes; else the boxes' k-means centres, if these fit better.
 
     Args:
         sizes_N2: Width and height of the training boxes in pixels of the model's input.
-        anchors_px: (levels, anchors, 2), the ones to start from.
-        seed: Of k-means.
+        anchors_px: (levels, anchors, 2), the anchors to start from.
+        seed: For k-means.
 
     Returns:
-        The anchors, (levels, anchors, 2), small to large where they are new; their best possible recall; and that of
-        the anchors given.
+        The anchors, (levels, anchors, 2), sorted small to large if they are new; their best possible recall; and that
+        of the given anchors.
     """
     sizes = sizes_N2[(sizes_N2 > 0).all(axis=1)].astype(np.float32)
     if not len(sizes):
@@ -53,7 +53,7 @@ def fit_anchors(
 
 
 def _kmeans(sizes_N2: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
-    """Centres by area, on sizes in units of their standard deviation so that width and height weigh alike."""
+    """Centres, sorted by area; sizes are in units of their standard deviation, so that width and height weigh alike."""
     unit = np.maximum(sizes_N2.std(axis=0), 1e-6)
     cv2.setRNGSeed(seed)
     stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-4)

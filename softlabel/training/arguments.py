@@ -1,7 +1,7 @@
 """ultralytics train arguments in a recipe: what has an effect passes, what has none is refused by name.
 
-An argument that is silently ignored is a wrong experiment. But people paste whole args.yaml files: a value that is
-ultralytics' own default changes nothing there either, and passes.
+An argument that is silently ignored is a wrong experiment. But people paste whole args.yaml files, so an argument
+without effect passes if it has ultralytics' own default, which changes nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -73,15 +73,15 @@ _OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMS
 
 
 def check_train_args(args: dict[str, Any], where: str, model: str) -> None:
-    """Refuse train arguments that ultralytics does not know, softlabel sets itself, or that have no effect.
+    """Refuse train arguments that ultralytics does not know, that softlabel sets itself or that have no effect.
 
     Args:
         args: As the recipe has them.
         where: The recipe key above them, for the message.
-        model: The model's name: those with anchors have other losses.
+        model: The model's name; models with anchors have other losses.
 
     Raises:
-        RecipeError: Naming each argument that is to go, or the first whose value does not fit.
+        RecipeError: Naming each argument to remove, or the first with an invalid value.
     """
     problems = [f"{name} {problem}" for name in args if (problem := _problem(name, args, model))]
     if problems:
@@ -96,10 +96,10 @@ def check_train_args(args: dict[str, Any], where: str, model: str) -> None:
 
 
 def check_models(train: Train) -> None:
-    """A recipe's teacher and student with their arguments, before hours are spent on tiles and labels.
+    """Check a recipe's teacher and student with their arguments, before hours are spent on tiles and labels.
 
     Raises:
-        RecipeError: As for `check_train_args` and for `build_model`.
+        RecipeError: As for `check_trainable` and for `check_train_args`.
     """
     for role in ("teacher", "student"):
         model = getattr(train, role)
@@ -108,12 +108,12 @@ def check_models(train: Train) -> None:
 
 
 def check_soft(recipe: Recipe, thresholds: Iterable[Threshold], num_classes: int | None = None) -> None:
-    """Refuse a ``train.soft`` that the student's loss has no use for, or that contradicts a threshold.
+    """Refuse a ``train.soft`` that the student's loss has no use for, or that contradicts calibration or a threshold.
 
     Args:
-        recipe: What says so.
-        thresholds: Of its students.
-        num_classes: The student's, where they are not the recipe's.
+        recipe: The one whose ``train.soft`` is checked.
+        thresholds: Those of its students.
+        num_classes: The student's number of classes, where its classes are not the recipe's.
 
     Raises:
         RecipeError: Naming the key.
@@ -145,7 +145,7 @@ def check_soft(recipe: Recipe, thresholds: Iterable[Threshold], num_classes: int
 
 
 def _problem(name: str, args: dict[str, Any], model: str) -> str | None:
-    """Why an argument has to go."""
+    """Why an argument has to be removed; None if it may stay."""
     if name in SET_BY_SOFTLABEL:
         return f"is not for a recipe ({SET_BY_SOFTLABEL[name]})"
     if name not in DEFAULT_CFG_DICT and name not in WITHOUT_EFFECT:
@@ -187,4 +187,4 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "workers": (_is_count, "a number of processes"),
     "close_mosaic": (_is_count, "a number of epochs"),
 }
-"""What ultralytics would take and not do, or fail at in the workers."""
+"""Checks of values that ultralytics would accept but ignore, or fail on in the workers, and what to give instead."""

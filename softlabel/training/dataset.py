@@ -1,7 +1,7 @@
 """Training tiles as an ultralytics dataset: its augmentation, our pixels and boxes.
 
-Augmentation carries one number per box, its class. Where targets are soft that number is a row of a table instead,
-which holds what there is to know of the box (`soft_rows`); after augmentation `looked_up` puts it back.
+Augmentation carries one number per box, its class. Where targets are soft, that number is instead the row of a table
+that holds all there is to know about the box (`soft_rows`); after augmentation `looked_up` looks it up again.
 """
 
 import itertools
@@ -30,20 +30,20 @@ from softlabel.training.packed import PackedTiles, num_bytes
 from softlabel.training.targets import Target
 
 _TILES_A_THREAD = 16
-"""Neighbours, which are mostly of one scene: each thread opens it for itself."""
-_MOST_ROWS = 1 << 24  # whole numbers that a float32 can tell apart
+"""Neighbouring tiles, which are mostly of one scene: each thread opens scenes for itself."""
+_MOST_ROWS = 1 << 24  # float32 can tell whole numbers apart up to here
 
 
 class TileDataset(YOLODataset):
     """A YOLODataset whose images are windows of scenes and whose labels come from a list, not from files.
 
     ``read`` gives the pixels of a tile row, uint8 (H, W, 3) RGB; where tiles are cached, several threads call it.
-    Under ultralytics' task ``obb`` boxes are rotated. Where targets are soft, the class of a box is its row in
-    `soft_rows` instead, and their regions are boxes too. Mosaics and the like mix tiles as ``mixture`` does; None
-    leaves that to ultralytics.
+    Under ultralytics' task ``obb`` boxes are rotated. Where targets are soft, a box has its row in `soft_rows` instead
+    of its class, and the targets' regions are boxes too. Mosaic and other mixing augmentations choose tiles as
+    ``mixture`` does; None leaves that to ultralytics.
     """
 
-    # ultralytics': by a tile's number the pixels that are at hand, its size and the size it is scaled to.
+    # ultralytics' own, by a tile's number: the pixels that are at hand, its size and the size it is scaled to.
     ims: Any
     im_hw0: list[Any]
     im_hw: list[Any]
@@ -64,22 +64,22 @@ class TileDataset(YOLODataset):
         return [target.tile["tile_id"] for target in self._targets]
 
     def get_labels(self) -> list[dict]:
-        """Labels as ultralytics holds them: normalised xywh, classes as a float column; corners of rotated boxes."""
+        """Labels as ultralytics holds them: normalised xywh, classes as a float column, corners of rotated boxes."""
         sizes = [len(target.boxes) + (len(target.soft.regions) if target.soft else 0) for target in self._targets]
         starts = itertools.accumulate(sizes, initial=0)
         return [_label(t, start, rotated_boxes=self.use_obb) for t, start in zip(self._targets, starts, strict=False)]
 
     def __getitem__(self, index: int | Draw) -> dict:
-        """An augmented tile; that of a Draw is always the same."""
+        """An augmented tile; the same Draw always gives the same one."""
         if not isinstance(index, Draw):
             return super().__getitem__(index)
         with seeded(index.seed):
             return super().__getitem__(index.tile)
 
     def build_transforms(self, hyp: IterableSimpleNamespace) -> Compose:
-        """ultralytics', with mosaics of tiles from the whole set, as it makes them where all tiles are in memory.
+        """ultralytics' transforms, with mosaics of tiles from the whole set, as it makes them when all are in memory.
 
-        Else they would be of those that the same worker has just read.
+        Otherwise a mosaic would consist of tiles that the same worker has just read.
         """
         transforms = super().build_transforms(hyp)
         for mix in _mixes(transforms):
@@ -125,7 +125,7 @@ class TileDataset(YOLODataset):
         return height, width
 
     def cache_images(self) -> None:
-        """Read all tiles, by threads: into memory, or for ``disk`` into a file that goes when the training does."""
+        """Read all tiles, in threads: into memory, or for ``disk`` into a file that is gone when training ends."""
         packed = PackedTiles([self._scaled_hw(i) for i in range(self.ni)], on_disk=self.cache == "disk")
 
         def fill(i: int) -> None:
@@ -143,7 +143,7 @@ class TileDataset(YOLODataset):
         return self._has_room("memory", psutil.virtual_memory().available, safety_margin)
 
     def check_cache_disk(self, safety_margin: float = 0.1) -> bool:
-        """Whether the disk of temporary files has."""
+        """Whether the disk for temporary files has room for the tiles."""
         folder = tempfile.gettempdir()
         return self._has_room(folder, shutil.disk_usage(folder).free, safety_margin)
 
@@ -161,7 +161,7 @@ class TileDataset(YOLODataset):
 
 
 def _mixes(transform: Any) -> Iterator[BaseMixTransform]:
-    """All in a transform, which may be a list of others or have some to be done before it."""
+    """All mixing transforms within a transform, which may be a list of others or have one to be done before it."""
     if isinstance(transform, BaseMixTransform):
         yield transform
     for inner in [*getattr(transform, "transforms", []), getattr(transform, "pre_transform", None)]:
@@ -170,7 +170,7 @@ def _mixes(transform: Any) -> Iterator[BaseMixTransform]:
 
 
 def _partners(mixture: Mixture, count: int | None) -> int | list[int]:
-    """As ultralytics' ``get_indexes``: several numbers for a mosaic, else one."""
+    """In place of ultralytics' ``get_indexes``: several tile numbers for a mosaic, else one."""
     return mixture.partner() if count is None else [mixture.partner() for _ in range(count)]
 
 
@@ -197,10 +197,10 @@ def _label(target: Target, first_row: int, *, rotated_boxes: bool) -> dict:
 
 
 def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
-    """(rows, 4 + K) float32: tile after tile its boxes, then its regions.
+    """(rows, 4 + K) float32: tile after tile, first its boxes, then its regions.
 
-    A box's row is its class, whether it is of soft labels, its weight, its box weight and its class vector; a region's
-    is -1, the same, 0, 0 and what it keeps of each class.
+    A box's row is its class, whether it comes from soft labels, its weight, its box weight and its class vector; a
+    region's is -1, whether it comes from soft labels, 0, 0 and what it keeps of each class.
 
     Raises:
         TrainingError: There are more rows than a float32 can tell apart.
@@ -223,12 +223,12 @@ def soft_rows(targets: Sequence[Target]) -> torch.Tensor:
 
 
 def looked_up(batch: dict, rows: torch.Tensor) -> dict:
-    """An augmented batch whose ``cls`` are rows of `soft_rows`, with what they stand for.
+    """An augmented batch whose ``cls`` are row numbers of `soft_rows`, with what these rows hold.
 
     Returns:
-        The batch with its objects alone in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K),
-        ``weights``, ``box_weights`` and ``is_stored`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps``
-        as softlabel.detectors.background reads them, with ``region_is_stored``.
+        The batch with only objects in ``batch_idx``, ``cls`` and ``bboxes``, their ``vectors`` (T, K), ``weights``,
+        ``box_weights`` and ``is_stored`` (T,), and ``region_idx``, ``region_bboxes`` and ``region_keeps`` as
+        softlabel.detectors.background reads them, with ``region_is_stored``.
     """
     found = rows[batch["cls"].view(-1).long()]
     is_object = found[:, 0] >= 0

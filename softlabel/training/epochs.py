@@ -1,9 +1,9 @@
 """The order of the tiles, and the seeds of their augmentation, epoch after epoch.
 
-Loader workers live as long as a training, and work ahead: an epoch's first batches are made while the one before still
-runs. So what becomes of a tile may depend neither on the worker that makes it nor on what that made before. Each tile
-comes with a seed of its own, which follows from the run's seed, the epoch and the tile's place in it, and a training
-that was resumed, or has another number of workers, sees what the undisturbed one saw.
+Loader workers live as long as a training run, and work ahead: an epoch's first batches are made while the epoch before
+is still running. So what becomes of a tile may depend neither on the worker that augments it nor on what that worker
+did before. Each tile comes with a seed of its own, which follows from the run's seed, the epoch and the tile's place in
+it, and a run that was resumed, or has another number of loader workers, sees what an undisturbed one would have seen.
 """
 
 import itertools
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 
 class Draw(NamedTuple):
-    """A tile to augment, by its number in the data set, and what its augmentation is seeded by."""
+    """A tile to augment, by its number in the data set, and the seed for its augmentation."""
 
     tile: int
     seed: int
 
 
 class Mixture(NamedTuple):
-    """A data set's tiles by their numbers: first ``soft`` ones with soft labels (or all, where there are no others),
-    then ``truth`` ones that supplement them. These make a ``share`` of an epoch, which has as many tiles as ``soft``.
+    """How a data set's tiles are numbered and mixed: first ``soft`` tiles with soft labels (or all, where there are no
+    others), then ``truth`` tiles that supplement them. The latter make up a ``share`` of an epoch of ``soft`` tiles.
     """
 
     soft: int
@@ -35,7 +35,7 @@ class Mixture(NamedTuple):
     share: float = 0.0
 
     def order(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """The tiles of an epoch; each comes once, or one that there are too few of as often as the others."""
+        """The tiles of an epoch, each at most once; tiles with truth that are too few repeat about equally often."""
         if not self.truth:
             return generator.permutation(self.soft)
         wanted = round(self.soft * self.share)
@@ -44,17 +44,17 @@ class Mixture(NamedTuple):
         return generator.permutation(np.concatenate([soft, self.soft + truth[:wanted]]))
 
     def partner(self) -> int:
-        """A tile to mix with another, by the random numbers that ultralytics draws."""
+        """A tile to mix with another, drawn from the random generator that ultralytics uses."""
         if self.truth and random.random() < self.share:
             return self.soft + random.randrange(self.truth)
         return random.randrange(self.soft)
 
 
 class EpochBatches:
-    """The batches of one rank, epoch after epoch without an end. Every rank has as many: some tiles come twice for it.
+    """The batches of one rank, epoch after epoch without end. All ranks have equally many, so some tiles come twice.
 
     Attributes:
-        epoch: The one, from 0, that a new iterator begins with. An iterator counts by itself from there.
+        epoch: The epoch, from 0, at which a new iterator begins. From there on the iterator counts by itself.
     """
 
     def __init__(self, mixture: Mixture, batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -64,7 +64,7 @@ class EpochBatches:
         self._per_rank = math.ceil(mixture.soft / world_size)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return math.ceil(self._per_rank / self._batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -84,22 +84,22 @@ class EpochBatches:
 
 
 def draw_by_epoch(loader: Any, mixture: Mixture, seed: int, rank: int = 0, world_size: int = 1) -> EpochBatches:
-    """Let ultralytics' endless loader of a TileDataset take its batches from the EpochBatches that is returned."""
+    """Make ultralytics' endless loader of a TileDataset take its batches from the EpochBatches that is returned."""
     batches = EpochBatches(mixture, loader.batch_size, seed, rank, world_size)
-    loader.batch_sampler.sampler = batches  # what it would repeat, without a word on the epoch
+    loader.batch_sampler.sampler = batches  # which the loader repeats without telling it the epoch
     return batches
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Whatever draws at random on the CPU starts from a seed, and afterwards goes on where it was before.
+    """Start all random generators on the CPU from a seed, and afterwards let them go on from where they were before.
 
-    (Without loader workers the training draws from the same generators, the size of multi_scale for one.)
+    (Without loader workers, training draws from the same generators: the size for multi_scale, for one.)
     """
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for CUDA
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which model to train on what: from a recipe to the TrainJob that fixes it, and the folder that is named by it."""
+"""Which model to train on what: from a recipe to the TrainJob that fixes it, and the folder that is named after it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +29,11 @@ def train_job(
     drop: float = 0.0,
     class_map: ClassMap | None = None,
 ) -> TrainJob:
-    """One model to train on a split's truth, or on its soft labels above a threshold; on a share of them (``subset``).
+    """One model to train on a split's truth, or on its soft labels above a threshold; ``subset`` is the share of tiles.
 
-    ``soft`` is what it makes of unsure labels. Not given it is ``train.soft`` on soft labels, and what that says of
-    truth on truth. ``drop`` removes that share of the soft labels above the threshold at random. ``class_map`` is of
-    soft labels whose classes are finer than the recipe's.
+    ``soft`` is what the model makes of unsure labels: by default ``train.soft`` on soft labels, and on truth what that
+    says about truth. ``drop`` is the share of the objects in the soft labels to remove at random first. ``class_map``
+    is for soft labels whose classes are finer than the recipe's.
 
     Raises:
         WeightsError: The weights to start from do not exist.
@@ -75,8 +75,8 @@ def train_job(
 def recipe_train_job(
     recipe: Recipe, run_dir: Path, tiles: Path, store: Path | None, class_map: ClassMap | None = None
 ) -> TrainJob:
-    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None is truth.
-    ``class_map`` is of labels whose classes are finer than the recipe's."""
+    """The job that a recipe's own ``train`` section describes; ``store`` holds its soft labels, None means truth.
+    ``class_map`` is for labels whose classes are finer than the recipe's."""
     settings = recipe.train
     if store is None:
         check_truth(settings.soft)
@@ -98,7 +98,7 @@ def recipe_train_job(
 
 
 def check_finer(soft: Soft) -> None:
-    """Refuse what needs truth, or labels by students, of classes that the recipe does not have.
+    """Refuse what would need truth, or students' labels, in classes finer than the recipe's.
 
     Raises:
         RecipeError: Naming the key.
@@ -119,7 +119,7 @@ def _check_supplement(supplement: Supplement, tiles: Path, split: str) -> None:
 
 
 def check_truth(soft: Soft) -> None:
-    """Refuse what is made of soft labels, for a student of truth.
+    """Refuse settings that are about soft labels, for a student that learns from truth.
 
     Raises:
         RecipeError: Naming the key.
@@ -130,10 +130,10 @@ def check_truth(soft: Soft) -> None:
 
 
 def validation_split(tiles: Path, split: str, labels: str) -> str:
-    """The split on whose truth a model's choices are made.
+    """The validation split, on whose truth choices about a model are made.
 
-    A student of soft labels learns from a set whose truth its user does not have, so it chooses on the validation
-    split carved from the other set, the one its teacher learned from. Truth that brings its own ``val`` uses that.
+    A student on soft labels learns from a set whose truth its user does not have, so its validation split is the
+    one carved from the other set, which its teacher learned from. Truth that brings its own ``val`` uses that.
 
     Raises:
         RecipeError: There is none.
@@ -147,7 +147,7 @@ def validation_split(tiles: Path, split: str, labels: str) -> str:
 
 
 def scaling(execution: Execution) -> dict[str, Any]:
-    """A worker group in the words of Ray Train's ScalingConfig."""
+    """A worker group, as arguments of Ray Train's ScalingConfig."""
     resources = {"CPU": execution.cpus_per_worker}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker

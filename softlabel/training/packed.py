@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 
 class PackedTiles:
-    """Room for images (height, width, 3) uint8, each of a size that is known before: threads may fill them in.
+    """Room for images (height, width, 3) uint8, each of a size known in advance; threads may fill them in.
 
-    The file has no name: the system takes it back when the last process that has it ends, however that ends.
+    The file has no name: the system frees it when the last process that has it open ends, however it ends.
 
     Args:
         sizes_hw: Height and width of each.
-        on_disk: Whether in a file, in the folder for temporary files (TMPDIR), or in memory.
+        on_disk: Whether to use a file in the folder for temporary files (TMPDIR) instead of memory.
 
     Raises:
         OSError: The disk is full.
@@ -31,21 +31,21 @@ class PackedTiles:
         self._bytes = _mapped_file(total) if on_disk else np.empty(total, np.uint8)
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self._shapes)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        """A view of one."""
+        """A view of one image."""
         shape, end = self._shapes[index], self._ends[index]
         return self._bytes[end - num_bytes(shape) : end].reshape(shape)
 
     def seal(self) -> None:
-        """Refuse to be written to from now on: an augmentation in place would be there in the next epoch."""
+        """Refuse to be written to from now on: an in-place augmentation would still be there in the next epoch."""
         self._bytes.flags.writeable = False
 
 
 def num_bytes(size_hw: Sequence[int]) -> int:
-    """Of an image of three bands, by its height and width."""
+    """Size in bytes of a three-band image, given its height and width."""
     return size_hw[0] * size_hw[1] * 3
 
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Of this worker, from 0."""
+    """The rank of this worker, from 0."""
     return ray.train.get_context().get_world_rank()
 
 
@@ -20,12 +20,12 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that writes and speaks."""
+    """Whether this is the rank that writes files and messages."""
     return rank() == 0
 
 
 def from_first(ask: Callable[[], T]) -> T:
-    """What the first rank alone asked for, on every rank."""
+    """What ``ask`` returned on the first rank, the only one to call it, on every rank."""
     return gather(ask() if is_first() else None)[0]
 
 

@@ -1,4 +1,4 @@
-"""The training step: any number of models in one Ray Train launch, since starting one costs half a minute and more."""
+"""The training step: any number of models in one Ray Train launch, since a launch takes half a minute or more."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from softlabel.terminal import say
 from softlabel.training.job import scaling
 from softlabel.training.targets import TrainJob, truth_targets
 
-# Ray Train repeats every print of a worker in its own log, which comes to the same terminal.
+# Ray Train repeats every print of a worker in its own log, which goes to the same terminal.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 # Nothing here may import ultralytics at the top: a Ray worker imports this module before Ray sets RANK, which
@@ -28,11 +28,11 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
     """Train the jobs that are not done, each into its own folder: weights.safetensors and done.json.
 
-    Models in flight when a launch dies go on after their last epoch, by the workers' restart or by the next call.
+    A model in training when a launch dies goes on after its last epoch, once the workers restart or at the next call.
 
     Raises:
         TrainingError: A training set has no boxes, or the workers failed more often than execution.max_failures.
-        RecipeError: An argument that ultralytics does not know.
+        RecipeError: A model or an argument that `check_trainable` or `check_train_args` refuses.
     """
     missing = [job for job in jobs if not is_done(job.folder)]
     if not missing:
@@ -58,7 +58,7 @@ def train(recipe: Recipe, jobs: Sequence[TrainJob], run_dir: Path) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"training failed: {_cause(error)}") from error
-    finally:  # Ray Train leaves a handler that would swallow the next Ctrl-C, and holds its controller
+    finally:  # Ray Train leaves a handler that would swallow the next Ctrl-C and keeps its controller alive
         signal.signal(signal.SIGINT, before)
     remove_tree(storage / name)
 
@@ -70,7 +70,7 @@ def _worker(config: dict) -> None:
 
 
 def _say_what_is_missing(execution: Execution) -> None:
-    """Training waits for its resources, which an autoscaler may be about to bring; else for ever."""
+    """Warn if resources are missing: training waits until an autoscaler brings them, and else for ever."""
     there = ray.cluster_resources()
     for resource, each in (("CPU", execution.cpus_per_worker), ("GPU", execution.gpus_per_worker)):
         needed, found = execution.workers * each, there.get(resource, 0.0)
@@ -80,7 +80,7 @@ def _say_what_is_missing(execution: Execution) -> None:
 
 
 def _check(job: TrainJob) -> None:
-    """What would fail in every worker fails here, once and at once."""
+    """Raise here, once and early, what would otherwise be raised in every worker."""
     from softlabel.detectors.weights import check_trainable
     from softlabel.training.arguments import check_train_args
 

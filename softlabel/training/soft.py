@@ -1,6 +1,6 @@
 """What `train.soft` makes of a tile's labels: class vectors, weights, and regions where background counts less.
 
-softlabel.training.dataset brings it through the augmentation, softlabel.detectors.soft_loss makes a loss of it.
+softlabel.training.dataset carries these through augmentation, softlabel.detectors.soft_loss makes a loss of them.
 
 Shape suffixes: N boxes, M regions, K classes.
 """
@@ -17,20 +17,20 @@ from softlabel.config import Soft
 from softlabel.records import Detections, Truth
 
 SAME_OBJECT_IOU = 0.5
-"""Labels that overlap more show one object."""
-_LEAST_DOUBT = 0.05  # a label of a lower score would change next to nothing, and there are very many
+"""Labels that overlap more than this show the same object."""
+_LEAST_DOUBT = 0.05  # labels with lower scores would change next to nothing, and there are very many
 _PARTS = 4
-"""A tile that was labelled for some classes only is so many regions wide and high: augmentation forgets a box of which
-a tenth or less is left in the image, and the whole tile as one box would be forgotten with much of it in sight."""
+"""A region that covers a whole tile is split into this many parts across and down: augmentation drops a box when a
+tenth or less of it is left in the image, and would drop the whole tile as one box with much of it still in view."""
 
 
 @dataclass(frozen=True)
 class Softness:
-    """Of a tile's boxes a class vector each, (N, K) in [0, 1], and two weights, (N,) >= 0; and regions.
+    """For each of a tile's boxes a class vector, (N, K) in [0, 1], and two weights, (N,) >= 0; and regions.
 
-    ``weights`` are of all losses of a box, ``box_weights`` besides of those of where it lies: box, DFL and angle.
-    ``regions`` (M, 5) are rotated boxes in pixels of the tile, ``keeps`` (M, K) in [0, 1] what background's loss of
-    each class counts inside: 0 is no background there.
+    ``weights`` multiply all losses of a box; ``box_weights`` also multiply those for its position: box, DFL and angle.
+    ``regions`` (M, 5) are rotated boxes in pixels of the tile, and ``keeps`` (M, K) in [0, 1] is the weight of each
+    class's background loss inside them: with 0, nothing there is background.
     """
 
     vectors: NDArray[np.float32]
@@ -49,16 +49,16 @@ def label_softness(
     *,
     calibrated: bool,
 ) -> Softness:
-    """Of a tile's soft labels.
+    """The Softness of a tile's soft labels.
 
     Args:
-        found: All of the store's, calibrated if they are to be.
+        found: All that the store has for the tile, calibrated if they are to be.
         kept: (N,) which are above the threshold: the boxes that are learned.
         above_low: (N,) which are above ``soft.ignore_above``.
         num_classes: K.
         soft: The options.
         calibrated: Whether scores are calibrated. If not, and where the teacher has an objectness, scores are divided
-            by it to make class vectors, and it enters the weights; calibrated scores are no product any more.
+            by it to make class vectors, and it enters the weights; calibrated scores are no longer a product with it.
     """
     boxes = found.at(kept)
     vectors = np.eye(num_classes, dtype=np.float32)[boxes.class_ids]
@@ -83,8 +83,8 @@ def label_softness(
 
 
 def with_parts(softness: Softness, width: int, height: int) -> Softness:
-    """With regions that cover the whole tile, and where background counts as ever: so it is known after augmentation
-    which places are of this tile."""
+    """The same with added regions that cover the whole tile and in which background counts in full: they show, after
+    augmentation, which places belong to this tile."""
     parts = _parts(width, height).astype(np.float32)
     keeps = np.ones((len(parts), softness.keeps.shape[1]), np.float32)
     return replace(
@@ -95,16 +95,16 @@ def with_parts(softness: Softness, width: int, height: int) -> Softness:
 
 
 def _box_weights(boxes: Detections, power: float) -> NDArray[np.float32]:
-    """(N,) in [0, 1]: their agreement to a power; 1 where it is not known, which says nothing against a box."""
+    """(N,) in [0, 1]: the boxes' agreement to a power; 1 where it is unknown, as that says nothing against a box."""
     if boxes.agreement is None or not power:
         return np.ones(len(boxes.boxes), np.float32)
     return (np.where(np.isnan(boxes.agreement), 1, boxes.agreement) ** power).astype(np.float32)
 
 
 def truth_softness(tile: dict, truth: Truth, num_classes: int, soft: Soft) -> Softness:
-    """Of a tile's truth: one-hot vectors that weigh 1, and regions if ``soft.ignore_truth`` says so.
+    """The Softness of a tile's truth: one-hot vectors, weights of 1, and regions if ``soft.ignore_truth`` is set.
 
-    These are the boxes that evaluation ignores, and the whole tile for the classes that it was not labelled for.
+    The regions are the boxes that evaluation ignores, and the whole tile for the classes that it was not labelled for.
     """
     class_ids = truth.class_ids[~truth.ignore]
     regions, keeps = np.zeros((0, 5), np.float32), np.zeros((0, num_classes), np.float32)

@@ -1,13 +1,13 @@
-"""A student's moving average labels tiles anew while the student learns: Xu et al., "End-to-End Semi-Supervised Object
+"""A student's moving average relabels tiles while the student learns: Xu et al., "End-to-End Semi-Supervised Object
 Detection with Soft Teacher" (arXiv:2106.09018), for one-stage models.
 
-What is theirs: the teacher sees a tile weakly augmented, the student the same tile strongly; what the teacher finds
-above a threshold is an object; background's class loss is weighted by the teacher's own background score; tiles with
-truth come beside in a set ratio (`train.soft.supplement`).
+As in the paper: the teacher sees a tile weakly augmented, the student sees it strongly augmented; what the teacher
+finds above a threshold is an object; background's class loss is weighted by the teacher's own background score; tiles
+with truth are mixed in at a set ratio (`train.soft.supplement`).
 
-What is not: weakly augmented is a tile as ultralytics augments it, strongly with its colours changed and pieces erased
-on top (the list of Unbiased Teacher, Liu et al., arXiv:2102.09480), so that boxes need not be carried from one view to
-the other. Weights of background are not scaled to a mean of 1. Boxes are not jittered to see which are reliable
+Unlike the paper: weak augmentation is all of ultralytics' augmentation; strong augmentation also changes colours and
+erases pieces (the list of Unbiased Teacher, Liu et al., arXiv:2102.09480), so that boxes need not be mapped from one
+view to the other. Weights of background are not scaled to a mean of 1. Boxes are not jittered to see which are reliable
 (`train.soft.localisation_power` weighs them by their candidates). The first epochs learn the stored labels.
 
 Shape suffixes: B images, T objects, M regions, P places.
@@ -45,13 +45,13 @@ _STRONG = v2.Compose(
 
 
 class Relabeller:
-    """Puts the labels of a student's moving average in the place of stored ones.
+    """Replaces stored labels by those of a student's moving average.
 
     Args:
-        settings: From when, and what is an object.
-        soft: What an object's class and score make of its targets.
+        settings: From which epoch on, and above which score something is an object.
+        soft: How an object's scores become its targets.
         num_classes: K.
-        nms: How the student is validated; ``settings.threshold`` is in its floor's place.
+        nms: As in the student's validation; ``settings.threshold`` replaces its floor.
         is_rotated: Whether the student finds rotated boxes.
     """
 
@@ -61,20 +61,20 @@ class Relabeller:
         self._is_rotated = is_rotated
 
     def begins(self, epochs: int) -> int:
-        """The first epoch, from 0, of ``epochs`` that it works in."""
+        """The first of ``epochs``, counted from 0, in which it relabels."""
         return math.ceil(self._settings.burn_in * epochs)
 
     def __call__(self, teacher: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch as `softlabel.training.dataset.looked_up` made it, on the student's device, with other labels.
+        """Relabel a batch that `softlabel.training.dataset.looked_up` made, on the student's device.
 
         Args:
             teacher: The moving average, ready for inference.
-            batch: ``img`` (B, 3, H, W) in [0, 1]; ``is_stored`` (T,) and ``region_is_stored`` (M,) say what is of
-                soft labels; a stored region that keeps all background is a part of a tile with soft labels.
+            batch: ``img`` (B, 3, H, W) in [0, 1]; ``is_stored`` (T,) and ``region_is_stored`` (M,) say what comes
+                from soft labels; a stored region that keeps all background is a part of a tile with soft labels.
 
         Returns:
-            The batch with strongly augmented images, objects and regions of truth, what the teacher found in tiles with
-            soft labels, and what softlabel.detectors.background.trusted reads.
+            The batch with the images that show soft labels strongly augmented, the objects and regions of truth, what
+            the teacher found in tiles with soft labels, and what softlabel.detectors.background.trusted reads.
         """
         images = batch["img"]
         is_part = batch["region_is_stored"] & (batch["region_keeps"] == 1).all(1)
@@ -100,7 +100,7 @@ class Relabeller:
     def _objects(
         self, image: int, decoded: torch.Tensor, parts: torch.Tensor, images: torch.Tensor
     ) -> Mapping[str, torch.Tensor]:
-        """What the teacher found in an image's tiles with soft labels, as a batch has it."""
+        """What the teacher found in an image's tiles with soft labels, under a batch's keys."""
         rows = (suppressed_rotated if self._is_rotated else suppressed)(decoded, self._num_classes, self._nms)
         height, width = images.shape[2:]
         size = rows.new_tensor([width, height] * 2)
@@ -124,7 +124,7 @@ class Relabeller:
 
 
 def _strong(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The images, those that are ``chosen`` strongly augmented."""
+    """The images, with the ``chosen`` ones strongly augmented."""
     augmented = images.clone()
     for i in chosen.tolist():
         augmented[i] = _STRONG(images[i])
@@ -133,7 +133,7 @@ def _strong(images: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _one_to_many(model: Any) -> Iterator[None]:
-    """v10 and 26: class vectors and NMS need the one-to-many head, as where they label."""
+    """YOLOv10 and YOLO26: class vectors and NMS need the one-to-many head, as in labelling."""
     head = model.model[-1]
     before = getattr(head, "end2end", False)
     if before:

@@ -1,4 +1,4 @@
-"""What of a training run is on disk after every epoch: enough to go on as if nothing had happened."""
+"""What a training run keeps on disk after every epoch: enough to go on as if nothing had happened."""
 
 import io
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ from softlabel.training.targets import STATE, WEIGHTS, TrainJob
 
 
 def read_state(job: TrainJob, scratch: Path) -> dict | None:
-    """The state after the last epoch, with the best weights so far laid where the trainer will look for them."""
+    """The state after the last epoch, if any; the best weights so far are put where the trainer will look for them."""
     path = job.folder / STATE
     if not path.is_file():
         return None
@@ -26,7 +26,7 @@ def read_state(job: TrainJob, scratch: Path) -> dict | None:
 
 
 class StateWriter:
-    """Writes what a trainer consists of after an epoch, while the next one runs.
+    """Writes the state of a trainer after an epoch, while the next one runs.
 
     Tensors and plain values only, in full precision. What is on disk is at most one epoch behind.
     """
@@ -37,7 +37,7 @@ class StateWriter:
         self._writing: Future | None = None
 
     def write(self, trainer: Any, **more: Any) -> None:
-        """Begin to commit the trainer as it is now, once the state before is committed."""
+        """Begin to commit the trainer as it is now, once the previous state is committed."""
         self.wait()
         state = {
             "epoch": trainer.epoch,
@@ -56,17 +56,17 @@ class StateWriter:
         self._writing = self._thread.submit(commit, self._path, partial(torch.save, _copied(state)))
 
     def wait(self) -> None:
-        """Until what was written last is committed.
+        """Wait until the state that was written last is committed.
 
         Raises:
-            OSError: It cannot be.
+            OSError: It cannot be committed.
         """
         if self._writing is not None:
             self._writing.result()
 
 
 def _copied(value: Any) -> Any:
-    """With every tensor in memory of its own, which training goes on without."""
+    """A copy with every tensor in CPU memory of its own, which training does not go on changing."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -77,12 +77,12 @@ def _copied(value: Any) -> Any:
 
 
 def restore(trainer: Any, state: dict) -> None:
-    """Put a trainer that was set up into a state."""
+    """Put a trainer that has been set up into a saved state."""
     unwrap_model(trainer.model).load_state_dict(state["model"])
     trainer.ema.ema.load_state_dict(state["ema"])
     trainer.ema.updates = state["updates"]
     trainer.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # nothing where the epochs before were trained without one, on a CPU
+    if state["scaler"]:  # empty where the epochs before were trained without one, on a CPU
         trainer.scaler.load_state_dict(state["scaler"])
     if trainer.smoothing is not None:
         trainer.smoothing.table = state["smoothing"].to(trainer.device)

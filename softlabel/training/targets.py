@@ -24,7 +24,7 @@ from softlabel.training.soft import SAME_OBJECT_IOU, Softness, label_softness, t
 WEIGHTS = "weights.safetensors"
 """What a finished training step leaves in its folder, beside done.json."""
 STATE = "state.pt"
-"""What it has there while it trains: all that is needed to go on after the last epoch."""
+"""What an unfinished one has there: all that is needed to go on after its last epoch."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Target:
     supplements: bool = False
 
     def hide_unknown(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The tile's pixels (rows, columns, bands), those of unknown objects in the grey of the padding.
+        """The tile's pixels (rows, columns, bands), with unknown objects covered by the grey of the padding.
 
-        So such an object is neither one to find nor background, in any model's loss; as VisDrone's ignored regions are
-        usually treated. What it shares with a known box stays.
+        Such an object is then neither one to find nor background in any model's loss, as VisDrone's ignored regions are
+        usually treated. Pixels that it shares with a known box stay.
         """
         if not len(self.unknown):
             return image
@@ -68,8 +68,8 @@ def _inside(boxes_N4: NDArray[np.float32], size_hw: tuple[int, ...]) -> NDArray[
 class TrainJob:
     """One model to train. It names the splits it may see, and no other is ever read.
 
-    ``class_map`` says which of the recipe's classes each of ``classes`` is one of, where these are finer; None: they
-    are the recipe's. Truth, thresholds and validation know the recipe's alone.
+    ``class_map`` says to which of the recipe's classes each of ``classes`` belongs, where these are finer; None: they
+    are the recipe's. Truth, thresholds and validation only know the recipe's.
     """
 
     name: str
@@ -94,7 +94,7 @@ class TrainJob:
     def identity(self) -> dict:
         """All that determines the model; the name of its folder follows from it."""
         return {
-            "nms": asdict(self.nms),  # decides validation mAP, and by it the epoch that is kept
+            "nms": asdict(self.nms),  # affects validation mAP, and so which epoch is kept
             "model": self.model,
             "weights": file_digest(self.weights) if self.weights else None,
             "args": self.args,
@@ -141,7 +141,7 @@ class TrainJob:
         return _checked(_subset(targets, self.subset), f"the {self.subset:g} of {self.split} that is used has no box")
 
     def _supplement(self) -> list[Target]:
-        """Truth beside the soft labels."""
+        """Tiles with truth that are learned beside the soft labels."""
         supplement = self.soft.supplement
         if supplement is None:
             return []
@@ -173,27 +173,27 @@ def _with_parts(target: Target) -> Target:
 
 
 def truth_targets(tiles: Path, split: str, soft: Soft = HARD, num_classes: int = 0) -> list[Target]:
-    """The tiles of a split with the boxes people drew; those that evaluation ignores are left out.
+    """The tiles of a split with the boxes people drew, but without those boxes that evaluation ignores.
 
     Args:
         tiles: The folder of the tiling step.
-        split: Of the tiles.
+        split: Which of its splits.
         soft: What the boxes are worth.
         num_classes: K, where ``soft`` is given.
 
     Raises:
-        TrainingError: The split has no tile with truth.
+        TrainingError: The split's truth has no box.
     """
     targets = []
     for row in read_tiles(tiles, [split]):
         if row["truth"] is not None:
             truth = Truth.from_row(row["truth"])
             known, unknown = truth.at(~truth.ignore), truth.boxes[truth.class_ids == UNKNOWN_CLASS]
-            if soft.ignore_truth:  # a region of its own: no pixel need be hidden
+            if soft.ignore_truth:  # they are regions of their own: no pixel need be hidden
                 unknown = unknown[:0]
             softness = None if soft == HARD else truth_softness(row, truth, num_classes, soft)
             targets.append(Target(row, known.boxes, known.class_ids.astype(np.int64), unknown, known.xywhr, softness))
-    return _checked(targets, f"split {split} of {tiles} has no truth")
+    return _checked(targets, f"split {split} of {tiles} has no truth with a box that counts")
 
 
 def soft_targets(
@@ -205,9 +205,10 @@ def soft_targets(
     soften: Callable[[Detections, NDArray[np.bool_]], Softness] | None = None,
     drop: float = 0.0,
 ) -> list[Target]:
-    """The tiles of a split with a teacher's boxes whose best score, as ``calibration`` maps it, is strictly above
-    ``threshold``, or its class's. ``soften`` says of all boxes, and which are above it, what they are worth. A share of
-    the objects is removed first (``drop``), each with all labels of it, as if nothing had been found there.
+    """The tiles of a split with those of a teacher's boxes whose best score, as ``calibration`` maps it, is strictly
+    above ``threshold``, or above that of its class. ``soften`` is given all boxes and which of them are above, and says
+    what they are worth. A share of the objects is removed first (``drop``), each with all its labels, as if nothing had
+    been found there.
 
     A tile that was rejected in labelling, or that is empty, is left out: it is no example of background.
 
@@ -243,12 +244,12 @@ def _check_agreement(store: Path, tiles: Path, split: str) -> None:
 
 
 def _without_some(found: Detections, share: float, tile_id: str) -> Detections:
-    """Which go follows from tile and labels alone, whatever the threshold, so that all students lack the same.
+    """A tile's labels without those of a share of its objects; an object is a label that overlaps no better one.
 
-    An object is a label that overlaps no better one.
+    Which ones go depends only on tile and labels, not on the threshold, so that all students lack the same ones.
     """
     overlaps = iou_matrix(found.boxes, found.boxes) > SAME_OBJECT_IOU
-    is_object = ~np.tril(overlaps, -1).any(axis=1)  # best first
+    is_object = ~np.tril(overlaps, -1).any(axis=1)  # labels come best first
     draws = np.random.default_rng(int(digest(tile_id), 16)).random(len(found.boxes))
     gone = overlaps[:, is_object & (draws < share)].any(axis=1)
     return found.at(np.flatnonzero(~gone))
@@ -262,7 +263,7 @@ def num_empty(store: Path, tiles: Path, split: str) -> int:
 
 
 def _subset(targets: list[Target], share: float) -> list[Target]:
-    """A share of the tiles, in their order: those whose ids hash lowest, so that a larger share holds a smaller one."""
+    """A share of the tiles, in their order: those whose ids hash lowest, so that larger shares include smaller ones."""
     if share >= 1:
         return targets
     order = sorted(range(len(targets)), key=lambda i: digest(targets[i].tile["tile_id"]))

@@ -50,7 +50,7 @@ from softlabel.training.targets import STATE, WEIGHTS, Target, TrainJob, num_emp
 from softlabel.training.validation import KeptTiles, empty_tiles, training_losses, validate, without_empty
 
 _KEPT_BYTES = 1 << 30
-"""Of validation tiles in each rank's memory, where ``cache: ram`` does not ask for all."""
+"""What each rank keeps of validation tiles in memory, unless ``cache: ram`` asks for all of them."""
 
 GoesOn = Callable[[list[dict], float], bool]
 """Given a row per epoch so far and the seconds they took, whether to train another."""
@@ -63,7 +63,7 @@ class Stopped(Exception):
 def train_models(jobs: list[TrainJob], cpu_threads: int) -> None:
     """The training function of a Ray Train worker: train the jobs that are not done, one after the other.
 
-    ``cpu_threads`` is what torch may use on a CPU.
+    ``cpu_threads`` is how many threads torch may use on a CPU.
 
     After a failure Ray calls this again, and the model in flight goes on from its last epoch.
     """
@@ -82,7 +82,7 @@ def set_up() -> None:
         TrainingError: ultralytics was imported too early.
     """
     context = ray.train.get_context()
-    # A process alone is rank -1 to ultralytics: no distributed sampler, no broadcasts.
+    # To ultralytics a process on its own is rank -1: no distributed sampler, no broadcasts.
     expected = context.get_world_rank() if context.get_world_size() > 1 else -1
     if expected != ultralytics_utils.RANK:
         raise TrainingError("ultralytics was imported before Ray set RANK: import softlabel.training.trainer later")
@@ -91,18 +91,18 @@ def set_up() -> None:
 def train_model(job: TrainJob, cpu_threads: int, goes_on: GoesOn | None = None) -> "SoftLabelTrainer":
     """Train one model, from the state in its folder if there is one, and leave its best weights there.
 
-    After every epoch its state is committed to that folder, beside the next one, or if there is a ``goes_on``, before
-    that is asked, by the first rank alone. ``finish_model`` ends it.
+    After every epoch the first rank alone commits its state to that folder, while the next epoch runs; if there is a
+    ``goes_on``, it first waits for the commit, then asks. ``finish_model`` marks the model as done.
 
     Raises:
         Stopped: ``goes_on`` said no.
-        TrainingError: There is nothing to train on, or the loss is no number.
+        TrainingError: There is nothing to train on, or the loss is not finite.
     """
     with tempfile.TemporaryDirectory() as scratch:
         state = read_state(job, Path(scratch))
         trainer = SoftLabelTrainer(job, Path(scratch), state, goes_on)
-        # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets all CPUs of the
-        # machine but one, whatever share of them this worker has.
+        # Ray gives a worker of two CPUs OMP_NUM_THREADS=1, and building an ultralytics trainer sets as many threads as
+        # the machine has CPUs, less one, whatever share of them this worker has.
         torch.set_num_threads(cpu_threads)
         if state is None or not state["ended"]:
             trainer.train()
@@ -130,7 +130,7 @@ class SoftLabelTrainer(DetectionTrainer):
     the checkpoint (tensors and plain values only, in full precision, one file in the model's folder).
     """
 
-    stop: bool  # ultralytics': the epoch in hand is the last
+    stop: bool  # ultralytics' own: the current epoch is the last
     best_fitness: float | None
 
     def __init__(
@@ -164,7 +164,7 @@ class SoftLabelTrainer(DetectionTrainer):
             "pretrained": False,
         }
         no_integrations = mock.patch.object(callbacks, "add_integration_callbacks", lambda trainer: None)
-        with no_integrations:  # they report to other services, and into Ray Tune by themselves
+        with no_integrations:  # they report to other services, and unasked to Ray Tune
             super().__init__(overrides=overrides)
         self._val_tiles = KeptTiles(math.inf if _in_memory(self.args.cache) else _KEPT_BYTES)
         self.device, self.ddp = device, False
@@ -196,14 +196,14 @@ class SoftLabelTrainer(DetectionTrainer):
         )
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """ultralytics', whose workers live through the epochs; that of the training set by epoch, reproducibly."""
+        """ultralytics' loader, whose workers live through all epochs; for training it draws reproducibly, by epoch."""
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
         if mode == "train":
             self._batches = draw_by_epoch(loader, self._mixture, self.args.seed, self._rank, self.world_size)
         return loader
 
     def get_model(self, cfg: str | None = None, weights: object = None, verbose: bool = False) -> DetectionModel:
-        """The model by its name, starting from the job's weights where they fit, with anchors that fit the boxes."""
+        """The job's model, starting from the job's weights where they match it, with anchors that fit the boxes."""
         model = build_model(self._job.model, len(self._job.classes))
         if self._job.weights is not None:
             fitting, total = load_matching(model, self._job.weights)
@@ -220,7 +220,7 @@ class SoftLabelTrainer(DetectionTrainer):
         self._say(f"anchors: best possible recall {recall:.3f}{fitted}")
 
     def resume_training(self, ckpt: dict | None) -> None:
-        """Go on from the state that was reported last."""
+        """Go on from the state that was committed last."""
         state = self._state
         if state is None:
             return
@@ -230,16 +230,16 @@ class SoftLabelTrainer(DetectionTrainer):
 
     def _begin_epoch(self) -> None:
         """Seed by epoch, so that a resumed run draws what the undisturbed one would have drawn."""
-        self._batches.epoch = self.epoch  # for workers that start now: at a resume, and when mosaic is closed
+        self._batches.epoch = self.epoch  # for loader workers that start now: on resuming, and when mosaic is closed
         seed = self.args.seed + self._rank + 1000 * (self.epoch + 1)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
     def _make_criterion(self) -> None:
-        """The loss, softened if the job says so, and as far along as the epochs that are done.
+        """Make the loss, softened if the job says so, and bring it up to date with the epochs that are done.
 
-        (The two heads of an end-to-end model share it by weights that change from epoch to epoch.)
+        (For an end-to-end model it weights the two heads' losses, and these weights change from epoch to epoch.)
         """
         model = unwrap_model(self.model)
         model.criterion = criterion = model.init_criterion()
@@ -250,7 +250,7 @@ class SoftLabelTrainer(DetectionTrainer):
             soften(criterion, self._job.soft, self.smoothing)
 
     def preprocess_batch(self, batch: dict) -> dict:
-        """ultralytics', with what the labels are worth."""
+        """ultralytics' batch, with what the labels are worth."""
         if self._rows is None:
             return super().preprocess_batch(batch)
         batch = super().preprocess_batch(looked_up(batch, self._rows))
@@ -259,7 +259,7 @@ class SoftLabelTrainer(DetectionTrainer):
         return self._relabeller(self.ema.ema, batch)
 
     def get_class_counts(self) -> np.ndarray:
-        """Boxes per class, for ``cls_pw``; a label of the dataset may be a row of a table instead."""
+        """Boxes per class, for ``cls_pw``; a dataset's label may be the row of a table instead."""
         counted = np.concatenate([target.class_ids for target in self.targets])
         return np.bincount(counted, minlength=len(self._job.classes)).astype(np.float32)
 
@@ -269,9 +269,9 @@ class SoftLabelTrainer(DetectionTrainer):
             self.smoothing.end_epoch(torch.stack(sums).sum(0))
 
     def validate(self) -> tuple[dict | None, float | None]:
-        """mAP of the EMA model on the validation split's truth, by the metric that fills every table.
+        """mAP of the EMA model on the validation split's truth, by the metric that all tables show.
 
-        Where the student's classes are finer than truth's, the best score of a class's finer ones is that class's.
+        Where the student's classes are finer than the truth's, a class has the best score of its finer ones.
         """
         for buffer in self.ema.ema.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, src=0)
@@ -286,7 +286,7 @@ class SoftLabelTrainer(DetectionTrainer):
         return {"map50": metrics.map50, "map50_95": metrics.map50_95}, metrics.map50
 
     def save_model(self) -> bool:
-        """Write the EMA weights when they beat all epochs before (of equals the first, as the summary says)."""
+        """Write the EMA weights if they beat all epochs before (of equal ones the first counts, as in the summary)."""
         if all(self.fitness > row["map50"] for row in self._history):
             save_weights(self.save_dir / WEIGHTS, self.ema.ema, self._header())
         return True
@@ -295,7 +295,7 @@ class SoftLabelTrainer(DetectionTrainer):
         """Nothing: the evaluation step does this on the test split, which a trainer never sees."""
 
     def is_complete(self) -> bool:
-        """Whether all epochs are over, or patience is; not if it was told to stop."""
+        """Whether all epochs are done or patience has run out; not if it was told to stop."""
         return self._ended
 
     def summary(self) -> dict:
@@ -354,10 +354,10 @@ class SoftLabelTrainer(DetectionTrainer):
         return Header(unwrap_model(self.model).yaml, self._job.classes, self.args.imgsz, args)
 
     def _report(self) -> None:
-        """Keep the epoch, and let the first rank write and say it.
+        """Record the epoch, and let the first rank write and print it.
 
-        Ray Train is told nothing: its queue takes one report and is emptied every two seconds, which would be the least
-        that an epoch takes. What it would do with a checkpoint, softlabel.training.state does.
+        Nothing is reported to Ray Train: its queue takes one report and is emptied every two seconds, so no epoch could
+        be shorter than that. What Ray Train would do with a checkpoint, softlabel.training.state does.
         """
         losses = {key.removesuffix("_loss"): float(value) for key, value in self.tloss.items()}
         epoch = {
@@ -381,17 +381,17 @@ class SoftLabelTrainer(DetectionTrainer):
             + f", validation mAP50 {self.fitness:.3f} (best {self.best_fitness:.3f}), {self.epoch_time:.0f} s"
         )
         self.state_writer.write(self, ended=self._ended, history=list(self._history), seconds=self._seconds())
-        if self._goes_on and not self.stop and self.epoch + 1 < self.epochs:  # one that is done need not ask
+        if self._goes_on and not self.stop and self.epoch + 1 < self.epochs:  # a model that is done need not ask
             self.state_writer.wait()
             self.stop = not self._goes_on(self._history, self._seconds())
         self._share_end()
 
     def _share_end(self) -> None:
-        """Only the first rank knows whether patience is over."""
+        """Tell all ranks whether training is complete: only the first knows whether patience has run out."""
         self._ended = gather(self._ended)[0]
 
     def _rank_digests(self) -> list[float]:
-        """A number per rank that differs where their parameters differ, which DDP must not let happen."""
+        """A number per rank, which differs where the ranks' parameters differ; DDP must not let that happen."""
         parameters = unwrap_model(self.model).parameters()
         digests = gather(float(sum(p.detach().double().abs().sum() for p in parameters)))
         if len(set(digests)) > 1:
@@ -409,7 +409,7 @@ def _targets(job: TrainJob) -> tuple[list[Target], Mixture]:
     if job.soft_labels is None:
         targets = without_empty(targets, job.tiles, job.split)
         return targets, Mixture(len(targets))
-    # Labelling has looked at the pixels of soft labels' tiles already.
+    # Labelling has already looked at the pixels of tiles with soft labels.
     soft, truth = ([one for one in targets if one.supplements is which] for which in (False, True))
     if job.soft.supplement is None:
         return soft, Mixture(len(soft))
@@ -437,8 +437,8 @@ def _sizes_px(target: Target, imgsz: int) -> np.ndarray:
 
 @contextmanager
 def _amp_without_a_trial() -> Iterator[None]:
-    """Mixed precision where ultralytics has it: on CUDA, but for some GPUs. It would download a model to try it with,
-    and takes a download that fails for a good sign.
+    """Mixed precision where ultralytics has it: on CUDA, except on some GPUs. It would download a model for a trial,
+    and takes a failed download as a pass.
     """
     with mock.patch("ultralytics.YOLO", side_effect=ConnectionError):
         yield
@@ -446,7 +446,7 @@ def _amp_without_a_trial() -> Iterator[None]:
 
 @contextmanager
 def _ddp_without_device_ids() -> Iterator[None]:
-    """On a CPU DDP takes no device ids, but ultralytics passes them. A subclass, since it unwraps by isinstance."""
+    """On a CPU DDP takes no device ids, but ultralytics passes some, and unwraps by isinstance: hence a subclass."""
     original = nn.parallel.DistributedDataParallel
 
     class CpuDistributedDataParallel(original):  # type: ignore[misc, valid-type]

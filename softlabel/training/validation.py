@@ -18,7 +18,7 @@ from softlabel.training.ranks import gather, rank, world_size
 from softlabel.training.targets import WEIGHTS, Target, TrainJob
 
 _AT_ONCE = 128
-"""Tiles that the detector gets at a time. It makes batches of them, and a GPU has nothing to do between two calls."""
+"""Tiles that the detector gets per call. It makes batches of them, and a GPU has nothing to do between two calls."""
 
 
 @lru_cache(maxsize=8)  # for all models of a launch
@@ -33,7 +33,7 @@ def empty_tiles(tiles: Path, split: str) -> frozenset[str]:
 
 
 def without_empty(targets: list[Target], tiles: Path, split: str) -> list[Target]:
-    """Those with a valid pixel.
+    """The targets whose tiles have a valid pixel.
 
     Raises:
         TrainingError: No box is left.
@@ -49,7 +49,7 @@ class KeptTiles:
     """Reads tiles, and keeps the pixels of the first ones: an epoch need not read what the one before has read.
 
     Args:
-        most_bytes: What may be kept; the tiles above it are read again each time.
+        most_bytes: How much may be kept; tiles beyond that are read again each time.
     """
 
     def __init__(self, most_bytes: float) -> None:
@@ -57,7 +57,7 @@ class KeptTiles:
         self._kept: dict[str, NDArray[np.uint8]] = {}
 
     def read(self, tile: dict) -> NDArray[np.uint8]:
-        """As TileReader."""
+        """As ``TileReader.read``."""
         image = self._kept.get(tile["tile_id"])
         if image is None:
             image = self._reader.read(tile)
@@ -71,7 +71,7 @@ class KeptTiles:
 
 
 def validate(detector: YoloDetector, targets: list[Target], tiles: KeptTiles) -> list[TileResult]:
-    """Truth and detections of tiles, on every rank; each looks at its share."""
+    """Truth and detections of all tiles, on every rank; each rank runs its share."""
     results, mine = [], targets[rank() :: world_size()]
     for start in range(0, len(mine), _AT_ONCE):
         chunk = mine[start : start + _AT_ONCE]

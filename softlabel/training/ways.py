@@ -9,10 +9,10 @@ PLAIN, TRUTH = "plain", "truth"
 
 
 def ways(recipe: Recipe) -> dict[str, Recipe]:
-    """A recipe by the name of each way: the plain one first, then ``compare.methods``, and truth last.
+    """A recipe for each way, by its name: the plain one first, then ``compare.methods``, and truth last.
 
     Raises:
-        RecipeError: All that can be known to be wrong with them before anything is done.
+        RecipeError: Whatever can be found wrong with them before anything is done.
     """
     check_models(recipe.train)
     if recipe.train.soft != HARD:
@@ -35,7 +35,7 @@ def _check_views(way: Recipe, recipe: Recipe) -> None:
 
 
 def in_words(recipe: Recipe) -> str:
-    """How many students they are."""
+    """How many students there will be."""
     count, settings = len(ways(recipe)), recipe.compare
     total = count * settings.seeds * len(settings.splits)
     return (

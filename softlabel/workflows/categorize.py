@@ -1,4 +1,4 @@
-"""What is in this imagery? A vocabulary over every tile, counted by class and scene, drawn, and made a draft recipe.
+"""What is in this imagery? A vocabulary over every tile: counts by class and scene, pictures, and a draft recipe.
 
 The "one generalized model that could categorize any satellite image" of Ciolino, Rosario and Noever (arXiv:2212.00585).
 """
@@ -40,14 +40,14 @@ def categorize(recipe: Recipe, run_dir: Path, vocabulary: Path, threshold: float
     """Look for every class of a vocabulary; write categories.json and .html, scenes.parquet and classes.yaml.
 
     Args:
-        recipe: Its tiles, and ``label.open_vocabulary.model``; ``classes`` only name the truth that may be there to
-            compare.
-        run_dir: Where to.
+        recipe: Its tiles and ``label.open_vocabulary.model`` are used; its ``classes`` only name those of the truth, if
+            there is any to compare with.
+        run_dir: Where the results go.
         vocabulary: A text file (softlabel.workflows.vocabulary).
         threshold: Boxes scoring above it count.
 
     Raises:
-        RecipeError: The recipe names no OWL-ViT, or the vocabulary is none.
+        RecipeError: The recipe names no open-vocabulary model, or the vocabulary is not valid.
     """
     if recipe.label.open_vocabulary is None:
         raise RecipeError(
@@ -105,7 +105,7 @@ def _results(recipe: Recipe, store: Store, census: Census, threshold: float) -> 
 
 
 def _truth_counts(recipe: Recipe, store: Store) -> dict[str, dict[str, int]]:
-    """Objects by class and scene, those on a seam once; a scene that nobody searched for a class is not among its."""
+    """Objects by class and scene, those on a seam once; under a class only scenes that were searched for it."""
     counts: dict[str, dict[str, int]] = {name: {} for name in recipe.classes}
     scene, known = Scene(""), set[int]()
 
@@ -152,7 +152,7 @@ def _write(run_dir: Path, worded: Recipe, store: Store, census: Census, results:
 
 
 def _draft(worded: Recipe, results: dict[str, Any]) -> str:
-    """The classes that were found, most frequent first, as a recipe's beginning."""
+    """The classes that were found, most frequent first, as the beginning of a recipe."""
     assert worded.label.open_vocabulary is not None
     names = [row["class"] for row in results["classes"] if row["objects"]]
     prompts = {name: list(worded.label.open_vocabulary.prompts[name]) for name in names}
@@ -190,7 +190,7 @@ def _sheets(store: Store, census: Census, results: dict[str, Any]) -> list[dict[
 
 
 def _crop(reader: TileReader, rows: Mapping[str, dict], example: Example) -> np.ndarray | None:
-    """The box and as much again around it, square; None where the scene cannot be read any more."""
+    """A square around the box, twice as wide as its longer side; None where the scene can no longer be read."""
     try:
         image = reader.read(rows[example.tile_id])
     except SceneError:

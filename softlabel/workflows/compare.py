@@ -27,19 +27,19 @@ from softlabel.workflows.search import has_teacher, teacher_job
 from softlabel.workflows.self_training import self_train
 
 Key = tuple[str, str, int]
-"""Of a student: its way, its training set, its seed."""
+"""A student's way, training set and seed."""
 
 
 def compare(recipe: Recipe, run_dir: Path) -> dict:
     """Train what is not trained yet, write compare.json and compare.html into ``run_dir``, and return the results.
 
-    Per training set of ``compare.splits`` a teacher labels it: ``label``'s, or for each seed one that learns from the
-    other set's truth, since what helps students of one teacher may do nothing for those of another that was trained
-    alike. Then students of ``train.student`` learn from these labels, plainly and in each of ``compare.methods``'
-    ways, and from truth, with the same seeds. All are judged on the test split.
+    Each training set in ``compare.splits`` is labelled by a teacher: ``label``'s, or for each seed one that learns from
+    the other set's truth, since what helps students of one teacher may do nothing for those of another that was trained
+    in the same way. Then students of ``train.student`` learn from these labels, plainly and in each of
+    ``compare.methods``' ways, and from truth, with the same seeds. All are judged on the test split.
 
     Raises:
-        RecipeError: A method's values make no student, or nothing can be compared.
+        RecipeError: No student can be made of a method's values, or nothing can be compared.
         TrainingError: A teacher cannot be trained.
     """
     by_name = ways(recipe)
@@ -102,7 +102,7 @@ def _seeds(recipe: Recipe) -> range:
 
 
 def _taught(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[tuple[str, int], Recipe]:
-    """Per training set and seed the recipe with its teacher."""
+    """The recipe with its teacher, per training set and seed."""
     keys = list(itertools.product(recipe.compare.splits, _seeds(recipe)))
     jobs: dict[tuple[str, int], TrainJob] = {}
     if not has_teacher(recipe):
@@ -120,7 +120,7 @@ def _taught(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[tuple[str, int],
 
 
 def _label_jobs(by_name: dict[str, Recipe], taught: dict[tuple[str, int], Recipe], tiles: Path) -> dict[Key, LabelJob]:
-    """What labels the tiles of each student: its teacher, in the views of its way."""
+    """The job that labels each student's tiles: its teacher, in the views of its way."""
     jobs = {}
     for (name, way), ((split, seed), by) in itertools.product(by_name.items(), taught.items()):
         labels = by.label.model_copy(update={"augment": way.label.augment})
@@ -152,7 +152,7 @@ def _job(way: Recipe, run_dir: Path, tiles: Path, name: str, split: str, seed: i
 
 
 def _is_a_teacher(recipe: Recipe, split: str) -> bool:
-    """Whether the student of a split's truth is the teacher of the other split, and so is trained already."""
+    """Whether the student on a split's truth is the other split's teacher, and so is trained already."""
     taught = {"train_1": "train_2", "train_2": "train_1"}.get(split)
     alike = recipe.train.student == recipe.train.teacher
     return alike and taught in recipe.compare.splits and not has_teacher(recipe)

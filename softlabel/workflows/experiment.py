@@ -46,7 +46,7 @@ from softlabel.workflows.self_training import in_one_launch, self_train
 
 _OVERLAYS = 8
 _OTHER = {1: 2, 2: 1}
-_FUSE_ABOVE, _FUSE_IOU = 0.05, 0.55  # as `softlabel fuse` has them
+_FUSE_ABOVE, _FUSE_IOU = 0.05, 0.55  # as in `softlabel fuse`
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Student:
 def experiment(recipe: Recipe, run_dir: Path) -> dict:
     """Run all that is not done, write results.json and report.html into ``run_dir``, and return the results."""
     check_soft(recipe, recipe.train.thresholds)
-    _check_models(recipe.train)  # before hours go into what they would not be trained on
+    _check_models(recipe.train)  # before hours are spent on what they could not be trained on
     cuda = recipe.execution.gpus_per_actor > 0
     resolve(recipe.label.engine, recipe.label.precision, cuda=cuda, with_losses=False)
     steps = Steps(run_dir, total=7)
@@ -112,7 +112,7 @@ def _check_models(train: Train) -> None:
 
 
 def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, _Student], dict[int, _Student]]:
-    """Per training set the student's model on truth (the reference) and the teacher; the same where they agree."""
+    """Per training set, the student's model on truth (the reference) and the teacher; one model if they agree."""
 
     def on_truth(name: str, number: int, role: str) -> _Student:
         split = f"train_{number}"
@@ -127,8 +127,8 @@ def truth_models(recipe: Recipe, run_dir: Path, tiles: Path) -> tuple[dict[int, 
 
 
 def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, dict[int, Path]]) -> list[_Student]:
-    """A student per source of labels, threshold and training set, on these labels only; if ``train.soft`` says
-    something, one that learns plainly and one by it."""
+    """A student per source of labels, threshold and training set, on these labels only; where ``train.soft`` is
+    set, one that learns plainly and one that learns by it."""
     students, plain = [], (HARD, 1)
     by_recipe = recipe.train.soft.of_labels(), recipe.train.soft.rounds
     ways = [plain] if by_recipe == plain else [plain, by_recipe]
@@ -152,7 +152,7 @@ def soft_models(recipe: Recipe, run_dir: Path, tiles: Path, stores: dict[str, di
 
 
 def _after_rounds(recipe: Recipe, run_dir: Path, students: list[_Student]) -> list[_Student]:
-    """Of each the best round of self-training."""
+    """Each student in its best round of self-training."""
     first = {student.job.name: student.job for student in students}
     rounds = {student.job.name: student.rounds for student in students}
     best = self_train(recipe, run_dir, first, rounds, in_one_launch(recipe, run_dir))
@@ -160,7 +160,7 @@ def _after_rounds(recipe: Recipe, run_dir: Path, students: list[_Student]) -> li
 
 
 def _label_jobs(recipe: Recipe, tiles: Path, teachers: dict[int, _Student]) -> dict[int, LabelJob]:
-    """Per training set: the other set's teacher over it."""
+    """Per training set, the job in which the other set's teacher labels it."""
     return {
         number: label_job(
             recipe, teachers[other].job.name, teachers[other].weights, tiles, [f"train_{number}"], teaches=True
@@ -175,7 +175,7 @@ def _has_open_vocabulary(recipe: Recipe) -> bool:
 
 
 def _label(recipe: Recipe, run_dir: Path, tiles: Path, teachers: dict[int, _Student]) -> dict[str, dict[int, Path]]:
-    """By source, then by training set, what students learn from."""
+    """The labels that students learn from, by source and then by training set."""
     jobs = _label_jobs(recipe, tiles, teachers)
     if not _has_open_vocabulary(recipe):
         return {wording.TEACHER: dict(zip(jobs, label(recipe, list(jobs.values()), run_dir), strict=True))}
@@ -255,7 +255,7 @@ def _model_row(recipe: Recipe, model: _Student, test: dict) -> dict[str, Any]:
         **{key: test[key] for key in ("map50", "map50_95", "precision", "recall", "f1", "f1_conf")},
         "losses": losses,
         "per_class": test["per_class"],
-        "rotated": test.get("rotated", False),  # a run of an earlier release goes on
+        "rotated": test.get("rotated", False),  # missing where a run of an earlier release goes on
         "drop": None,
         **{key: trained[key] for key in (*keys, "train_tiles", "train_boxes", "val_map50", "seconds")},
     }
@@ -285,7 +285,7 @@ def _overlays(recipe: Recipe, tiles: Path, stores: dict[int, Path]) -> list[Over
 
 
 def _crowded(rows: list[dict], num_classes: int, count: int) -> list[dict]:
-    """Class by class the tile with most of its truth that is not chosen yet."""
+    """Class by class, the tile with the most objects of it among those not chosen yet."""
     chosen: list[dict] = []
     drawn = [Truth.from_row(row["truth"]) for row in rows]
     per_class = np.array([np.bincount(truth.class_ids[~truth.ignore], minlength=num_classes) for truth in drawn])
@@ -312,8 +312,8 @@ def _cpu() -> str:
 class Steps:
     """Says which step runs, and remembers how long each took.
 
-    A rerun that finds a step done keeps the time of the run that did it; a step taken up again after a kill counts from
-    there.
+    A rerun that finds a step done keeps the time of the run that did it; a step resumed after a kill is timed from
+    then on.
     """
 
     def __init__(self, run_dir: Path, total: int) -> None:

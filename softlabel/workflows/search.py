@@ -63,7 +63,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
         (store,) = label(taught, [recipe_label_job(taught, tiles)], run_dir)
     judged = numbers(evaluate_store(taught, "teacher", tiles, val_split, store, run_dir))
     automatic = _automatic(taught, tiles, split, val_split, store)
-    if not calibration_of(taught):  # students compare calibrated scores
+    if not calibration_of(taught):  # else this threshold, found on the teacher's scores, would meet calibrated ones
         automatic = {"teacher's F1": judged["f1_conf"], **automatic}
     inputs = Inputs(taught, run_dir, tiles, store, val_split, automatic)
     with steps.next("search"):
@@ -72,7 +72,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
     chosen = [
         trial
         for trial in _complete(results, [results["answer"]["values"], *results["references"]])
-        if _weights(folder, trial).exists()  # the search keeps those of its leaders
+        if _weights(folder, trial).exists()  # the search keeps only its leaders' weights
     ]
     examined = chosen if _has_truth(tiles, "test") else []
     with steps.next("label the test split with the best students, once"):
@@ -95,7 +95,7 @@ def search_experiment(recipe: Recipe, run_dir: Path, budget_s: float | None, *, 
 
 
 def _automatic(recipe: Recipe, tiles: Path, split: str, val_split: str, store: Path) -> dict[str, Threshold]:
-    """Thresholds that follow from the labels, one for each class where the search has as many."""
+    """Thresholds that follow from the labels, one for each class where the search varies them by class."""
     per_class = any(key.startswith(f"{THRESHOLD}.") for key in recipe.search.space)
     scores, class_ids = label_scores(recipe, tiles, split, store)
     found = {
@@ -108,13 +108,13 @@ def _automatic(recipe: Recipe, tiles: Path, split: str, val_split: str, store: P
 
 
 def has_teacher(recipe: Recipe) -> bool:
-    """Whether the label section names one."""
+    """Whether the label section names a teacher."""
     return recipe.label.open_vocabulary is not None or recipe.label.weights is not None
 
 
 def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
-    """What makes the recipe's label section name a teacher: nothing if it does, else the weights of one that learned
-    from the truth of the other training set."""
+    """What to add to the recipe's label section so that it names a teacher: nothing if it does, else the weights of
+    one that is trained here on the truth of the other training set."""
     if has_teacher(recipe):
         return {}
     job = teacher_job(recipe, run_dir, tiles)
@@ -123,10 +123,10 @@ def teacher_for(recipe: Recipe, run_dir: Path, tiles: Path) -> dict[str, str]:
 
 
 def teacher_job(recipe: Recipe, run_dir: Path, tiles: Path, suffix: str = "") -> TrainJob:
-    """A teacher for the recipe's training set, that learns from the truth of the other.
+    """A teacher for the recipe's training set, which learns from the truth of the other set.
 
     Raises:
-        RecipeError: There is no other.
+        RecipeError: There is no other set.
     """
     other = {"train_1": "train_2", "train_2": "train_1"}.get(recipe.train.split)
     if other not in summary(tiles)["splits"]:
@@ -140,7 +140,7 @@ def teacher_job(recipe: Recipe, run_dir: Path, tiles: Path, suffix: str = "") ->
 
 
 def _complete(results: dict, wanted: Sequence[Values]) -> list[dict]:
-    """The students that trained to the end, of these values."""
+    """The students of these values that trained to the end."""
     full = [trial for trial in results["trials"] if trial["status"] == "finished" and trial["subset"] == 1]
     return [trial for trial in full if trial["values"] in wanted]
 
@@ -150,7 +150,7 @@ def _weights(folder: Path, trial: dict) -> Path:
 
 
 def _test(chosen: Sequence[dict]) -> list[dict[str, Any]]:
-    """Per values: mAP50 on the test split, mean and standard deviation over seeds."""
+    """For each of the values: mAP50 on the test split, mean and standard deviation over seeds."""
     rows: list[dict[str, Any]] = []
     for trial in chosen:
         if trial["values"] not in [row["values"] for row in rows]:
@@ -170,7 +170,7 @@ def _has_truth(tiles: Path, split: str) -> bool:
 
 
 def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[str, dict[str, int]]:
-    """Boxes above each threshold, per best class and in all; as ``train.calibration`` maps them, if it does."""
+    """Boxes above each threshold, per best class and in total; scores as ``train.calibration`` maps them, if set."""
     calibration = calibration_of(recipe)
     counts = {threshold: np.zeros(len(recipe.classes), np.int64) for threshold in QUALITY_THRESHOLDS}
     asked = {row["tile_id"] for row in read_tiles(tiles, [split], ["tile_id"])}
@@ -187,12 +187,12 @@ def _labels_kept(recipe: Recipe, tiles: Path, split: str, store: Path) -> dict[s
 
 
 def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, chosen: Sequence[dict]) -> None:
-    """The recipe of the final student, and the weights of the best there is."""
+    """The recipe of the final student, and the weights of the best one so far."""
     students = [trial for trial in chosen if trial["values"] == values]
     best = max(students, key=lambda trial: max(row["map50"] for row in trial["history"]), default=None)
     final = with_values(recipe, values)
     train = final.train.model_copy(update={"labels": "soft"})
-    # The seed stays: scenes and splits are dealt by it, and the labels that are there are of those.
+    # The seed stays: it decides scenes and splits, and the labels that exist belong to those.
     final = final.model_copy(update={"name": f"{recipe.name}-best", "train": train})
     header = f"# The final student of the search over {', '.join(values)}: {_final_command(run_dir)}\n"
     write_text(run_dir / "best.yaml", header + dump_recipe(final))
@@ -200,7 +200,7 @@ def _write_best(recipe: Recipe, run_dir: Path, folder: Path, values: Values, cho
         weights = _weights(folder, best).read_bytes()
         commit(run_dir / "best.safetensors", lambda path: path.write_bytes(weights))
     else:
-        (run_dir / "best.safetensors").unlink(missing_ok=True)  # of an earlier answer
+        (run_dir / "best.safetensors").unlink(missing_ok=True)  # it belonged to an earlier answer
 
 
 def _final_command(run_dir: Path) -> str:

@@ -1,8 +1,8 @@
 """Self-training: a student labels the tiles that it learned from and learns again from those labels, round by round.
 
 Rosenberg, Hebert and Schneiderman, "Semi-Supervised Self-Training of Object Detection Models" (WACV 2005), with all
-that is labelled used again, as Xie et al. do ("Self-training with Noisy Student", arXiv:1911.04252). A round is a
-labelling step and a training step as any others: what is done is found done, and what was begun goes on.
+labels used in every round, as by Xie et al. ("Self-training with Noisy Student", arXiv:1911.04252). A round is an
+ordinary labelling step and an ordinary training step: what is done is not done again, and what was begun goes on.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -28,17 +28,17 @@ def self_train(
     rounds: Mapping[Key, int],
     train_all: Callable[[Sequence[TrainJob]], Collection[str]],
 ) -> dict[Key, TrainJob]:
-    """Of each student the round with the best validation mAP50.
+    """Each student in the round with its best validation mAP50.
 
-    One goes on as long as that rises. The next round starts from its weights, with the same seed, threshold and
+    A student goes on as long as that rises. The next round starts from its weights, with the same seed, threshold and
     ``train.soft``; what was removed from the teacher's labels (``compare.drop``) is not removed from its own.
 
     Args:
-        recipe: Labels as its ``label`` section says.
+        recipe: Its ``label`` section says how to label.
         run_dir: Where everything lies.
-        students: By whatever name, those of the first round, trained.
-        rounds: At most so many of each, the first among them.
-        train_all: Trains students, and says the names of those that failed: such a student ends with the round before.
+        students: The trained students of the first round, by any key.
+        rounds: The most rounds for each, the first included.
+        train_all: Trains students, and returns the names of those that failed: these end with the round before.
     """
     best, latest, number = dict(students), dict(students), 1
     while rising := {key: job for key, job in latest.items() if best[key] is job and rounds[key] > number}:
@@ -61,7 +61,7 @@ def self_train(
 
 
 def in_one_launch(recipe: Recipe, run_dir: Path) -> Callable[[Sequence[TrainJob]], Collection[str]]:
-    """What trains a round's students one after the other, and ends the run where one fails."""
+    """A ``train_all`` that trains a round's students one after the other, and ends the run if one fails."""
 
     def again(jobs: Sequence[TrainJob]) -> tuple[str, ...]:
         train(recipe, jobs, run_dir)
@@ -71,7 +71,7 @@ def in_one_launch(recipe: Recipe, run_dir: Path) -> Callable[[Sequence[TrainJob]
 
 
 def _label_job(recipe: Recipe, job: TrainJob) -> LabelJob:
-    """A student over the tiles that it learned from."""
+    """The job in which a student labels the tiles that it learned from."""
     name = f"train_set_by_{job.name}"
     return label_job(recipe, name, job.folder / WEIGHTS, job.tiles, [job.split], teaches=True)
 

@@ -1,4 +1,4 @@
-"""A vocabulary: a text file of class names, one a line, with phrasings for each if the name alone will not do."""
+"""A vocabulary: a text file of class names, one per line, with phrasings for each if the name alone will not do."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ from softlabel.errors import RecipeError
 
 
 def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
-    """Class names and what to look for each by. A line is a name, or ``name: phrasing, phrasing``; ``#`` begins a
-    comment. A name alone is looked for as itself.
+    """Class names, and the phrasings to look for each by.
+
+    A line is a name, or ``name: phrasing, phrasing``; ``#`` begins a comment. A name alone is its own phrasing.
 
     Raises:
-        RecipeError: There is no such file, it names nothing, or one name twice.
+        RecipeError: The file cannot be read, is malformed or names no class, or names one twice or ``all``.
     """
     try:
         lines = path.read_text().splitlines()
