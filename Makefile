@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 OTHER_PYTHONS ?= python3.12 python3.13
 BIN := .venv/bin
-# Two at a time, each on a core of its own. Not for tests that start a Ray: two of them on two cores exceed their time limits.
+# Two tests at a time, each on a core of its own. Not for tests that start a Ray: two of those on two cores exceed their
+# time limits.
 TWICE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OTHER := VIRTUAL_ENV=.venv-other $(BIN)/uv
 TOOLS := pytest pytest-timeout pytest-xdist onnx jsonschema kubernetes-validate pycocotools sahi "moto[s3]" flask flask-cors
@@ -23,7 +24,7 @@ test-long: lint test-pythons
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWICE) -m long tests/unit tests/numerics
 	$(BIN)/pytest -m long tests/integration
 
-# The unit tests on the other Pythons that pyproject.toml allows, and on the oldest versions of what it asks for.
+# The unit tests on the other Pythons that pyproject.toml allows, and with the oldest versions of its dependencies.
 test-pythons: $(READY)
 	for python in $(OTHER_PYTHONS); do \
 	    $(OTHER) venv --quiet --clear --python $$python .venv-other && \

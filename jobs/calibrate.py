@@ -1,4 +1,4 @@
-"""Fit what the labels' scores are worth, on a split with truth.
+"""Calibrate the labels' scores, on a split with truth.
 
 ray job submit --working-dir . -- python jobs/calibrate.py --config demo --run-dir /shared/runs/demo
 

@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/compare.py --config demo --run-dir /shared/runs/demo
 
-A driver that died goes on where it stopped when the same is submitted again.
+If the driver dies, submit the same again: it goes on where it stopped.
 """
 
 import sys

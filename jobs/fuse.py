@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/fuse.py /shared/runs/demo/label-a-* /shared/runs/demo/label-b-*
 
-A teacher's say is its weight: --weights 2 1, in the order of the stores.
+--weights 2 1 gives each teacher its weight, in the order of the stores.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/label.py --config demo --run-dir /shared/runs/demo
 
-The weights come with --set label.weights=/shared/weights/teacher.safetensors.
+Give the weights with --set label.weights=/shared/weights/teacher.safetensors.
 """
 
 import sys

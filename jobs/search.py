@@ -1,8 +1,8 @@
-"""Search the threshold that makes the best student: labels once, trains many students, says how sure the answer is.
+"""Search for the threshold that makes the best student: label once, train many students, say how sure the answer is.
 
 ray job submit --working-dir . -- python jobs/search.py --config demo --run-dir /shared/runs/demo
 
-Add --budget 8h for a night; a driver that died goes on with --resume.
+Add --budget 8h for a night; if the driver dies, submit the same with --resume.
 """
 
 import sys

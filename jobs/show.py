@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/show.py /shared/runs/demo/label-labels-* --doubtful 48
 
-Page, pictures and what is to be corrected go into the store's show/, or to --output.
+The page, the pictures and the tiles to correct go into the store's show/, or to --output.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/subtype.py /shared/runs/demo/label-a-* --class car --by colour
 
-Models look at the crops with --by classifier and --by prompts; --model names one.
+With --by classifier and --by prompts, a model looks at the crops; --model names it.
 """
 
 import sys

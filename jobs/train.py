@@ -2,7 +2,7 @@
 
 ray job submit --working-dir . -- python jobs/train.py --config demo --run-dir /shared/runs/demo
 
-Which split and which labels is said by --set train.split=train_1 --set train.labels=truth (or soft).
+Choose the split and the labels with --set train.split=train_1 --set train.labels=truth (or soft).
 """
 
 import sys

@@ -39,7 +39,7 @@ class TruthSource(_Section):
         {}, description="source class name or id to one of `classes`; empty: equal names"
     )
     other_classes: Literal["drop", "reject"] = Field(
-        "reject", description="a known source class that no mapping names: left out on purpose, or an error row"
+        "reject", description="boxes of a known source class that no mapping names: left out on purpose, or rejected"
     )
 
 
@@ -47,15 +47,15 @@ class Stac(_Section):
     """Scenes given as STAC items; the filters are pystac-client's, for an API and for a file alike."""
 
     url: str = Field(description="an API (https://...), or a file with an item collection")
-    asset: str = Field("visual", description="of each item, what is a scene")
+    asset: str = Field("visual", description="which of an item's assets is the scene")
     collections: tuple[str, ...] = ()
     bbox: tuple[float, float, float, float] | None = Field(None, description="west, south, east, north in degrees")
     intersects: dict[str, Any] | None = Field(None, description="a GeoJSON geometry in degrees, instead of `bbox`")
     datetime: str | None = Field(
         None, description="a time or an interval: 2024-05, 2024-05-01/2024-06-15, 2024-05-01/.."
     )
-    query: dict[str, dict[str, Any]] = Field({}, description="per property: {eo:cloud_cover: {lt: 20}}")
-    max_items: Pixels | None = Field(None, description="the first ones only")
+    query: dict[str, dict[str, Any]] = Field({}, description="per property what it must be: {eo:cloud_cover: {lt: 20}}")
+    max_items: Pixels | None = Field(None, description="no more than this many items")
 
     @field_validator("datetime", mode="before")
     @classmethod
@@ -103,11 +103,11 @@ class Tiles(_Section):
     overlap_px: Annotated[int, Field(ge=0)] = 0
     min_visible: Fraction = Field(0.3, description="truth boxes cut below this share are ignored, not trained on")
     background: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="share of tiles without truth to keep in each split, null keeps all (the paper: a third)"
+        None, description="share that tiles without truth may have in each split; null keeps all (the paper: a third)"
     )
     split: Split | Literal["truth"] = Field(Split(), description="shares, or `truth`: the truth file names each split")
     max_rejected_fraction: Fraction = Field(
-        0.05, description="of truth rows; above it the step ends with an error, after the rest"
+        0.05, description="share of truth rows; if more are rejected, the step ends with an error, after doing the rest"
     )
     bands: tuple[Pixels, Pixels, Pixels] = Field((1, 2, 3), description="1-based bands read as red, green, blue")
     stretch: tuple[float, float] | None = Field(
@@ -147,13 +147,17 @@ View = Annotated[Literal["fliplr", "flipud", "rot90"] | float, BeforeValidator(_
 class OpenVocabulary(_Section):
     """An open-vocabulary teacher, and what it looks for: words or example images for each class."""
 
-    model: str = Field(description="a folder with an open-vocabulary model of transformers, or its name on the hub")
-    prompts: dict[str, tuple[str, ...]] = Field({}, description="per class one phrasing or several")
-    examples: dict[str, tuple[str, ...]] = Field({}, description="per class, instead: image files of one object each")
+    model: str = Field(description="an open-vocabulary model for transformers: a folder, or its name on the hub")
+    prompts: dict[str, tuple[str, ...]] = Field({}, description="per class, one phrasing or several")
+    examples: dict[str, tuple[str, ...]] = Field(
+        {}, description="per class, instead of prompts: image files of one object each"
+    )
     combine: Literal["mean", "max"] = Field(
         "mean", description="several phrasings or examples of a class: mean of their embeddings, or max of their scores"
     )
-    background: tuple[str, ...] = Field((), description="prompts for what is no object: a box that suits one best goes")
+    background: tuple[str, ...] = Field(
+        (), description="prompts for what is no object: a box that matches one best is dropped"
+    )
 
 
 class Label(_Section):
@@ -161,31 +165,34 @@ class Label(_Section):
 
     weights: str | None = Field(
         None,
-        description="the teacher: .pt, .safetensors, .onnx, or one of transformers; `experiment` trains its own",
+        description="the teacher: .pt, .safetensors, .onnx, or a transformers model; `experiment` trains its own",
     )
     open_vocabulary: OpenVocabulary | None = Field(None, description="an open-vocabulary teacher instead of `weights`")
     classes: dict[str, str | None] = Field(
-        {}, description="a class of `weights` to one of the recipe's, or null: left out; not named: the one of its name"
+        {},
+        description="a class of `weights` to one of the recipe's, or null: left out; default: that of the same name",
     )
     augment: tuple[View, ...] = Field(
-        (), description="views of a tile to look at besides: fliplr, flipud, rot90, or a factor of the model's input"
+        (), description="additional views of each tile: fliplr, flipud, rot90, or a factor of the model's input size"
     )
-    splits: tuple[str, ...] | None = Field(None, description="splits to label, null is every tile")
+    splits: tuple[str, ...] | None = Field(None, description="splits to label; null: every tile")
     imgsz: Pixels | None = Field(None, description="null: the size the weights were trained at")
     floor: Fraction = 0.01
     iou: Fraction | None = Field(
         None,
-        description="NMS: of two boxes of one class above this IoU the lower score goes; null: 0.7, with anchors 0.45, "
-        "OWL-ViT and OmDet-Turbo 0.5, DETR and RT-DETR 1 (none goes)",
+        description="NMS: of two boxes of one class above this IoU, the one with the lower score is dropped; null: "
+        "0.7, with anchors 0.45, OWL-ViT and OmDet-Turbo 0.5, DETR and RT-DETR 1 (none is dropped)",
     )
     max_det: Annotated[int, Field(gt=0)] = 1000
     engine: Literal["auto", "pytorch", "pytorch_compile", "openvino", "tensorrt"] = Field(
         "auto", description="what runs the teacher; auto: pytorch on CUDA, openvino on a CPU where it is installed"
     )
     precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="of the convolutions; auto: float16 on CUDA, float32 on a CPU"
+        "auto", description="precision of the convolutions; auto: float16 on CUDA, float32 on a CPU"
     )
-    max_rejected_fraction: Fraction = Field(0.05, description="above it the run ends with an error, after the rest")
+    max_rejected_fraction: Fraction = Field(
+        0.05, description="share of tiles; if more are rejected, the run ends with an error, after doing the rest"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +210,7 @@ class Model(_Section):
     """What to train, and how. ``args`` are ultralytics train arguments under their own names."""
 
     model: str = Field("yolov5n.yaml", description="an ultralytics model yaml")
-    weights: str | None = Field(None, description="start from this .safetensors where names and shapes fit")
+    weights: str | None = Field(None, description="start from this .safetensors or .pt where names and shapes fit")
     args: dict[str, Any] = Field({}, description="epochs, batch, imgsz, optimizer, lr0, mosaic, close_mosaic, ...")
 
 
@@ -211,12 +218,13 @@ class Supplement(_Section):
     """Truth beside soft labels: tiles of another set, with the boxes that people drew."""
 
     split: str | None = Field(
-        None, description="of the tiles with truth; null: train_1 or train_2, whichever the student does not learn from"
+        None,
+        description="split of the tiles with truth; null: train_1 or train_2, the one the student does not learn from",
     )
     share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="of the tiles that an epoch shows; it shows as many as there are with soft labels"
+        0.5, description="share of tiles with truth in an epoch, which has as many tiles as there are with soft labels"
     )
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of its boxes in the loss, where others weigh 1")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="weight of truth boxes in the loss; others have 1")
 
     def of(self, split: str) -> str:
         """The split whose truth a student learns beside the soft labels of ``split``."""
@@ -226,8 +234,8 @@ class Supplement(_Section):
 class SoftTeacher(_Section):
     """The moving average of the student labels tiles while the student learns (Xu et al., arXiv:2106.09018)."""
 
-    threshold: Fraction = Field(0.5, description="what it finds above is an object")
-    burn_in: Fraction = Field(0.2, description="share of the epochs that learn the stored labels first")
+    threshold: Fraction = Field(0.5, description="what the average finds above this score is an object")
+    burn_in: Fraction = Field(0.2, description="share of the epochs, at the start, that learn the stored labels")
 
 
 class Soft(_Section):
@@ -240,38 +248,43 @@ class Soft(_Section):
     class_targets: Literal["hard", "vector"] = Field(
         "hard", description="what a box's class is learned as: its best class, or its whole class vector"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="of the class vector; below 1 sharpens it")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="temperature of the class vector; below 1 sharpens it"
+    )
     weight_power: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="a box weighs its score to this power in the loss; 0: all weigh 1"
+        0.0, description="a box's losses are weighted by its score to this power; 0: all have weight 1"
     )
     localisation_power: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="a box's box, DFL and angle losses weigh its agreement to this power, how well the teacher's "
-        "candidates for it overlapped; 0: all weigh 1",
+        description="a box's box, DFL and angle losses are weighted by its agreement (how well the teacher's "
+        "candidates for it overlapped) to this power; 0: all have weight 1",
     )
     ignore_above: Threshold | None = Field(
         None, description="labels between this and the threshold are neither object nor background; null: background"
     )
     ignore_truth: bool = Field(
         False,
-        description="truth that evaluation ignores, and what a tile was not labelled for, is neither object nor "
-        "background",
+        description="truth that evaluation ignores, and anything of a class that a tile was not labelled for, is "
+        "neither object nor background",
     )
     background_far: Fraction = Field(
-        1.0, description="soft sampling: what background far from all labelled boxes weighs (Wu et al.: 0.25)"
+        1.0, description="soft sampling: weight of background far from all labelled boxes (Wu et al.: 0.25)"
     )
     background_doubt: Fraction = Field(
-        0.0, description="soft sampling: by how much of its score a label below weakens the background inside it"
+        0.0,
+        description="soft sampling: background inside a label below the threshold loses this times its score in weight",
     )
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="online label smoothing: share of a class target that the student's right answers make"
+        0.0, description="online label smoothing: share of a class target that the student's own right answers make up"
     )
     supplement: Supplement | None = Field(None, description="truth of another set, learned beside the soft labels")
     soft_teacher: SoftTeacher | None = Field(
-        None, description="tiles of soft labels are labelled anew in training, by the moving average of the student"
+        None, description="tiles with soft labels are relabelled during training, by the student's moving average"
     )
     rounds: Annotated[int, Field(ge=1)] = Field(
-        1, description="self-training: a student labels its tiles for the next, as long as validation mAP50 rises"
+        1,
+        description="self-training: at most this many students in turn, each on labels by the one before, as long as "
+        "validation mAP50 rises",
     )
 
     def of_truth(self) -> "Soft":
@@ -301,11 +314,15 @@ class Train(_Section):
 
     teacher: Model = Model()
     student: Model = Model()
-    thresholds: tuple[Fraction, ...] = Field((0.3, 0.5), description="students of the experiment, one per threshold")
-    split: str = Field("train_2", description="for `softlabel train` alone: the training set")
+    thresholds: tuple[Fraction, ...] = Field(
+        (0.3, 0.5), description="the experiment trains a student for each, per training set"
+    )
+    split: str = Field("train_2", description="for `softlabel train` and `search`: the training set")
     labels: Literal["truth", "soft"] = Field("soft", description="for `softlabel train` alone")
     threshold: Threshold = Field(
-        0.3, description="for `softlabel train` alone: labels above it, strictly; one number, or one for each class"
+        0.3,
+        description="for `softlabel train`, `search` and `compare`: labels must exceed it, strictly; one number, "
+        "or one for each class",
     )
     store: str | None = Field(
         None,
@@ -329,7 +346,7 @@ class Evaluate(_Section):
     """Detections against truth."""
 
     split: str = Field("test", description="for `softlabel evaluate` alone")
-    bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples, by group of test images, 0 is none")
+    bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="resamples, by group of test images; 0: none")
 
 
 class Dimension(_Section):
@@ -355,28 +372,32 @@ class Search(_Section):
 
     space: dict[str, Dimension] = Field(
         {"train.threshold": Dimension(min=0.05, max=0.95)},
-        description="recipe keys under train (train.threshold.CLASS is one class's) to what they may be",
+        description="recipe keys under train (train.threshold.CLASS for one class) to the values they may take",
     )
-    sampler: Literal["tpe", "gp", "random", "grid"] = Field("gp", description="of Optuna: what is tried next")
+    sampler: Literal["tpe", "gp", "random", "grid"] = Field(
+        "gp", description="what chooses the next values: one of Optuna's, or a grid"
+    )
     grid_points: Annotated[int, Field(ge=2)] = Field(9, description="values of a range under the grid sampler")
     precision: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="of the first points: the threshold from which labels are right with this chance"
+        0.5, description="one of the first points is the threshold from which labels are right with this probability"
     )
     trials: Annotated[int, Field(gt=0)] = Field(
-        30, description="students to train at most, repeats with other seeds too"
+        30, description="students to train at most, including repeats with other seeds"
     )
     explore: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="share of the trials and of the time after which the leaders are repeated with other seeds"
     )
-    stop_early: bool = Field(True, description="ASHA: students wait until they are among the best of their age")
-    grace_epochs: Annotated[int, Field(gt=0)] = Field(3, description="epochs that every student trains")
+    stop_early: bool = Field(True, description="ASHA: students wait until they are among the best at their epoch")
+    grace_epochs: Annotated[int, Field(gt=0)] = Field(3, description="epochs that every student trains at least")
     reduction_factor: Annotated[float, Field(gt=1)] = Field(
-        3, description="of ASHA: one in so many goes on, and waits again after so many times as many epochs"
+        3, description="ASHA: one in this many goes on, and waits again after this many times as many epochs"
     )
     subset: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the training tiles, the same ones each time, on which values are tried first"
     )
-    seeds: Annotated[int, Field(gt=0)] = Field(3, description="students with other seeds per leading value, at least")
+    seeds: Annotated[int, Field(gt=0)] = Field(
+        3, description="students with different seeds per leading value, at least"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="restarts of a student before it is given up")
 
     @model_validator(mode="after")
@@ -398,7 +419,7 @@ class Compare(_Section):
 
     methods: dict[Annotated[str, Field(pattern=r"^[\w.+-]+$")], dict[str, Any]] = Field(
         {},
-        description="a name to recipe keys under train, or label.augment (of the teacher), and their values",
+        description="a name to recipe keys and their values: keys under train, or label.augment (of the teacher)",
     )
     seeds: Annotated[int, Field(gt=0)] = Field(4, description="students of each method and training set")
     splits: tuple[str, ...] = Field(("train_1", "train_2"), min_length=1, description="training sets")
@@ -437,10 +458,10 @@ class Execution(_Section):
         None, description="tiles per forward pass when labelling; null: on CUDA found by trying, on a CPU 4"
     )
     stall_minutes: Annotated[float, Field(gt=0)] = Field(
-        30, description="labelling ends with an error when no shard (64 tiles) was finished for so long"
+        30, description="labelling ends with an error when no shard (64 tiles) has been finished for this long"
     )
     wait_minutes: Annotated[float, Field(ge=0)] = Field(
-        0, description="on a cluster that is too small, wait so long for its autoscaler; 0: refuse at once"
+        0, description="how long to wait for the autoscaler of a cluster that is too small; 0: refuse at once"
     )
     workers: Annotated[int, Field(gt=0)] = Field(1, description="training workers (DDP ranks)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1

@@ -38,7 +38,7 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
         check_models(recipe.train)
         here = recipe.train.store and location(recipe.train.store).is_dir()
         if here and (chosen := chosen_labels(recipe)):
-            yield f"labels: {chosen.store.folder}, of the classes {listed(chosen.store.classes)}"
+            yield f"labels: {chosen.store.folder}, with the classes {listed(chosen.store.classes)}"
     if labels and recipe.label.weights and location(recipe.label.weights).is_file():
         recipe_teacher(recipe)
     settings = recipe.tiles
@@ -53,14 +53,14 @@ def plan(recipe: Recipe, *, trains: bool, labels: bool) -> Iterator[str]:
         sample = random.Random(0).sample(scenes, min(count, _SAMPLE))
         sizes, problems = _sizes(recipe, sorted(uri for _, uri in sample))
         if problems:
-            yield f"of {len(sample)} scenes sampled, {len(problems)} cannot be read: {problems[0]}"
+            yield f"{len(problems)} of {len(sample)} sampled scenes cannot be read: {problems[0]}"
             count = round(count * len(sizes) / len(sample))
     per_scene = [len(windows(width, height, settings.size_px, settings.overlap_px)) for width, height in sizes]
     tiles = round(count * sum(per_scene) / len(per_scene))
     yield f"tiles: about {tiles} of {settings.size_px} px, background not yet thinned out"
     # A soft label is 4 + K numbers; at a low floor a tile keeps some 50 labels, and zstd halves their size.
     megabytes = tiles * 50 * 4 * (4 + len(recipe.classes)) / 2 / 1e6
-    yield f"soft labels: some {max(megabytes, 0.1):.1f} MB per teacher over all tiles"
+    yield f"soft labels: about {max(megabytes, 0.1):.1f} MB per teacher over all tiles"
     yield from lines(recipe, (float(os.cpu_count() or 1),), labels=True, trains=True)
 
 
@@ -74,5 +74,5 @@ def _sizes(recipe: Recipe, uris: list[str]) -> tuple[list[tuple[int, int]], list
         except SceneError as error:
             problems.append(error)
     if not sizes:
-        raise SceneError(f"none of {len(uris)} scenes sampled can be read; the first: {problems[0]}")
+        raise SceneError(f"none of {len(uris)} sampled scenes can be read; the first: {problems[0]}")
     return sizes, problems

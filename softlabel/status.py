@@ -46,8 +46,8 @@ def status(run_dir: Path) -> str:
     folders = [path for path in run_dir.iterdir() if path.is_dir()] if run_dir.is_dir() else []
     steps = {folder: _looked_at(folder) for folder in folders if folder.name.split("-")[0] in _STEPS}
     if not steps:
-        raise StoreError(f"{run_dir} is no run folder, or nothing was begun in it: give what --run-dir was")
-    now, rows = time.time(), [["step", "how far", "speed", "left", "last change"]]
+        raise StoreError(f"{run_dir} is not a run folder, or nothing has started in it: give the run's --run-dir")
+    now, rows = time.time(), [["step", "progress", "speed", "left", "last change"]]
     for folder, step in sorted(steps.items(), key=lambda item: (item[1].changed, item[0])):
         age = max(0.0, now - step.changed)
         is_stale = 0 < step.stale_s < age
@@ -92,7 +92,7 @@ def _labels(folder: Path) -> _Step:
     if not has_tiles(tiles):
         return _Step("not finished", _changed([folder / STORE, *shard_files(folder).values()]))
     if packed := list(folder.glob("table/*.parquet")):
-        return _Step("all tiles are there; packing them, or reading rejected ones again", _changed(packed))
+        return _Step("all tiles are there; packing them, or retrying rejected ones", _changed(packed))
     return _half_labelled(folder, shard_counts(tiles, identity.get("splits")))
 
 
@@ -101,7 +101,7 @@ def _half_labelled(folder: Path, counts: Any) -> _Step:
     newest = sorted((times[path], shard) for shard, path in files.items() if path in times)
     there, asked = sum(int(counts[shard]) for _, shard in newest), int(counts.sum())
     rejected = sum(_rejected(files[shard]) for _, shard in newest[-_LOOKED_AT:])
-    of_those = "" if len(newest) <= _LOOKED_AT else f" of the last {_LOOKED_AT} shards"
+    of_those = "" if len(newest) <= _LOOKED_AT else f" in the last {_LOOKED_AT} shards"
     told = f"{there:,} of {asked:,} tiles ({there / max(asked, 1):.0%}), {rejected:,} rejected{of_those}"
     changed = newest[-1][0] if newest else _changed([folder / STORE])
     rate = _rate([(when, int(counts[shard])) for when, shard in newest])

@@ -214,7 +214,8 @@ class _Forwarding(BaseHTTPRequestHandler):
         for key, value in headers:
             if key.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
                 self.send_header(key, value)
-        length = dict(headers).get("Content-Length") if self.command == "HEAD" else None
+        told = {key.lower(): value for key, value in headers}
+        length = told.get("content-length") if self.command == "HEAD" else None
         self.send_header("Content-Length", length or str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -34,11 +34,11 @@ def sentences(results: dict) -> list[str]:
         closes = "" if share is None or not has_gap else f" and closes {share:.0%} of the gap to truth"
         lines.append(f"{row['method']} helps: it gains {_range(row['gain'], signed=True)} mAP50{closes}.")
     if worse:
-        lines.append(f"It hurts: {', '.join(_named(row) for row in worse)}.")
+        lines.append(f"Worse than plain: {', '.join(_named(row) for row in worse)}.")
     if neither:
         told = ", ".join(_named(row) for row in neither)
         lines.append(f"Not distinguishable from plain with these seeds and images: {told}.")
-    unsure = "" if has_gap else ": no gap that can be told from chance"
+    unsure = "" if has_gap else ": no gap to close that is distinguishable from chance"
     lines.append(f"Truth is {_range(truth['gain'], signed=True)} mAP50 above plain soft labels{unsure}.")
     if results["drop"]:
         lines.append(f"{results['drop']:.0%} of the labelled objects were removed at random first.")

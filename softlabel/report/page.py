@@ -27,9 +27,9 @@ _TILE_FACTS = {
     "scenes": "scenes",
     "scenes_rejected": "scenes that cannot be read",
     "tiles": "tiles",
-    "background": "tiles whose truth says that nothing is there",
+    "background": "background tiles: no objects in their truth",
     "mean_tile_px": "mean size of a tile",
-    "ignored": "boxes ignored: too little of them in their tile, or a crowd",
+    "ignored": "boxes ignored: too little of each is in its tile, or a crowd",
     "truth_rejected": "truth rows that cannot be used",
     "truth_dropped": "boxes of other classes, left out on purpose",
     "groups_in_two_splits": "groups that lie in two splits",
@@ -134,7 +134,7 @@ def _drop_view(results: dict, styles: dict[str, Style]) -> dict[str, Any] | None
         return None
     bars = [_bar_style(styles[model["name"]], model, students) for model in students]
     panels = []
-    for key, title, form in (("absolute", "change of AP50", "+.3f"), ("relative_percent", "change of AP50, %", "+.1f")):
+    for key, title, form in (("absolute", "change in AP50", "+.3f"), ("relative_percent", "change in AP50, %", "+.1f")):
         values = [[_class_drop(model, name).get(key) for model in students] for name in classes]
         svg = plots.bar_panel(classes, values, bars, form=form, key=f"drop-{key}")
         panels.append({"title": title, "svg": Markup(svg)})

@@ -75,7 +75,7 @@ def _earlier_pictures(output: Path) -> list[Path]:
         return []
     document = read_json(listing)
     if not report.is_as_written(document):
-        raise StoreError(f"{listing} was corrected by somebody: move {listing.parent} away, or give another --output")
+        raise StoreError(f"{listing} was edited: move {listing.parent} away, or give another --output")
     names = [image["file_name"] for image in document["images"]]
     folders = (output / "overlays", output / "doubtful" / "images")
     return [output / "contact.png", *(folder / name for folder in folders for name in names)]

@@ -29,14 +29,12 @@ def sentences(results: dict) -> list[str]:
             f"{found['noise']:.3f} mAP50 from one seed to another, and by no more from one value to another."
         )
     if found["compared"] == 1:
-        lines.append("No student of another value got far enough to compare it: whether one is better is not known.")
+        lines.append("No student of another value got far enough to be compared: whether one is better is not known.")
     lines += [_peak(key, line) for key, line in found["lines"].items() if "peak_low" in line]
     lines += [_against(row) for row in found["against"]]
     lines += [_test(row, found["values"]) for row in results["test"]]
     if not results["test"]:
-        lines.append(
-            "There is no truth in a test split: what the choice is worth was seen on the validation split alone."
-        )
+        lines.append("There is no truth in a test split: the choice was judged on the validation split alone.")
     lines += _without_labels(results["labels_kept"], results["classes"])
     lines.append(_cost(results))
     return lines
@@ -53,9 +51,9 @@ def write_search_report(path: Path, results: dict) -> None:
 
 
 def _short(key: str) -> str:
-    return (
-        f"threshold of {key.removeprefix(_THRESHOLD + '.')}" if key.startswith(f"{_THRESHOLD}.") else key.split(".")[-1]
-    )
+    if key.startswith(f"{_THRESHOLD}."):
+        return f"threshold for {key.removeprefix(_THRESHOLD + '.')}"
+    return key.split(".")[-1]
 
 
 def _best(found: dict) -> str:
@@ -80,16 +78,16 @@ def _against(row: dict) -> str:
 
 def _test(row: dict, best: dict) -> str:
     spread = "" if row["sd"] is None else f" (standard deviation {row['sd']:.3f})"
-    mark = ", the choice" if row["values"] == best else ""
+    mark = " (the choice)" if row["values"] == best else ""
     students = _students(row["students"])
-    return f"On the test split {values_words(row['values'])}{mark}: mAP50 {row['map50']:.3f}{spread}, {students}."
+    return f"On the test split, {values_words(row['values'])}{mark}: mAP50 {row['map50']:.3f}{spread}, {students}."
 
 
 def _without_labels(kept: dict[str, dict[str, int]], classes: Sequence[str]) -> list[str]:
     """The thresholds from which on no label of a class is left, so that students never see one."""
     ends = {name: next((at for at, counts in kept.items() if not counts[name]), None) for name in classes}
-    parts = [f"of {name} above {at}" for name, at in ends.items() if at is not None]
-    return [f"No label is left {', '.join(parts)}: students there never see one."] if parts else []
+    parts = [f"{name} above {at}" for name, at in ends.items() if at is not None]
+    return [f"Classes without a label: {', '.join(parts)}; students there never see one."] if parts else []
 
 
 def _students(count: int) -> str:

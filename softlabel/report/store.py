@@ -191,7 +191,7 @@ def tile_counts(tally: Tally) -> dict[str, str]:
         "labelled": wording.plain(tally.labelled),
         **({"empty": f"{wording.plain(tally.empty)} (no valid pixel)"} if tally.empty else {}),
         "rejected": f"{wording.plain(tally.rejected)} ({percent(tally.rejected, tally.requested)})",
-        "saturated": f"{wording.plain(tally.saturated)} (max_det cut their boxes)",
+        "saturated": f"{wording.plain(tally.saturated)} (boxes cut off at max_det)",
     }
 
 
@@ -274,4 +274,5 @@ def _reason_lines(tally: Tally) -> list[str]:
     if not shown:
         return []
     rows = [f"{wording.plain(r.tiles):>7}  {wording.plain(r.retryable):>9}  {r.example}" for r in shown]
-    return ["", f"{'rejected':>8} {'retryable':>9}  reason (one of each kind)", *rows, *([rest] if rest else [])]
+    header = f"{'rejected':>8} {'retryable':>9}  reason (one example of each kind)"
+    return ["", header, *rows, *([rest] if rest else [])]

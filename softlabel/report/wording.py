@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 TEACHER, OWLVIT, FUSED = "teacher", "owlvit", "fused"
-"""Where a student's labels come from: a trained teacher, an OWL-ViT, or both."""
-_LABELS_OF = {TEACHER: "soft labels", OWLVIT: "OWL-ViT's labels", FUSED: "fused labels"}
+"""Where a student's labels come from: a trained teacher, an open-vocabulary model, or both."""
+_LABELS_OF = {TEACHER: "soft labels", OWLVIT: "open-vocabulary labels", FUSED: "fused labels"}
 
 Paper = dict[tuple[str, str, float | None], tuple[float, float | None]]
 """(mAP50, mAP50-95) by train set, source of labels and threshold."""
@@ -52,7 +52,7 @@ def format_table(results: dict) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]  # noqa: B905
     notes = [
-        "change: against the model trained on truth on the same train set; negative: soft labels did worse",
+        "change: against the model trained on the truth of the same train set; negative: soft labels did worse",
         f"{_CHANCE.strip()}: not distinguishable from chance on this test split",
         *rotated_note(results["models"]),
     ]
@@ -72,16 +72,17 @@ def rotated_note(models: Sequence[dict]) -> list[str]:
 
 def format_calibration(rows: Sequence[dict]) -> str:
     """What was fitted, class by class, as aligned plain text, and the thresholds as a recipe takes them."""
-    header = ["class", "boxes", "right", "ECE", "ECE calibrated", "threshold"]
+    header = ["class", "boxes", "correct", "ECE", "ECE calibrated", "threshold"]
     cells = [header]
     for row in rows:
         numbers = [number(row[key], 3) for key in ("ece", "ece_calibrated")]
-        threshold = number(row.get("threshold"), 3) if row.get("mapped", True) else "too few boxes to map"
+        threshold = number(row.get("threshold"), 3) if row.get("mapped", True) else "too few boxes to fit"
         cells.append([row["class"], plain(row["boxes"]), plain(row["right"]), *numbers, threshold])
     thresholds = {row["class"]: round(row["threshold"], 4) for row in rows if "threshold" in row}
-    note = "ECE: distance of scores from the share of boxes that are right, on tiles that were not fitted"
+    note = "ECE: mean gap between scores and the share of correct boxes, on tiles left out of the fit"
     wanted = ", ".join(f"{name}: {value:g}" for name, value in thresholds.items())
-    return "\n".join([*aligned(cells), note, f"best F1, for train.threshold with train.calibration: {{{wanted}}}"])
+    best = f"thresholds of best F1, for train.threshold with train.calibration: {{{wanted}}}"
+    return "\n".join([*aligned(cells), note, best])
 
 
 def headline(results: dict) -> str:
@@ -198,7 +199,7 @@ def labels_of(model: dict) -> str:
 
 def student_words(model: dict) -> str:
     """Which student a model is."""
-    softly = ", softly" if is_soft(model) else ""
+    softly = ", with train.soft" if is_soft(model) else ""
     return f"{model['train_set']}, {_LABELS_OF[source_of(model)]} at {threshold_of(model):g}{softly}"
 
 
@@ -250,18 +251,18 @@ def _answer(students: list[dict]) -> str:
     several = len(students) > 1
     subject = "Students" if several else "The student"
     change = _change(absolute, relative, several)
-    softly = f" softly ({plain(students[0]['soft'])})" if is_soft(students[0]) else ""
+    softly = f" with train.soft ({plain(students[0]['soft'])})" if is_soft(students[0]) else ""
     labels = f"{_LABELS_OF[source_of(students[0])]} at {threshold_of(students[0]):g}"
-    return f"{subject} trained{softly} on {labels} {change} against truth; {_chance(students)}"
+    return f"{subject} trained{softly} on {labels} {change}; {_chance(students)}"
 
 
 def _change(absolute: float, relative: float | None, several: bool) -> str:
     average = " on average" if several else ""
     if abs(absolute) < 0.0005:
-        return f"{'come' if several else 'comes'} within 0.001 mAP50{average}"
+        return f"{'come' if several else 'comes'} within 0.001 mAP50 of truth{average}"
     verb = ("lose" if absolute < 0 else "gain") + ("" if several else "s")
     share = "" if relative is None else f" ({number(abs(relative), 1)} %)"
-    return f"{verb} {number(abs(absolute), 3)} mAP50{share}{average}"
+    return f"{verb} {number(abs(absolute), 3)} mAP50{share}{average} against truth"
 
 
 def _chance(students: list[dict]) -> str:
@@ -271,15 +272,19 @@ def _chance(students: list[dict]) -> str:
         by_verdict[distinguishable(drop_of(student, "map50"))].append(student)
     if len(by_verdict[None]) == len(students):
         return "no interval was computed, so it may be chance"
-    words = {True: "distinguishable", False: "not distinguishable", None: "without an interval"}
+    words = {
+        True: "distinguishable from chance",
+        False: "not distinguishable from chance",
+        None: "without an interval",
+    }
     told = [(words[verdict], found) for verdict, found in by_verdict.items() if found]
     if len(told) > 1:
         parts = ", ".join(f"{phrase} for {_names(found, 'train_set')}" for phrase, found in told)
-        return f"against chance on this test split the difference is {parts}"
+        return f"on this test split the difference is {parts}"
     signs = {drop_of(student, "map50")["absolute"] > 0 for student in by_verdict[True]}
     opposite = ", but they point in opposite directions" if len(signs) > 1 else ""
     subject = "the difference is" if len(students) == 1 else "the differences, one per training set, are"
-    return f"{subject} {told[0][0]} from chance on this test split{opposite}"
+    return f"{subject} {told[0][0]} on this test split{opposite}"
 
 
 def _terminal_row(model: dict) -> list[str]:

@@ -39,6 +39,6 @@ def in_words(recipe: Recipe) -> str:
     count, settings = len(ways(recipe)), recipe.compare
     total = count * settings.seeds * len(settings.splits)
     return (
-        f"students: {total}, {count} ways by {settings.seeds} seeds on {', '.join(settings.splits)}; "
-        "more where a way has train.soft.rounds"
+        f"students: {total}, {count} methods by {settings.seeds} seeds on {', '.join(settings.splits)}; "
+        "more where a method has train.soft.rounds"
     )

@@ -90,11 +90,11 @@ def test_a_bad_scene_does_not_end_it(images):
     (images / "bad.png").write_bytes(b"no image")
     found = lines(tiles={"scenes": str(images), "size_px": 64})
     assert found[0] == f"scenes: 4 at {images}"
-    assert found[1].startswith("of 4 scenes sampled, 1 cannot be read: cannot read scene") and "bad.png" in found[1]
+    assert found[1].startswith("1 of 4 sampled scenes cannot be read: cannot read scene") and "bad.png" in found[1]
     assert found[2].startswith("tiles: about 6 of 64 px")
     for image in images.iterdir():
         image.write_bytes(b"no image")
-    with pytest.raises(SceneError, match=r"none of 4 scenes sampled can be read; the first: .*0\.png"):
+    with pytest.raises(SceneError, match=r"none of 4 sampled scenes can be read; the first: .*0\.png"):
         lines(tiles={"scenes": str(images)})
 
 
@@ -146,5 +146,5 @@ def test_a_dry_run_refuses_what_the_run_would(verb, changes, problem, tmp_path, 
     if problem:
         assert code == 2 and problem in said.err
     else:
-        assert code == 0 and "# students: 18, 3 ways by 3 seeds on train_1, train_2; more where" in said.out
+        assert code == 0 and "# students: 18, 3 methods by 3 seeds on train_1, train_2; more where" in said.out
     assert not (tmp_path / "run").exists()

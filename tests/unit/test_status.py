@@ -70,7 +70,7 @@ def test_labelling_that_is_half_done(half_labelled, just_now):
 
 def test_of_many_shards_the_last_are_looked_at_for_rejected_tiles(half_labelled, monkeypatch):
     monkeypatch.setattr(module, "_LOOKED_AT", 2)
-    assert "6 of 10 tiles (60%), 0 rejected of the last 2 shards" in line(half_labelled.parent, half_labelled.name)
+    assert "6 of 10 tiles (60%), 0 rejected in the last 2 shards" in line(half_labelled.parent, half_labelled.name)
 
 
 def test_speed_is_of_late(half_labelled, just_now, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_shard_that_is_packed_while_it_is_looked_at(half_labelled, monkeypatch
 def test_a_store_that_is_packed_or_read_again(half_labelled):
     (half_labelled / "table").mkdir()
     (half_labelled / "table" / "000000.parquet").touch()
-    told = "all tiles are there; packing them, or reading rejected ones again "
+    told = "all tiles are there; packing them, or retrying rejected ones "
     assert line(half_labelled.parent, half_labelled.name).startswith(told)
 
 
@@ -185,7 +185,7 @@ def test_who_is_at_it(half_labelled, monkeypatch):
 
 def test_what_is_no_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(StoreError, match="is no run folder, or nothing was begun in it"):
+        with pytest.raises(StoreError, match="is not a run folder, or nothing has started in it"):
             status(folder)
     assert main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("softlabel status: ")

@@ -211,7 +211,10 @@ def test_an_interval_with_zero_is_not_distinguishable(tmp_path):
         (six(0.01), ["lose 0.020 mAP50 (2.8 %) on average", "are distinguishable from chance"]),
         (six(0.03), ["lose 0.020 mAP50 (2.8 %) on average", "are not distinguishable from chance"]),
         (six(0.01, (0.02, 0.0)), ["gain 0.020 mAP50 (2.8 %) on average", "are distinguishable from chance"]),
-        (six(0.01, (0.0, -0.1)), ["come within 0.001 mAP50 on average", "are not distinguishable from chance"]),
+        (
+            six(0.01, (0.0, -0.1)),
+            ["come within 0.001 mAP50 of truth on average", "are not distinguishable from chance"],
+        ),
         (
             results_of([model("train_1", None, 0.7), model("train_1", 0.3, 0.65, reference=0.7)]),
             ["The student trained on soft labels at 0.3 loses 0.050 mAP50 (7.1 %) against truth", "difference is dist"],
@@ -227,7 +230,9 @@ def test_the_headline_follows_the_numbers(results, expected):
 def test_the_headline_names_the_sets_that_differ():
     results = six(0.01)
     results["models"][1]["drop"]["map50"].update(low=-0.05, high=0.01)
-    assert wording.headline(results).endswith("distinguishable for train_2, not distinguishable for train_1")
+    assert wording.headline(results).endswith(
+        "distinguishable from chance for train_2, not distinguishable from chance for train_1"
+    )
     results["models"][1] = model("train_1", 0.3, 0.7511, reference=0.7111)
     assert wording.headline(results).endswith("opposite directions")
     for i in (1, 4):
@@ -394,10 +399,11 @@ def test_students_of_train_soft_stand_beside_the_plain_ones(tmp_path):
     plain, softly, higher = wording.answers(results)
     assert plain.startswith("Students trained on soft labels at 0.3 lose 0.020 mAP50")
     assert softly.startswith(
-        "Students trained softly (class_targets vector, ignore_above 0.1) on soft labels at 0.3 lose 0.010 mAP50"
+        "Students trained with train.soft (class_targets vector, ignore_above 0.1) on soft labels at 0.3 "
+        "lose 0.010 mAP50"
     )
     assert higher.startswith("Students trained on soft labels at 0.5")
-    assert wording.student_words(results["models"][-1]) == "train_2, soft labels at 0.3, softly"
+    assert wording.student_words(results["models"][-1]) == "train_2, soft labels at 0.3, with train.soft"
     assert wording.paper_row(wording.PAPER, results["models"][-1]) is None  # the paper has no such student
     assert wording.paper_row(wording.PAPER, results["models"][1]) is not None
     styles = page._model_styles(results["models"])

@@ -368,7 +368,7 @@ def test_a_second_call_replaces_the_first_and_a_correction_is_never_lost(rows, t
     document["annotations"].pop()
     corrected = json.dumps(document)
     (output / "doubtful" / "coco.json").write_text(corrected)
-    with pytest.raises(StoreError, match=r"coco\.json was corrected.*--output"):
+    with pytest.raises(StoreError, match=r"coco\.json was edited.*--output"):
         show(store, output, 6)
     assert (output / "doubtful" / "coco.json").read_text() == corrected
 

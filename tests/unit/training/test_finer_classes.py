@@ -162,7 +162,7 @@ def test_labels_that_do_not_fit_the_recipe_are_refused(made, finer, tiles, tmp_p
 
 def test_a_dry_run_says_which_labels_and_finds_mistakes(finer, tmp_path):
     lines = list(plan(recipe_of(finer), trains=True, labels=False))
-    assert f"labels: {finer}, of the classes {', '.join((*FINER, 'plane', 'ship'))}" in lines
+    assert f"labels: {finer}, with the classes {', '.join((*FINER, 'plane', 'ship'))}" in lines
     assert not any(line.startswith("labels:") for line in plan(recipe_of("later"), trains=True, labels=False))
     with pytest.raises(RecipeError, match="remove one of them"):
         list(plan(recipe_of(finer, labels="truth"), trains=True, labels=False))
