@@ -47,7 +47,7 @@ def check_writable(folder: Path) -> None:
     """
     if is_remote(folder):
         if not has_conditions(folder):
-            problem = "its server ignores If-None-Match, which keeps two runs from writing there at once"
+            problem = "its server ignores If-None-Match or If-Match, which keep two runs from writing there at once"
             raise SessionError(f"cannot write to {folder} ({problem}): give another folder, or use a newer server")
         return
     try:

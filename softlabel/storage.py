@@ -82,11 +82,16 @@ def replace(path: Path, data: bytes, tag: Any) -> bool:
 
 
 def has_conditions(folder: Path) -> bool:
-    """Whether a bucket, which can be written to, heeds the conditions of `create`: some that speak S3 do not."""
+    """Whether a bucket, which can be written to, heeds the conditions of `create` and `replace`: some that speak S3
+    do not."""
     probe = folder / f".softlabel-{uuid.uuid4().hex}"
     try:
         create(probe, b"1")
-        return not create(probe, b"2") and probe.read_bytes() == b"1"
+        if create(probe, b"2"):
+            return False
+        data, tag = read_tagged(probe)
+        replace(probe, b"3", tag)
+        return data == b"1" and not replace(probe, b"4", tag) and probe.read_bytes() == b"3"
     finally:
         probe.unlink(missing_ok=True)
 

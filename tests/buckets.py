@@ -121,10 +121,10 @@ def environment(protocol: str, url: str) -> dict[str, str]:
     }[protocol]
 
 
-class _Proxy:
+class Proxy:
     """Between clients and a server."""
 
-    def __init__(self, url: str, handler: type["_Forwarding"]) -> None:
+    def __init__(self, url: str, handler: type["Forwarding"]) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._server.target = url.removeprefix("http://")
@@ -139,7 +139,7 @@ class _Proxy:
         self._server.server_close()
 
 
-class _Google(_Proxy):
+class _Google(Proxy):
     """What Google's XML API has of its own, said to a server in S3's words: an object's generation is its tag as a
     number. What it cannot show: two objects with the same bytes have the same generation."""
 
@@ -147,7 +147,7 @@ class _Google(_Proxy):
         super().__init__(url, _OfGoogle)
 
 
-class Faults(_Proxy):
+class Faults(Proxy):
     """A connection that fails now and then: 503, no answer, a connection cut while an object comes in, and one cut
     before the answer to what was done goes out. Seeded, of requests in their order."""
 
@@ -168,7 +168,9 @@ class Faults(_Proxy):
             self._server.share = 0.0
 
 
-class _Forwarding(BaseHTTPRequestHandler):
+class Forwarding(BaseHTTPRequestHandler):
+    """Hands requests on, and answers back."""
+
     protocol_version = "HTTP/1.1"
 
     def _forward(self) -> None:
@@ -224,7 +226,7 @@ class _Forwarding(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-class _Failing(_Forwarding):
+class _Failing(Forwarding):
     def _fault(self) -> str:
         with self.server.lock:
             self.server.requests["LIST" if "list-type" in self.path else self.command] += 1
@@ -239,7 +241,7 @@ _SOMEBODY = "AWS4-HMAC-SHA256 Credential=softlabel/20261130/us-east-1/s3/aws4_re
 """Of requests that moto takes for signed ones: it looks no closer."""
 
 
-class _OfGoogle(_Forwarding):
+class _OfGoogle(Forwarding):
     def _where(self) -> str:
         path, mark, query = self.path.partition("?")
         return urllib.parse.quote(urllib.parse.unquote(path)) + mark + query  # Google is asked for a%2Fb and a%2Db

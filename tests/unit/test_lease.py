@@ -133,10 +133,12 @@ with Lease(location(sys.argv[1]), beat_s=0.05):
 def test_a_holder_killed_on_this_machine_is_succeeded_at_once(anywhere):
     command = [sys.executable, "-c", HOLD_FOR_EVER, str(anywhere)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(StoreError, match=f"process {holder.pid} "), Lease(anywhere, **FAST):
-            pass
-        holder.kill()
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(StoreError, match=f"process {holder.pid} "), Lease(anywhere, **FAST):
+                pass
+        finally:
+            holder.kill()
     with Lease(anywhere, beat_s=0.05, dead_after_s=600):  # does not wait for that
         pass
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from buckets import PROTOCOLS, SECRETS, Faults, environment, serve
+from buckets import PROTOCOLS, SECRETS, Faults, Forwarding, Proxy, environment, serve
 from fsspec.asyn import AsyncFileSystem
 
 from softlabel.errors import SessionError, StorageError, StoreError
@@ -256,6 +256,20 @@ def test_nor_is_what_fails_once_it_is_open(refusing):
 def test_a_server_that_keeps_to_no_condition_is_found_out(refusing, s3):
     refusing.status = 200
     assert not has_conditions(location(f"s3://any-{uuid.uuid4().hex}"))
+
+
+class Careless(Forwarding):
+    """A server that ignores If-Match."""
+
+    def _asked(self, headers):
+        return {key: value for key, value in headers.items() if key.lower() != "if-match"}
+
+
+def test_a_server_that_replaces_what_has_changed_is_found_out(monkeypatch):
+    with serve("s3") as (url, bucket), Proxy(url, Careless) as careless:
+        for key, value in environment("s3", careless.url).items():
+            monkeypatch.setenv(key, value)
+        assert not has_conditions(location(f"s3://{bucket}"))
 
 
 def test_a_server_that_keeps_to_conditions_is_trusted(in_bucket):
