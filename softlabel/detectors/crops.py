@@ -49,6 +49,10 @@ class CropModel:
             "versions": library_versions(("torch", "torchvision", "transformers")),
         }
 
+    def prepare(self, tile: Crop) -> Crop:
+        """The tile as it is: a model has its own normalisation."""
+        return tile
+
     def shares(self, crops: Iterable[Crop]) -> NDArray[np.float32]:
         """(N, F), the probability that each crop is of each name.
 

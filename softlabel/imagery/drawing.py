@@ -19,9 +19,11 @@ Colour = tuple[float, float, float]
 _SHARPNESS = 4  # things are painted at 4x and averaged down: edges end up within 1/8 px of where truth says
 _SHIFT = 4  # fractional bits of the coordinates that cv2 takes
 _GLASS: Colour = (28, 34, 44)
-_CAR_COLOURS: Sequence[Colour] = (
-    (240, 240, 238), (225, 226, 228), (200, 30, 28), (28, 60, 165), (22, 22, 26), (225, 185, 40), (30, 110, 80),
+CAR_COLOURS: Sequence[tuple[str, Colour]] = (
+    ("white", (240, 240, 238)), ("white", (225, 226, 228)), ("red", (200, 30, 28)), ("blue", (28, 60, 165)),
+    ("black", (22, 22, 26)), ("yellow", (225, 185, 40)), ("green", (30, 110, 80)),
 )  # fmt: skip
+"""What cars are painted in, by the family that people would say."""
 _PLANE_COLOURS: Sequence[Colour] = ((245, 245, 245), (228, 234, 240), (250, 240, 220), (205, 214, 224))
 _HULL_COLOURS: Sequence[Colour] = (
     (150, 45, 35), (225, 228, 230), (196, 112, 40), (170, 176, 182), (18, 20, 24), (236, 214, 150),
@@ -75,7 +77,7 @@ def rectangle(length: float, width: float, x: float = 0, y: float = 0) -> Points
 
 def car(rng: np.random.Generator, length: float) -> list[Part]:
     """A rounded body with a roof between a windscreen and a rear window."""
-    colour = tint(rng, _pick(rng, _CAR_COLOURS), 8)
+    colour = tint(rng, _pick(rng, [paint for _, paint in CAR_COLOURS]), 8)
     width = length * rng.uniform(0.43, 0.48)
     body = [(-0.5, 0.36), (-0.44, 0.5), (0.4, 0.5), (0.5, 0.32)]
     screen = [(0.08, 0.34), (0.24, 0.42)]

@@ -42,8 +42,12 @@ class Attribute(Protocol):
         """All that decides the shares."""
         ...
 
+    def prepare(self, tile: Crop) -> Crop:
+        """The tile (H, W, 3) as crops of it are looked at, uint8 RGB of the same size."""
+        ...
+
     def shares(self, crops: Iterable[Crop]) -> NDArray[np.float32]:
-        """(N, F), how much each crop, uint8 (H, W, 3) RGB, is of each value; at least 0."""
+        """(N, F), how much each crop of a prepared tile, uint8 (H, W, 3) RGB, is of each value; at least 0."""
         ...
 
 
@@ -195,4 +199,4 @@ def _crops(
         except SceneError as error:
             unread[tile.tile["tile_id"]] = str(error)
             continue
-        yield from cut_out(image, tile.found.at(is_split))
+        yield from cut_out(job.attribute.prepare(image), tile.found.at(is_split))

@@ -122,6 +122,20 @@ def test_a_finer_store_has_the_same_tiles_boxes_and_order(tmp_path):
     assert teacher_name(store.teacher) == "w1 yolov5n.yaml:n:nc=3, car by colour"
 
 
+def test_crops_are_cut_from_the_tile_as_the_attribute_prepares_it(tmp_path):
+    """A white car in a dim picture: its box alone would look grey."""
+
+    def dim(_row):
+        image = np.full((64, 64, 3), 40, np.uint8)
+        image[0:20, 0:20], image[30:40, 30:50] = 160, (100, 10, 15)
+        return image
+
+    job = job_of(tmp_path, tiles(1))
+    write(job, dim)
+    (tile,) = read_all(open_store(job.output))
+    assert [job.classes[k] for k in tile.found.class_ids] == ["car-white", "plane", "car-red"]
+
+
 def test_objectness_and_rotated_boxes_are_kept(tmp_path):
     xywhr = np.array([[10, 10, 18, 8, 0.3], [40, 35, 12, 6, 0.1]], np.float32)
     scores = np.array([[0.8, 0.1, 0.1], [0.3, 0.1, 0.1]], np.float32)
