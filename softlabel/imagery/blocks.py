@@ -38,7 +38,7 @@ def cache_bytes(dataset: Any, window: Window, transposed: bool) -> int:
     """
     rows = dataset.height if transposed else window.height + 3 * max(height for height, _ in dataset.block_shapes)
     bands = dataset.count if dataset.interleaving == Interleaving.pixel else 3
-    needed = rows * dataset.width * bands * np.dtype(dataset.dtypes[0]).itemsize * _BOOKKEEPING
+    needed = rows * dataset.width * bands * _item_bytes(dataset) * _BOOKKEEPING
     return int(min(max(needed, CACHE_BYTES), _MAX_CACHE_BYTES))
 
 

@@ -31,8 +31,8 @@ def list_scenes(spec: str) -> list[tuple[str, str]]:
     Returns:
         (scene_id, uri) pairs sorted by scene_id, which is the table's own, or the path below the folder, below the
         glob's fixed part or below the folder that all of a table share; for one image, its name. Local uris are
-        absolute paths. A single local image, or one in a table, may have any suffix; others are chosen by theirs: .tif
-        .tiff .jpg .jpeg .png in any case.
+        absolute paths. A single image, or one in a table, may have any suffix (over http, only one in a table);
+        others are chosen by theirs: .tif .tiff .jpg .jpeg .png in any case.
 
     Raises:
         SceneError: There are none, they cannot be listed, or a table does not say which they are.
@@ -159,6 +159,8 @@ def _list_remote(spec: str) -> list[tuple[str, str]]:
     root, pattern = (_fixed_part(spec.partition("://")[2]), spec) if glob.has_magic(spec) else (None, None)
     folder = f"{scheme}://{root}" if root else spec
     system, base = file_system(folder)
+    if pattern is None and system.get_file_info(base).is_file:
+        return [(PurePosixPath(base).name, spec)]
     files = system.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
     names = [str(PurePosixPath(file.path).relative_to(base)) for file in files if file.is_file and _is_image(file.path)]
     found = [(name, f"{folder.rstrip('/')}/{name}") for name in names if not _is_hidden(name)]

@@ -39,7 +39,7 @@ def sentences(results: dict) -> list[str]:
         told = ", ".join(_named(row) for row in neither)
         lines.append(f"Not distinguishable from plain with these seeds and images: {told}.")
     unsure = "" if has_gap else ": no gap to close that is distinguishable from chance"
-    lines.append(f"Truth is {_range(truth['gain'], signed=True)} mAP50 above plain soft labels{unsure}.")
+    lines.append(f"Training on truth gains {_range(truth['gain'], signed=True)} mAP50 over plain soft labels{unsure}.")
     if results["drop"]:
         lines.append(f"{results['drop']:.0%} of the labelled objects were removed at random first.")
     lines += [f"{name} failed: {reason}" for name, reason in sorted(results["failed"].items())]

@@ -74,6 +74,8 @@ def test_scenes_in_a_bucket_are_those_of_a_folder(tmp_path, request, protocol):
     here, there = list_scenes(str(tmp_path)), list_scenes(str(bucket))
     assert [scene_id for scene_id, _ in there] == [scene_id for scene_id, _ in here] == ["a.tif", "deep/b.png"]
     assert there == list_scenes(f"{bucket}/index.csv") == list_scenes(f"{bucket}/*")
+    (bucket / "a.jp2").write_bytes((tmp_path / "a.tif").read_bytes())
+    assert list_scenes(f"{bucket}/a.jp2") == [("a.jp2", f"{bucket}/a.jp2")]  # whatever its suffix
     for (_, path), (_, uri) in zip(here, there, strict=True):
         infos = [describe_scene(scene, (1, 2, 3), None) for scene in (path, uri)]
         assert replace(infos[0], stamp=infos[1].stamp) == infos[1]
@@ -543,6 +545,26 @@ def test_scenes_of_building_sites_and_of_the_moon_are_read(tmp_path):
         info = describe_scene(uri, (1, 2, 3), None)
         assert info.crs and info.transform == (1, 0, 5, 0, -1, 9)
         assert TileReader().read(row(uri, (0, 0, 9, 9))).any()
+
+
+def test_a_complex_band_that_is_not_read_does_no_harm(tmp_path):
+    """A VRT may mix types; the one of its first band says how large its blocks are."""
+    rasterio.open(
+        tmp_path / "radar.tif", "w", driver="GTiff", width=40, height=30, count=1, dtype="complex_int16"
+    ).close()
+    uri = write(tmp_path / "plain.tif", formula(40, 30))
+    bands = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{band}"><SimpleSource><SourceFilename relativeToVRT="1">{name}'
+        f"</SourceFilename><SourceBand>{source}</SourceBand></SimpleSource></VRTRasterBand>"
+        for band, (kind, name, source) in enumerate(
+            [("CInt16", "radar.tif", 1), *(("Byte", "plain.tif", k) for k in (1, 2, 3))], start=1
+        )
+    )
+    mixed = tmp_path / "mixed.vrt"
+    mixed.write_text(f'<VRTDataset rasterXSize="40" rasterYSize="30">{bands}</VRTDataset>')
+    assert describe_scene(str(mixed), (2, 3, 4), None).width == 40
+    tiles = [{**row(uri, (0, 0, 40, 30)), "scene_uri": str(mixed), "bands": [2, 3, 4]}, row(uri, (0, 0, 40, 30))]
+    np.testing.assert_array_equal(*(TileReader().read(tile) for tile in tiles))
 
 
 def test_complex_pixels_are_refused(tmp_path):

@@ -48,7 +48,7 @@ def test_what_did_not_help_is_said_as_plainly_as_what_did(results):
     assert "band helps: it gains +0.100 (+0.090 to +0.110) mAP50 and closes 50% of the gap to truth." in text
     assert "Worse than plain: worse \N{MINUS SIGN}0.100 (\N{MINUS SIGN}0.110 to \N{MINUS SIGN}0.090)." in text
     assert "Not distinguishable from plain with these seeds and images: far +0.005" in text
-    assert "Truth is +0.200 (+0.190 to +0.210) mAP50 above plain soft labels." in text
+    assert "Training on truth gains +0.200 (+0.190 to +0.210) mAP50 over plain soft labels." in text
     assert "30% of the labelled objects were removed at random first." in text
     assert "odd_train_1_seed0 failed: the loss is nan" in text
     lines = text.splitlines()
@@ -59,7 +59,7 @@ def test_where_truth_is_no_better_there_is_no_gap_to_close(results):
     results["rows"][-1] = row("truth", 0.505)
     text = format_methods(results)
     assert "band helps: it gains +0.100 (+0.090 to +0.110) mAP50." in text
-    assert "above plain soft labels: no gap to close that is distinguishable from chance." in text
+    assert "over plain soft labels: no gap to close that is distinguishable from chance." in text
 
 
 def test_of_several_sets_their_mean_is_talked_of(results):
