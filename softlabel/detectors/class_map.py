@@ -40,7 +40,8 @@ def class_map(
 ) -> ClassMap | None:
     """How a teacher's classes become the recipe's; None where they are the recipe's.
 
-    A class that ``asked`` does not mention becomes the recipe's class of the same name, or none.
+    A class that ``asked`` does not mention becomes the recipe's class of the same name, or none. Nothing need be asked
+    for where the two have the same names, in whatever order.
 
     Args:
         weights: The teacher, for messages.
@@ -51,12 +52,12 @@ def class_map(
     Raises:
         RecipeError: They differ and nothing is asked for, or what is asked for is not a class of the teacher.
     """
-    if not asked:
-        if tuple(found) == tuple(classes):
-            return None
+    if not asked and tuple(found) == tuple(classes):
+        return None
+    if not asked and sorted(found) != sorted(classes):
         raise RecipeError(
             f"{weights} knows the classes {listed(found)}, the recipe has {listed(classes)}: give `classes` as the "
-            f"weights have them, in their order, or map them: --set label.classes.{found[0]}={classes[0]}"
+            f"weights have them, or map them: --set label.classes.{found[0]}={classes[0]}"
         )
     if unknown := [name for name in asked if name not in found]:
         raise RecipeError(

@@ -40,6 +40,11 @@ def test_the_same_classes_need_no_mapping_and_others_ask_for_one():
         class_map("best.pt", COCO, ("ship",), {"tank": "ship"})
 
 
+def test_the_same_classes_in_another_order_need_no_mapping():
+    found = class_map("best.pt", COCO, tuple(sorted(COCO)), {})
+    assert found.columns == ((3,), (1,), (0,), (4,), (2,)) and left_out(found, {}) == []
+
+
 @pytest.mark.parametrize("model", ["weights", "anchor_weights"])
 def test_boxes_and_vectors_are_those_of_the_mapped_scores(model, request):
     """Against the same network with its scores mapped by hand, before NMS."""
