@@ -186,6 +186,7 @@ def _label_missing(
                 stalled = _stalled(execution, folders, error)
                 _end_actors(actors)
                 raise StoreError(stalled) from None
+    _end_actors(actors)
     say(f"labelling: {speed.line()}")
     return speed
 
@@ -193,8 +194,9 @@ def _label_missing(
 def _end_actors(prefix: str) -> None:
     """Kill the actors whose names begin with ``prefix``.
 
-    When a run of Ray Data fails, Ray Data only drops its references to them. As long as anything refers to its error,
-    and so to the actors, they keep CPUs and GPUs that the next run and the packing wait for.
+    At the end of a run, Ray Data only drops its references to them. They take a while to end, in which the packing
+    would need memory beside theirs; and after a failure, as long as anything refers to the error, and so to the actors,
+    they keep CPUs and GPUs that the next run and the packing wait for.
     """
     for name in ray.util.list_named_actors():
         if name.startswith(prefix):
