@@ -10,13 +10,14 @@ for what is left, until more than ``execution.max_failures`` in a row get no fur
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
+from typing import ClassVar
 
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.context import AutoscalingConfig
@@ -160,12 +161,12 @@ def _label_missing(
         return speed
     resources = wait_for(partial(_resources, execution), _there(execution).bundles, execution.wait_minutes)
     say(f"labelling {sum(work.values())} tiles in {len(work)} shards")
-    failures, most_deaths, actors = 0, _deaths(folders), f"labeller-{uuid4().hex}-"
+    failures, most_deaths = 0, _deaths(folders)
     with progress(total=sum(work.values()), unit="tile", desc="labelling") as bar:
         while work:
             before = len(work)
             try:
-                for row in _results(resources, actors, jobs, folders, work, again):
+                for row in _results(resources, jobs, folders, work, again):
                     for lease in leases:
                         lease.check()
                     work.pop((row["job"], row["shard"]), None)
@@ -173,7 +174,7 @@ def _label_missing(
                     bar.set_postfix_str(speed.line(), refresh=False)
                     bar.update(row["tiles"])
             except RayError as error:
-                _end_actors(actors)
+                _end_actors()  # what they still do would be overlooked below
                 _raise_unless_lost(error, folders)
                 _drop_committed(folders, work, again, bar)
                 deaths = _deaths(folders)  # counts living readers too: only a new maximum is a step towards a culprit
@@ -183,25 +184,22 @@ def _label_missing(
                     raise StoreError(f"labelling got no further in {failures} runs: {_one_line(error)}") from error
                 say(f"labelling: {_one_line(error)}; going on with the {sum(work.values())} tiles left")
             except ExecutionTimeoutError as error:
-                stalled = _stalled(execution, folders, error)
-                _end_actors(actors)
-                raise StoreError(stalled) from None
-    _end_actors(actors)
+                raise StoreError(_stalled(execution, folders, error)) from None
+            finally:
+                _end_actors()
     say(f"labelling: {speed.line()}")
     return speed
 
 
-def _end_actors(prefix: str) -> None:
-    """Kill the actors whose names begin with ``prefix``.
+def _end_actors() -> None:
+    """Kill the actors of the last run of Ray Data, which only drops its references to them.
 
-    At the end of a run, Ray Data only drops its references to them. They take a while to end, in which the packing
-    would need memory beside theirs; and after a failure, as long as anything refers to the error, and so to the actors,
-    they keep CPUs and GPUs that the next run and the packing wait for.
+    They take a second or two to end by themselves, in which the packing would need memory beside theirs. And after a
+    failure, as long as anything refers to its error, and so to the actors, they keep CPUs and GPUs that the next run
+    and the packing wait for.
     """
-    for name in ray.util.list_named_actors():
-        if name.startswith(prefix):
-            with suppress(ValueError):  # it has just ended
-                ray.kill(ray.get_actor(name))
+    while _Watching.actors:
+        ray.kill(_Watching.actors.pop())
 
 
 def _deaths(folders: Sequence[Path]) -> int:
@@ -221,14 +219,14 @@ def _drop_committed(folders: Sequence[Path], work: Work, again: set[Shard], bar:
 
 
 def _results(
-    resources: Resources, actors: str, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
+    resources: Resources, jobs: Sequence[LabelJob], folders: Sequence[Path], work: Work, again: set[Shard]
 ) -> Iterator[dict]:
-    """One Ray Data job over what is left, yielding its actors' reports on shards; ``actors`` prefixes their names."""
+    """One Ray Data job over what is left, yielding its actors' reports on shards."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts tiles, not blocks
     context.target_max_block_size = 1  # a byte: each shard, whatever its size, is a block of its own
     context.raise_original_map_exception = True  # else a full disk is a line in a traceback, not an error to recognise
-    context.custom_execution_callback_classes = [_Forgetting]
+    context.custom_execution_callback_classes = [_Watching]
     context.execution_no_progress_timeout_s = resources.execution.stall_minutes * 60
     # Ray divides shards in hand by concurrent calls per actor: a pool would grow only at that many times the shards.
     growth = AutoscalingConfig()
@@ -259,7 +257,6 @@ def _results(
             ),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.execution.gpus_per_actor or None,
-            ray_remote_args_fn=lambda: {"name": f"{actors}{uuid4().hex}"},
             max_restarts=_RAY_RETRIES,
             max_task_retries=_RAY_RETRIES,
             runtime_env={"env_vars": {"GLIBC_TUNABLES": KEEP_MEMORY}},
@@ -269,15 +266,20 @@ def _results(
     yield from labelled.iter_rows()
 
 
-class _Forgetting(ExecutionCallback):
-    """Drops what Ray Data notes about each block for a Dataset's statistics, which nobody asks for here: kilobytes a
-    shard, kept until the end."""
+class _Watching(ExecutionCallback):
+    """Knows the actors of a run, and drops what Ray Data notes about each block for a Dataset's statistics, which
+    nobody asks for here: kilobytes a shard, kept until the end."""
+
+    actors: ClassVar[list[ActorHandle]] = []  # Ray Data makes the instances itself
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Called by Ray Data at each turn of its loop."""
         for operator in executor._topology:
             for blocks in operator.get_stats().values():
                 blocks.clear()
+            for pool in operator.get_autoscaling_actor_pools():
+                # A pool that is empty again is done, and its last actors are about to end.
+                _Watching.actors[:] = pool._actor_to_logical_id or _Watching.actors
 
 
 def _num_blocks(num_shards: int, readers: int) -> int:

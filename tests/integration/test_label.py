@@ -4,13 +4,14 @@ import re
 import shutil
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -343,11 +344,11 @@ def test_the_driver_keeps_nothing_of_the_shards_that_are_done(many_tiles, weight
     """Of ten shards Ray Data noted two blocks each, until the end."""
     kept = []
 
-    class Counting(labelling._Forgetting):
+    class Counting(labelling._Watching):
         def after_execution_succeeds(self, executor):
             kept.extend(len(blocks) for operator in executor._topology for blocks in operator.get_stats().values())
 
-    monkeypatch.setattr(labelling, "_Forgetting", Counting)
+    monkeypatch.setattr(labelling, "_Watching", Counting)
     label(many_tiles(), [label_job(many_tiles(), "labels", weights, small_tiles, None)], tmp_path)
     assert len(kept) >= 2 and sum(kept) <= 2
 
@@ -373,6 +374,31 @@ def test_actors_of_a_run_that_failed_make_room_for_those_of_the_next(
         label(recipe, jobs, tmp_path)
     (folder,) = label(recipe, jobs, tmp_path)
     assert (tmp_path / "failed").exists() and summary(folder)["requested"] == summary(folder)["labelled"] > 0
+
+
+def test_packing_has_the_memory_of_the_actors(many_tiles, weights, small_tiles, tmp_path, monkeypatch):
+    """By themselves they end a second or two after Ray Data has dropped them, and packing begins at once."""
+    left = []
+
+    def packed(*store):
+        end = time.monotonic() + 1
+        while (labellers := _labellers()) and time.monotonic() < end:
+            time.sleep(0.01)
+        left.extend(labellers)
+        return packing.pack_store(*store)
+
+    monkeypatch.setattr(labelling, "pack_store", packed)
+    label(many_tiles(), [label_job(many_tiles(), "labels", weights, small_tiles, None)], tmp_path)
+    assert not left
+
+
+def _labellers():
+    """The processes of labelling's actors, by the name that Ray gives them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [process] if any("_Labeller" in word for word in process.cmdline()) else []
+    return found
 
 
 def test_packing_says_that_it_waits_for_a_cpu(monkeypatch):
