@@ -57,7 +57,8 @@ def render(template: str, view: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=wording.number, plain=wording.plain, duration=wording.duration)
+    words = (wording.number, wording.change, wording.plain, wording.duration)
+    environment.filters.update((word.__name__, word) for word in words)
     return environment.get_template(template).render(view)
 
 
@@ -118,8 +119,8 @@ def _drop_cell(drop: dict) -> dict[str, str | None]:
         wording.distinguishable(drop)
     ]
     return {
-        "absolute": wording.number(drop["absolute"]),
-        "relative": wording.number(drop.get("relative_percent"), 1),
+        "absolute": wording.change(drop["absolute"]),
+        "relative": wording.change(drop.get("relative_percent"), 1),
         "interval": wording.interval(drop.get("low"), drop.get("high"), 4),
         "relative_interval": wording.interval(drop.get("relative_low"), drop.get("relative_high"), 1),
         "verdict": verdict,

@@ -147,6 +147,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return (text[1:] if text.strip("-0.") == "" and text.startswith("-") else text).replace("-", MINUS)
 
 
+def change(value: float | None, digits: int = 4) -> str:
+    """A change for the page: like `number`, with a plus where it is a gain."""
+    text = number(value, digits)
+    return f"+{text}" if text[0].isdigit() and text.strip("0.") else text
+
+
 def plain(value: Any) -> str:
     """Any JSON value as words."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -179,8 +185,8 @@ def duration(seconds: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int) -> str | None:
-    """An interval for the page, None where there is none."""
-    return f"{number(low, digits)} to {number(high, digits)}" if is_known(low) and is_known(high) else None
+    """An interval of changes for the page, None where there is none."""
+    return f"{change(low, digits)} to {change(high, digits)}" if is_known(low) and is_known(high) else None
 
 
 def distinguishable(drop: dict) -> bool | None:
@@ -295,7 +301,7 @@ def _terminal_row(model: dict) -> list[str]:
     for metric, _ in METRICS:
         absolute, relative = (drop_of(model, metric).get(key) for key in ("absolute", "relative_percent"))
         chance = _CHANCE if distinguishable(drop_of(model, metric)) is False else " " * len(_CHANCE)
-        cells.append(f"{number(absolute, 3)} ({number(relative, 1):>5} %){chance}" if is_known(absolute) else NULL)
+        cells.append(f"{change(absolute, 3)} ({change(relative, 1):>5} %){chance}" if is_known(absolute) else NULL)
     return cells
 
 

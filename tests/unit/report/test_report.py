@@ -384,6 +384,14 @@ def test_numbers(value, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"), [(0.0223, "+0.022"), (-0.1076, "−0.108"), (0, "0.000"), (-0.0001, "0.000"), (None, "–")]
+)
+def test_a_change_has_its_sign(value, text):
+    assert wording.change(value, 3) == text
+    assert wording.interval(value, 1.5, 3) == (None if value is None else f"{text} to +1.500")
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(None, "–"), (1.52, "1.5 s"), (42, "42 s"), (300, "5 min"), (9345, "2 h 36 min")]
 )
 def test_durations(seconds, text):
