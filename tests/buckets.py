@@ -49,17 +49,15 @@ _AZURITE_ACCOUNTS = f"{_ACCOUNT}:{SECRETS['az']}"
 def serve(protocol: str) -> Iterator[tuple[str, str]]:
     """The address of a server, and an empty bucket that it has. No two have one of the same name: a process remembers
     where a bucket was."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, bucket = f"http://127.0.0.1:{port}", f"archive-{uuid.uuid4().hex[:8]}"
+    bucket = f"archive-{uuid.uuid4().hex[:8]}"
     command, made = (_AZURITE, _make_container) if protocol == "az" else (_MOTO, _make_bucket)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([*command, str(port)], env={**os.environ, "AZURITE_ACCOUNTS": _AZURITE_ACCOUNTS}, **quiet)
+    deadline = time.monotonic() + 60
+    url, server = _start(command)
     try:
-        deadline = time.monotonic() + 60
-        while not made(url, bucket):
-            assert server.poll() is None and time.monotonic() < deadline, f"{command[0]} did not start"
+        while not made(url, bucket) or server.poll() is not None:
+            assert time.monotonic() < deadline, f"{command[0]} did not start"
+            if server.poll() is not None:  # another process has taken the port
+                url, server = _start(command)
             time.sleep(0.1)
         if protocol == "gs":
             with _Google(url) as google:
@@ -69,6 +67,15 @@ def serve(protocol: str) -> Iterator[tuple[str, str]]:
     finally:
         server.kill()
         server.wait()
+
+
+def _start(command: list[str]) -> tuple[str, subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    env = {**os.environ, "AZURITE_ACCOUNTS": _AZURITE_ACCOUNTS}
+    return f"http://127.0.0.1:{port}", subprocess.Popen([*command, str(port)], env=env, **quiet)
 
 
 def _make_bucket(url: str, bucket: str) -> bool:
