@@ -68,5 +68,5 @@ class _DetrNetwork(Network):
         return torch.cat((boxes * SIDE, scores), -1).transpose(1, 2), None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """By autocast; scores are decoded, and boxes scaled, in float32."""
+        """By autocast; scores are decoded in float32, and the boxes that the model has computed are scaled in it."""
         self._dtype = dtype
