@@ -8,6 +8,7 @@ import random
 import uuid
 from contextlib import ExitStack
 
+import psutil
 import pytest
 from buckets import AZURITE, NO_AZURITE, SECRETS, Faults, environment, serve
 from conftest import CLASSES, tiny_recipe
@@ -78,6 +79,12 @@ def check(run_dir, undisturbed):
     assert {path.name for path in folder.iterdir()} == {"table", "store.json", "recipe.yaml", DONE}
 
 
+def commands_with(secret):
+    """Of all processes of the machine: anyone there can read what they were started with."""
+    found = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [command for command in found if secret in command]
+
+
 @pytest.mark.parametrize(("protocol", "seed", "share"), SEEDS)
 def test_a_bucket_that_fails_and_a_driver_that_is_killed_change_nothing(
     protocol, seed, share, buckets, cluster, many_tiles, run_dir, undisturbed
@@ -87,6 +94,7 @@ def test_a_bucket_that_fails_and_a_driver_that_is_killed_change_nothing(
         tile(recipe, run_dir)
         driver, moment = Driver(recipe, run_dir, env=env), chance.randint(0, 9)
         if driver.wait_until(lambda: len(driver.shards) >= moment and any(run_dir.glob(f"label-*/{LEASE}"))):
+            assert not commands_with(SECRETS[protocol])
             driver.process.kill()
             driver.wait()
             driver = Driver(recipe, run_dir, env=env)
