@@ -104,11 +104,9 @@ def _add_export(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     verb.add_argument(
         "--output", type=location, metavar="DIR", help="where to (default: beside it, export-FORMAT-STORE)"
     )
-    verb.add_argument("--threshold", type=_share, default=0.3, help="boxes scoring above it (default: 0.3)")
+    _add_which_boxes(verb, threshold=0.3, iou=0.5)
     purpose = "what a scene keeps of several boxes of one object: the best (default), or their mean"
     verb.add_argument("--merge", choices=("nms", "wbf"), default="nms", help=purpose)
-    purpose = "boxes of the same class whose IoU is above it are one object (default: 0.5)"
-    verb.add_argument("--iou", type=_share, default=0.5, help=purpose)
     _add_verbose(verb)
 
 
@@ -119,9 +117,7 @@ def _add_fuse(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "stores", type=location, nargs="+", metavar="STORE", help="label-*, fused-* or subtypes-* folders of a run"
     )
     verb.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per store (default: all 1)")
-    verb.add_argument("--threshold", type=_share, default=0.05, help="boxes scoring above it (default: 0.05)")
-    purpose = "boxes of the same class whose IoU is above it are one object (default: 0.55)"
-    verb.add_argument("--iou", type=_share, default=0.55, help=purpose)
+    _add_which_boxes(verb, threshold=0.05, iou=0.55)
     _add_verbose(verb)
 
 
@@ -138,6 +134,14 @@ def _add_subtype(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     verb.add_argument("--prompts", type=location, metavar="FILE", help=purpose)
     _add_retry_rejected(verb)
     _add_verbose(verb)
+
+
+def _add_which_boxes(verb: argparse.ArgumentParser, threshold: float, iou: float) -> None:
+    verb.add_argument(
+        "--threshold", type=_share, default=threshold, help="boxes scoring above it (default: %(default)s)"
+    )
+    purpose = "boxes of the same class whose IoU is above it are one object (default: %(default)s)"
+    verb.add_argument("--iou", type=_share, default=iou, help=purpose)
 
 
 def _seconds(text: str) -> float:
