@@ -35,6 +35,8 @@ def resolve(engine: str, precision: str, *, cuda: bool, with_losses: bool) -> tu
     if with_losses:
         return "pytorch", "float32"
     if engine == "auto":
+        # However few tiles there are: the engine is part of a store's identity, which more scenes must not change, and
+        # OpenVINO's start is made up for after some 170 tiles (benchmarks/RESULTS.md, "Engines on a CPU").
         engine = "openvino" if not cuda and _is_installed("openvino") else "pytorch"
     if precision == "auto":
         precision = "float16" if cuda else "float32"
