@@ -31,7 +31,7 @@ def sentences(results: dict) -> list[str]:
     lines = []
     for row in sorted(better, key=lambda one: -one["gain"]["value"]):
         share = row["gap_closed"]["value"]
-        closes = "" if share is None or not has_gap else f" and closes {share:.0%} of the gap to truth"
+        closes = "" if share is None or not has_gap else f" and closes {wording.percent(share)} of the gap to truth"
         lines.append(f"{row['method']} helps: it gains {_range(row['gain'], signed=True)} mAP50{closes}.")
     if worse:
         lines.append(f"Worse than plain: {', '.join(_named(row) for row in worse)}.")
@@ -41,7 +41,7 @@ def sentences(results: dict) -> list[str]:
     unsure = "" if has_gap else ": no gap to close that is distinguishable from chance"
     lines.append(f"Training on truth gains {_range(truth['gain'], signed=True)} mAP50 over plain soft labels{unsure}.")
     if results["drop"]:
-        lines.append(f"{results['drop']:.0%} of the labelled objects were removed at random first.")
+        lines.append(f"{wording.percent(results['drop'])} of the labelled objects were removed at random first.")
     lines += [f"{name} failed: {reason}" for name, reason in sorted(results["failed"].items())]
     return lines
 
@@ -124,7 +124,6 @@ def _range(found: dict, *, signed: bool = False) -> str:
 
 def _share(found: dict) -> str:
     value, low, high = (
-        wording.NULL if found[key] is None else f"{found[key]:.0%}".replace("-", wording.MINUS)
-        for key in ("value", "low", "high")
+        wording.NULL if found[key] is None else wording.percent(found[key]) for key in ("value", "low", "high")
     )
     return value if low == wording.NULL else f"{value} ({low} to {high})"

@@ -25,8 +25,8 @@ def sentences(results: dict) -> list[str]:
     lines = [_best(found)]
     if found["flat"]:
         lines.append(
-            f"The curve is flat within noise (probability {found['flat_probability']:.0%}): students differ by "
-            f"{found['noise']:.3f} mAP50 from one seed to another, and by no more from one value to another."
+            f"The curve is flat within noise (probability {wording.percent(found['flat_probability'])}): students "
+            f"differ by {found['noise']:.3f} mAP50 from one seed to another, and by no more from one value to another."
         )
     if found["compared"] == 1:
         lines.append("No student of another value got far enough to be compared: whether one is better is not known.")
@@ -71,8 +71,8 @@ def _peak(key: str, line: dict) -> str:
 def _against(row: dict) -> str:
     gain = row["gain"]
     return (
-        f"It beats {values_words(row['values'])} with probability {row['probability']:.0%}, by {gain['mean']:+.3f} "
-        f"mAP50 ({gain['low']:+.3f} to {gain['high']:+.3f}); {_students(row['students'])} there."
+        f"It beats {values_words(row['values'])} with probability {wording.percent(row['probability'])}, by "
+        f"{gain['mean']:+.3f} mAP50 ({gain['low']:+.3f} to {gain['high']:+.3f}); {_students(row['students'])} there."
     )
 
 
@@ -98,7 +98,7 @@ def _cost(results: dict) -> str:
     hours = f"{results['gpu_hours']:.2g} GPU-hours" if results["gpu_hours"] else f"{results['cpu_hours']:.2g} CPU-hours"
     return (
         f"{len(results['trials'])} students and {results['epochs']} epochs in {wording.duration(results['seconds'])}, "
-        f"{hours}, {results['start_up_share']:.0%} of it start-up and waiting."
+        f"{hours}, {wording.percent(results['start_up_share'])} of it start-up and waiting."
     )
 
 

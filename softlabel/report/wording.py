@@ -153,6 +153,11 @@ def change(value: float | None, digits: int = 4) -> str:
     return f"+{text}" if text[0].isdigit() and text.strip("0.") else text
 
 
+def percent(share: float) -> str:
+    """A share as whole percent."""
+    return f"{number(100 * share, 0)} %"
+
+
 def plain(value: Any) -> str:
     """Any JSON value as words."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

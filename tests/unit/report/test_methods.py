@@ -45,14 +45,14 @@ def results():
 
 def test_what_did_not_help_is_said_as_plainly_as_what_did(results):
     text = format_methods(results)
-    assert "band helps: it gains +0.100 (+0.090 to +0.110) mAP50 and closes 50% of the gap to truth." in text
+    assert "band helps: it gains +0.100 (+0.090 to +0.110) mAP50 and closes 50 % of the gap to truth." in text
     assert "Worse than plain: worse \N{MINUS SIGN}0.100 (\N{MINUS SIGN}0.110 to \N{MINUS SIGN}0.090)." in text
     assert "Not distinguishable from plain with these seeds and images: far +0.005" in text
     assert "Training on truth gains +0.200 (+0.190 to +0.210) mAP50 over plain soft labels." in text
-    assert "30% of the labelled objects were removed at random first." in text
+    assert "30 % of the labelled objects were removed at random first." in text
     assert "odd_train_1_seed0 failed: the loss is nan" in text
     lines = text.splitlines()
-    assert re.match(r"far +train_1 +0\.505 \(0\.495 to 0\.515\) +\+0\.005 .* ~ +3% ", lines[4])
+    assert re.match(r"far +train_1 +0\.505 \(0\.495 to 0\.515\) +\+0\.005 .* ~ +3 % ", lines[4])
 
 
 def test_where_truth_is_no_better_there_is_no_gap_to_close(results):

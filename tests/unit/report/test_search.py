@@ -70,10 +70,10 @@ def test_the_answer_names_value_interval_gain_and_cost(peaked):
     assert "3 students trained in full" in said
     low, high = map(float, re.search(r"best threshold lies between ([\d.]+) and ([\d.]+) \(90 %\)", said).groups())
     assert low <= 0.2 <= high < 0.5
-    beats = dict(re.findall(r"It beats threshold ([\d.]+), imgsz 64 with probability (\d+)%", said))
+    beats = dict(re.findall(r"It beats threshold ([\d.]+), imgsz 64 with probability (\d+) %", said))
     assert set(beats) == {"0.3", "0.5"} and int(beats["0.5"]) > 95
     assert "On the test split, threshold 0.2, imgsz 64 (the choice): mAP50 0.511 (standard deviation 0.010)" in said
-    assert "15 students and 54 epochs in 15 min, 0.5 CPU-hours, 12% of it start-up and waiting" in said
+    assert "15 students and 54 epochs in 15 min, 0.5 CPU-hours, 12 % of it start-up and waiting" in said
     assert "flat" not in said
     assert "Classes without a label: plane above 0.4, ship above 0.4; students there never see one." in said
 
