@@ -19,7 +19,7 @@ from softlabel.detectors.detector import Detector
 from softlabel.detectors.engines import EngineOptions, Network
 from softlabel.detectors.families import Teacher
 from softlabel.detectors.hub import local_folder
-from softlabel.detectors.pretrained import from_folder
+from softlabel.detectors.pretrained import class_scores, from_folder
 from softlabel.detectors.queries import Crop, Queries
 from softlabel.detectors.selection import Geometry, Image
 from softlabel.errors import RecipeError
@@ -91,12 +91,7 @@ class _OwlVitNetwork(Network):
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, Any]:
         boxes, logits = self.answer(tiles)
-        of_class = logits.split([*self._class_sizes, logits.shape[-1] - sum(self._class_sizes)], dim=-1)
-        best = torch.stack([columns.amax(-1) for columns in of_class[:-1]], -1)
-        scores = best.sigmoid()
-        if of_class[-1].shape[-1]:
-            is_object = best.amax(-1, keepdim=True) >= of_class[-1].amax(-1, keepdim=True)
-            scores = scores * is_object
+        scores = class_scores(logits.sigmoid(), self._class_sizes)
         return torch.cat((boxes * self._side, scores), -1).transpose(1, 2), None
 
     def answer(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
