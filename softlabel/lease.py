@@ -13,21 +13,19 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from softlabel.errors import StorageError, StoreError
-from softlabel.storage import create, is_remote, read_tagged, replace
+from softlabel.storage import create, is_remote, patiently, read_tagged, replace
 from softlabel.store import write_text
 
 LEASE = "lease.json"
 BEAT_S = 2.0
 DEAD_AFTER_S = 20.0  # ten beats: a busy disk or a paused machine is not death
-_WAITS_S = (0.2, 0.5, 1.0, 2.0, 5.0)
-_T = TypeVar("_T")
 _KEYS = ("id", "host", "pid", "space", "beat")
 
 
@@ -87,12 +85,12 @@ class Lease:
     def _create(self) -> bool:
         """Create the lease if there is none; return whether it was created."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return bool(_patiently(lambda: create(self._path, self._text(0).encode())))
+        return bool(patiently(lambda: create(self._path, self._text(0).encode())))
 
     def _inherit(self) -> bool:
         """Wait until the existing lease is gone, or its holder is known to be dead; return whether it is ours now.
         Refuse if it beats."""
-        first = _patiently(lambda: _read(self._path))
+        first = patiently(lambda: _read(self._path))
         if self._is_ours(first):  # it was written, but the answer was lost
             return True
         if first is not None and self._died_here(first):
@@ -100,7 +98,7 @@ class Lease:
         still_s, looked = 0.0, time.monotonic()
         while first is not None:
             time.sleep(self._beat_s / 4)
-            now = _patiently(lambda: _read(self._path))
+            now = patiently(lambda: _read(self._path))
             if now is None or now["id"] != first["id"]:
                 return False
             if now["beat"] != first["beat"]:
@@ -133,8 +131,8 @@ class Lease:
         if not is_remote(self._path):
             self._remove(dead)
             return False
-        found, tag = _patiently(lambda: _tagged(self._path))
-        return found == dead and bool(_patiently(lambda: replace(self._path, self._text(0).encode(), tag)))
+        found, tag = patiently(lambda: _tagged(self._path))
+        return found == dead and bool(patiently(lambda: replace(self._path, self._text(0).encode(), tag)))
 
     def _remove(self, dead: dict) -> None:
         """Remove the dead lease if it is still the same; newcomers take turns at checking and removing."""
@@ -175,15 +173,6 @@ def _pid_space() -> str | None:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _patiently(ask: Callable[[], _T]) -> _T:
-    """What ``ask`` returns, tried again where a bucket is away for a moment."""
-    for wait_s in _WAITS_S:
-        with suppress(StorageError):
-            return ask()
-        time.sleep(wait_s)
-    return ask()
 
 
 def _read(path: Path) -> dict | None:

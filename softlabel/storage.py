@@ -13,16 +13,19 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
-from softlabel.errors import SessionError
+from softlabel.errors import SessionError, StorageError
 
 _SCHEME = re.compile(r"(\w{2,}):/")  # one letter is a drive
 _BUCKETS = ("s3", "gs", "az")
+_T = TypeVar("_T")
 
 
 def location(text: Path | str) -> Path:
@@ -81,9 +84,22 @@ def replace(path: Path, data: bytes, tag: Any) -> bool:
     return bool(_fs(path).put_if(_key(path), data, tag))
 
 
+def patiently(ask: Callable[[], _T], waits_s: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> _T:
+    """What ``ask`` returns, tried again where a bucket is away for a moment."""
+    for wait_s in waits_s:
+        with suppress(StorageError):
+            return ask()
+        time.sleep(wait_s)
+    return ask()
+
+
 def has_conditions(folder: Path) -> bool:
     """Whether a bucket, which can be written to, heeds the conditions of `create` and `replace`: some that speak S3
     do not."""
+    return patiently(lambda: _heeds_conditions(folder), (0.2, 0.5))  # a bucket that is not there is said soon
+
+
+def _heeds_conditions(folder: Path) -> bool:
     probe = folder / f".softlabel-{uuid.uuid4().hex}"
     try:
         create(probe, b"1")

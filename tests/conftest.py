@@ -110,6 +110,18 @@ def tiny_recipe(**changes) -> Recipe:
     return Recipe.model_validate({**values, **changes})
 
 
+def scenes_on_disk(folder: Path) -> dict:
+    """``tiles`` of a recipe: the tiny recipe's scenes and truth, on a disk. What stands in for Google's buckets is
+    unknown to GDAL, which would ask Google itself."""
+    from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
+
+    tiles = tiny_recipe().tiles
+    scenes, truth = write_scenes(folder, tiles.synthetic, 0)
+    mapping = {TYPE_IDS[name]: name for name in CLASSES}
+    source = {"format": "xview", "path": str(truth), "mapping": mapping}
+    return {"scenes": str(scenes), "truth": source, "size_px": tiles.size_px}
+
+
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
     """The tiny recipe as it is."""

@@ -11,11 +11,10 @@ from contextlib import ExitStack
 import psutil
 import pytest
 from buckets import AZURITE, NO_AZURITE, SECRETS, Faults, environment, serve
-from conftest import CLASSES, tiny_recipe
+from conftest import scenes_on_disk, tiny_recipe
 from drivers import JOBS, Driver, assert_same, by_tile
 
 from softlabel.imagery.run import tile
-from softlabel.imagery.synthetic import TYPE_IDS, write_scenes
 from softlabel.lease import LEASE
 from softlabel.session import LOG
 from softlabel.status import status
@@ -120,10 +119,7 @@ def test_an_experiment_lives_in_a_bucket_and_no_file_of_it_has_a_secret(protocol
     """With a Ray of its own; and where GDAL could not read the scenes, with those on a disk."""
     settings = tiny_recipe()
     train = {**settings.train.model_dump(), "thresholds": [1e-6, 1e-5]}  # its teachers are sure of nothing
-    made = write_scenes(tmp_path / "made", settings.tiles.synthetic, 0)
-    truth = {"format": "xview", "path": str(made[1]), "mapping": {TYPE_IDS[name]: name for name in CLASSES}}
-    on_disk = {"scenes": str(made[0]), "truth": truth, "size_px": settings.tiles.size_px}
-    tiles = on_disk if protocol == "gs" else settings.tiles.model_dump()
+    tiles = scenes_on_disk(tmp_path / "made") if protocol == "gs" else settings.tiles.model_dump()
     recipe = tiny_recipe(tiles=tiles, train=train, label={"floor": 1e-7}, execution={"cpus_per_worker": 2})
     driver = Driver(recipe, run_dir, job=JOBS / "experiment.py")
     assert driver.wait(900) == 0, driver.said

@@ -12,13 +12,13 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import CLASSES, tiny_recipe
+from conftest import CLASSES, scenes_on_disk, tiny_recipe
 from drivers import SEARCH, Driver
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.state import list_placement_groups
 
-from softlabel.config import Execution
+from softlabel.config import Execution, Tiles
 from softlabel.errors import RecipeError, StoreError, TrainingError
 from softlabel.labelling.job import recipe_label_job
 from softlabel.labelling.run import label
@@ -224,12 +224,14 @@ def test_without_truth_in_the_test_split_there_is_an_answer_and_a_word_about_it(
 
 
 @pytest.mark.long
-def test_a_driver_killed_in_mid_trial_is_taken_up_again(weights, tiles, anywhere):
+def test_a_driver_killed_in_mid_trial_is_taken_up_again(weights, tmp_path, anywhere):
     """With a Ray of its own, which dies with it; one student at a time, so that the order is the same every time. What
     it varies is one class's threshold; the others have the recipe's."""
     recipe = searched(weights, 3, stop_early=False, sampler="random", explore=1.0, space={f"{KEY}.car": LOW})
     train = recipe.train.model_copy(update={"threshold": 0.02})
-    recipe = recipe.model_copy(update={"train": train, "execution": Execution(workers=1, cpus_per_worker=2)})
+    tiles = Tiles.model_validate(scenes_on_disk(tmp_path / "made"))
+    execution = Execution(workers=1, cpus_per_worker=2)
+    recipe = recipe.model_copy(update={"tiles": tiles, "train": train, "execution": execution})
     run_dir = anywhere / "run"
     driver = Driver(recipe, run_dir, job=SEARCH)
     assert driver.wait_until(lambda: len(list(run_dir.glob("search-*/students/*/done.json"))) == 1), driver.said

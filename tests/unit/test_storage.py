@@ -16,6 +16,7 @@ import pytest
 from buckets import PROTOCOLS, SECRETS, Faults, Forwarding, Proxy, environment, serve
 from fsspec.asyn import AsyncFileSystem
 
+from softlabel import storage
 from softlabel.errors import SessionError, StorageError, StoreError
 from softlabel.storage import (
     create,
@@ -167,8 +168,7 @@ def test_a_bucket_that_fails_now_and_then_loses_nothing_and_writes_nothing_twice
 
 WRITE = """
 import sys
-from softlabel.lease import _patiently
-from softlabel.storage import create, location
+from softlabel.storage import create, location, patiently
 from softlabel.store import read_json, write_json
 
 folder = location(sys.argv[1])
@@ -176,8 +176,8 @@ for i in range(12):
     write_json(folder / f"{i}.json", {"i": i, "pad": "x" * 20000})
     assert read_json(folder / f"{i}.json")["i"] == i
     lease = folder / f"{i}.lease"
-    _patiently(lambda: create(lease, b"mine"))
-    assert lease.read_bytes() == b"mine" and not _patiently(lambda: create(lease, b"other"))
+    patiently(lambda: create(lease, b"mine"))
+    assert lease.read_bytes() == b"mine" and not patiently(lambda: create(lease, b"other"))
     lease.unlink()
 assert len(list(folder.glob("*"))) == 12
 print("12 written")
@@ -270,6 +270,18 @@ def test_a_server_that_replaces_what_has_changed_is_found_out(monkeypatch):
         for key, value in environment("s3", careless.url).items():
             monkeypatch.setenv(key, value)
         assert not has_conditions(location(f"s3://{bucket}"))
+
+
+def test_a_bucket_that_is_away_for_a_moment_at_the_start_ends_no_run(in_bucket, monkeypatch):
+    answers = [StorageError("not there just now"), StorageError("nor now")]
+
+    def creating(*asked):
+        if answers:
+            raise answers.pop()
+        return create(*asked)
+
+    monkeypatch.setattr(storage, "create", creating)
+    assert has_conditions(in_bucket) and not answers
 
 
 def test_a_server_that_keeps_to_conditions_is_trusted(in_bucket):
