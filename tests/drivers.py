@@ -45,7 +45,9 @@ class Driver:
         while not condition():
             if self.process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, self.said
+            if time.monotonic() > deadline:
+                self.process.kill()  # or its Ray would live on beside the tests that follow
+                raise AssertionError(self.said)
             time.sleep(self._every_s)
         return True
 
