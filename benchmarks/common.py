@@ -5,7 +5,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +73,30 @@ def watch_shards() -> Iterator[list[tuple[float, int]]]:
 
     with mock.patch.object(Speed, "add", noted):
         yield found
+
+
+def second_half(stamps: list[tuple[float, int]]) -> float | None:
+    """Tiles per second of the shards that were committed last: the first were read while the model was loaded."""
+    half = len(stamps) // 2
+    if not half:
+        return None
+    seconds = stamps[-1][0] - stamps[half - 1][0]
+    return round(sum(count for _, count in stamps[half:]) / max(seconds, 1e-9), 1)
+
+
+def untrained(folder: Path, classes: Sequence[str]) -> Path:
+    """Weights of a YOLOv8n that has learned nothing, made in a folder unless they are there already."""
+    import torch  # for those benchmarks alone that need it
+
+    from softlabel.detectors.header import Header
+    from softlabel.detectors.weights import build_model, save_weights
+
+    path = folder / "untrained.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        model = build_model("yolov8n.yaml", len(classes))
+        save_weights(path, model, Header(model.yaml, tuple(classes), TILE_PX, {}))
+    return path
 
 
 def run_recipe(verb: str, purpose: str) -> tuple[int, argparse.Namespace]:

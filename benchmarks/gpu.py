@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import TILE_PX, Image, machine, synthetic_piece, watch_shards, write_scene  # what the benchmarks share
+from common import TILE_PX, Image, machine, second_half, synthetic_piece, untrained, watch_shards, write_scene
 
 from softlabel.config import Recipe
 from softlabel.detectors.yolo import YoloDetector
@@ -284,18 +284,9 @@ def pipeline(work: Work) -> Figures:
         job = label_job(recipe, f"readers-{readers or 'all'}", _weights(work), tiles, None)
         with watch_shards() as stamps:
             (store,) = label(recipe, [job], work.folder)
-        found = {"steady_tiles_per_s": _second_half(sorted(stamps)), **(summary(store)["speed"] or {})}
+        found = {"steady_tiles_per_s": second_half(sorted(stamps)), **(summary(store)["speed"] or {})}
         yield {"readers": readers or "all", "tiles": summary(store)["requested"], **found}
     ray.shutdown()
-
-
-def _second_half(stamps: list[tuple[float, int]]) -> float | None:
-    """Tiles per second of the shards that were committed last: the first were read while the model was loaded."""
-    half = len(stamps) // 2
-    if not half:
-        return None
-    seconds = stamps[-1][0] - stamps[half - 1][0]
-    return round(sum(count for _, count in stamps[half:]) / max(seconds, 1e-9), 1)
 
 
 # What a transformer, a trainer, a search and an experiment make of it.
@@ -407,17 +398,7 @@ def _timed(work: Work, verb: str, changes: tuple[str, ...]) -> Figures:
 
 
 def _weights(work: Work) -> Path:
-    if work.weights:
-        return work.weights
-    from softlabel.detectors.header import Header
-    from softlabel.detectors.weights import build_model, save_weights
-
-    path = work.folder / "untrained.safetensors"
-    if not path.exists():
-        torch.manual_seed(0)
-        model = build_model("yolov8n.yaml", len(_CLASSES))
-        save_weights(path, model, Header(model.yaml, tuple(_CLASSES), TILE_PX, {}))
-    return path
+    return work.weights or untrained(work.folder, _CLASSES)
 
 
 def _detector(work: Work, precision: str) -> YoloDetector:
