@@ -23,7 +23,7 @@ BATCH, TILE_HW = 4, (100, 60)
 
 
 class Arrivals(TorchDispatchMode):
-    """Notes what kernels bring from the host to the GPU."""
+    """Notes copies from the host to the GPU. (A number that a kernel takes from the host goes with its launch.)"""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Arrivals(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         before, after = ({one.device for one in tree_leaves(some) if isinstance(one, torch.Tensor)}
                          for some in ((args, kwargs), found))  # fmt: skip
-        if GPU in after and CPU in before:
+        if "copy" in str(func) and GPU in after and CPU in before:
             self.found.append(str(func))
         return found
 
