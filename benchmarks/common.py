@@ -5,10 +5,12 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from rasterio.windows import Window
 from softlabel.cli import main
 from softlabel.config import Synthetic
 from softlabel.imagery.layouts import lay_out
+from softlabel.imagery.scenes import TileReader
 from softlabel.imagery.synthetic import CRS, GSD_M, render
 from softlabel.labelling.speed import Speed
 from softlabel.store import commit
@@ -82,6 +85,22 @@ def second_half(stamps: list[tuple[float, int]]) -> float | None:
         return None
     seconds = stamps[-1][0] - stamps[half - 1][0]
     return round(sum(count for _, count in stamps[half:]) / max(seconds, 1e-9), 1)
+
+
+def decode_rate(rows: Sequence[dict], cores: int) -> float:
+    """Tiles per second that so many processes read which do nothing else, each a part of the rows."""
+    step = -(-len(rows) // cores)
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_read, [rows[:1]] * cores))
+        started = time.monotonic()
+        list(pool.map(_read, [rows[start : start + step] for start in range(0, len(rows), step)]))
+    return round(len(rows) / (time.monotonic() - started), 1)
+
+
+def _read(rows: Sequence[dict]) -> None:
+    reader = TileReader()
+    for row in rows:
+        reader.read(row)
 
 
 def untrained(folder: Path, classes: Sequence[str]) -> Path:

@@ -26,13 +26,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import TILE_PX, Image, machine, second_half, synthetic_piece, untrained, watch_shards, write_scene
+from common import (
+    TILE_PX,
+    Image,
+    decode_rate,
+    machine,
+    second_half,
+    synthetic_piece,
+    untrained,
+    watch_shards,
+    write_scene,
+)
 
 from softlabel.config import Recipe
 from softlabel.detectors.yolo import YoloDetector
 from softlabel.imagery.listing import list_scenes
 from softlabel.imagery.run import tile
-from softlabel.imagery.scenes import TileReader
 from softlabel.recipe_file import load_recipe
 from softlabel.records import Nms
 from softlabel.store import summary
@@ -251,19 +260,7 @@ def decode(work: Work) -> Figures:
     yield {"scene_tiles": len(rows), "scene_seconds": round(time.monotonic() - started, 1)}
     cores = len(os.sched_getaffinity(0))
     for count in dict.fromkeys((1, cores)):
-        share = rows[: max(8, 256 * count)]
-        step = -(-len(share) // count)
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_read, [rows[:1]] * count))
-            started = time.monotonic()
-            list(pool.map(_read, [share[i : i + step] for i in range(0, len(share), step)]))
-        yield {f"decode_{count}_cores": round(len(share) / (time.monotonic() - started), 1)}
-
-
-def _read(rows: list[dict]) -> None:
-    reader = TileReader()
-    for row in rows:
-        reader.read(row)
+        yield {f"decode_{count}_cores": decode_rate(rows[: max(8, 256 * count)], count)}
 
 
 def pipeline(work: Work) -> Figures:

@@ -22,10 +22,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +33,17 @@ import numpy as np
 import psutil
 import ray
 import torch
-from common import TILE_PX, Image, machine, second_half, synthetic_piece, untrained, watch_shards, write_scene
+from common import (
+    TILE_PX,
+    Image,
+    decode_rate,
+    machine,
+    second_half,
+    synthetic_piece,
+    untrained,
+    watch_shards,
+    write_scene,
+)
 
 from softlabel.config import Execution, Recipe
 from softlabel.detectors.batch_nms import Effort, Kept
@@ -50,24 +59,23 @@ from softlabel.labelling.reading import read_shard
 from softlabel.recipe_file import load_recipe
 from softlabel.records import Detections, Nms
 from softlabel.store import STORE, write_json
-from softlabel.tile_table import SHARD_TILES, read_tiles
+from softlabel.tile_table import read_tiles
 
 _CLASSES = ("plane", "ship", "car")
-_PIECES, _NAMES = 16, 4
+_SIDE, _PIECES, _NAMES = 64, 16, 4  # tiles on a side of a scene, different ones in it, and names that it has
 _BATCH, _BOXES, _ROOM = 64, 71, 256
 _SHARDS = 160  # through the actor alone
 _CALLS = 4  # as many at once as labelling makes to an actor with a GPU
 
 
 def main() -> int:
-    """Measure all three and print them."""
+    """Measure one after the other, and print each figure at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=64, help="tiles on a side of the scene")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/host"), help="where what is made is kept")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     folder = arguments.work_dir.resolve()
-    recipe = _recipe(folder, arguments.side)
+    recipe = _recipe(folder)
     job = label_job(recipe, "host", untrained(folder, _CLASSES), tile(recipe, folder), None)
     cores = len(os.sched_getaffinity(0))
     pixels = np.random.default_rng(0).integers(0, 256, (TILE_PX, TILE_PX, 3), np.uint8)
@@ -86,11 +94,11 @@ def main() -> int:
     return 0
 
 
-def _recipe(folder: Path, side: int) -> Recipe:
+def _recipe(folder: Path) -> Recipe:
     """A recipe over a scene that is there under four names."""
-    first, pieces = folder / f"scenes-{side}" / "0.tif", [synthetic_piece(index) for index in range(_PIECES)]
+    first, pieces = folder / f"scenes-{_SIDE}" / "0.tif", [synthetic_piece(index) for index in range(_PIECES)]
     # Row by row another order, so that neighbours differ.
-    write_scene(first, (side * TILE_PX, side * TILE_PX), lambda index: pieces[(index + index // side * 7) % _PIECES])
+    write_scene(first, (_SIDE * TILE_PX, _SIDE * TILE_PX), lambda index: pieces[(index + index // _SIDE * 7) % _PIECES])
     for name in range(1, _NAMES):
         first.with_name(f"{name}.tif").unlink(missing_ok=True)
         os.link(first, first.with_name(f"{name}.tif"))
@@ -241,20 +249,8 @@ def _cpu_times() -> Counter[str]:
 
 
 def _decoding(job: LabelJob, cores: int) -> dict[str, Any]:
-    """What the cores that the actor leaves decode where nothing else runs, shard by shard."""
-    rows = read_tiles(job.tiles)
-    shards = [rows[start : start + SHARD_TILES] for start in range(0, len(rows), SHARD_TILES)]
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_read, [rows[:1]] * cores))
-        started = time.monotonic()
-        list(pool.map(_read, shards, chunksize=max(1, len(shards) // cores)))
-    return {"cores": cores, "tiles_per_s": round(len(rows) / (time.monotonic() - started), 1)}
-
-
-def _read(rows: list[dict]) -> None:
-    reader = TileReader()
-    for row in rows:
-        reader.read(row)
+    """What the cores that the actor leaves decode where nothing else runs."""
+    return {"cores": cores, "tiles_per_s": decode_rate(read_tiles(job.tiles), cores)}
 
 
 def _empty_store(job: LabelJob, folder: Path) -> Path:
